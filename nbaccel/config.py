@@ -1,0 +1,216 @@
+"""What was asked of a run: one frozen value that the launch, YAML, the CLI and the training core share.
+
+None means "not asked". Whoever honours an option reads it here; whoever is asked for something else
+than what stands here gets a ConfigError naming both places. Travels to the ranks as JSON in the
+environment variable `RUN_CONFIG_VARIABLE`. This module reads no environment itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["RUN_CONFIG_VARIABLE", "Device", "Precision", "RunConfig", "combine", "duration_seconds"]
+
+RUN_CONFIG_VARIABLE = "NBACCEL_RUN_CONFIG"
+
+Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "tpu"]
+Precision = Literal["no", "fp16", "bf16", "auto", "fp8"]
+StartMethod = Literal["fork", "spawn"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "device": get_args(Device),
+    "mixed_precision": get_args(Precision),
+    "start_method": get_args(StartMethod),
+    "returns": ("all", "rank0", "none"),
+    "output": ("auto", "all", "rank0", "none"),
+    "strategy": ("auto", "single", "ddp"),
+    "log_with": ("jsonl", "tensorboard"),
+}
+# Known to be wanted, not built yet: refused by name rather than ignored.
+_LATER: dict[str, dict[str, str]] = {
+    "mixed_precision": {"fp8": "fp8 is not built yet; use 'bf16'"},
+    "strategy": {
+        "fsdp": "FSDP2 is not built yet; use 'ddp'",
+        "deepspeed": "DeepSpeed is not built yet; use 'ddp'",
+    },
+    "device": {"tpu": "TPU ranks are not built yet; use device='cpu' or 'cuda'"},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The options of a run. Every field is None unless somebody asked for it.
+
+    Raises:
+        ConfigError: a value that can never be honoured; the message names where it was asked.
+    """
+
+    num_processes: int | None = None
+    """Ranks on this host."""
+    device: Device | None = None
+    """Kind of device the ranks compute on; "auto" is the accelerators present, else the CPU."""
+    devices: tuple[int, ...] | Literal["free"] | None = None
+    """Indices of the accelerators to use, in rank order; "free" takes the least used ones."""
+    start_method: StartMethod | None = None
+    """How ranks come to be: forked from a warm clean process, or spawned fresh."""
+    mixed_precision: Precision | None = None
+    """The numbers the model computes in."""
+    strategy: str | None = None
+    """How the model is spread over the ranks."""
+    collective_timeout: float | None = None
+    """Seconds a collective may take before it fails."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-steps per optimizer step."""
+    seed: int | None = None
+    """Seed of every generator; None leaves them as a fresh process has them."""
+    compile: bool | str | None = None
+    """Compile prepared models: True, or a mode of `torch.compile`."""
+    log_with: tuple[str, ...] | None = None
+    """Trackers to start."""
+    project_dir: str | None = None
+    """Where checkpoints and tracker files go."""
+    save_every: int | str | None = None
+    """Save a checkpoint every so many optimizer steps (int) or so much time ("15min")."""
+    stop_after: str | None = None
+    """Stop all ranks, saved, after this time ("11h30m")."""
+    resume: Literal["auto"] | str | None = None
+    """Go on from the newest complete checkpoint ("auto") or from this folder."""
+    keep: int | None = None
+    """How many complete checkpoints to keep."""
+    verify: bool | None = None
+    """Trust checks in the first steps."""
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Where each value was asked, by option name; for messages."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_processes", "gradient_accumulation_steps", "keep"):
+            self._require_positive_int(name)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name, None)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None:
+                    self._require_choice(name, one, choices)
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ConfigError(f"{self._where('seed')} must be an int, not {self.seed!r}")
+        if self.collective_timeout is not None:
+            _require_seconds(self._where("collective_timeout"), self.collective_timeout)
+        if isinstance(self.devices, str) and self.devices != "free":
+            raise ConfigError(f"{self._where('devices')} is {self.devices!r}: give indices ([4, 5]) or 'free'")
+        for name in ("save_every", "stop_after"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                duration_seconds(value, what=self._where(name))
+
+    def _where(self, name: str) -> str:
+        place = self.sources.get(name)
+        return f"{name} (from {place})" if place else name
+
+    def _require_positive_int(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{self._where(name)} must be an int, not {value!r}")
+        if value < 1:
+            raise ConfigError(f"{self._where(name)} must be at least 1, not {value}")
+
+    def _require_choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
+        later = _LATER.get(name, {})
+        if value in later:
+            raise ConfigError(f"{self._where(name)} is {value!r}: {later[str(value)]}")
+        if value not in choices:
+            known = [choice for choice in choices if choice not in later]
+            close = difflib.get_close_matches(str(value), known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            allowed = ", ".join(map(repr, known))
+            raise ConfigError(f"{self._where(name)} is {value!r}; it must be one of {allowed}.{hint}")
+
+    def to_json(self) -> str:
+        """One line of JSON with what was asked, for the environment variable and the run folder."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, {})}
+        return json.dumps(values, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """The value `to_json` wrote."""
+        return cls.from_mapping(json.loads(text))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, place: str = "") -> RunConfig:
+        """A RunConfig from plain values; an unknown key is an error with the nearest name."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"unknown option {key!r}{f' in {place}' if place else ''}{hint}")
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(plain.get("log_with"), str):
+            plain["log_with"] = (plain["log_with"],)
+        if place and "sources" not in plain:
+            plain["sources"] = {k: place for k, v in plain.items() if v is not None}
+        return cls(**plain)
+
+    def require(self, name: str, value: Any, *, place: str) -> Any:
+        """The value in force for option `name` when `place` asks for `value` (None: does not ask).
+
+        Raises:
+            ConfigError: it was already asked with another value.
+        """
+        return getattr(combine(self, RunConfig.from_mapping({name: value}, place=place)), name)
+
+
+def combine(*configs: RunConfig) -> RunConfig:
+    """What all of them asked together.
+
+    Raises:
+        ConfigError: two ask for different values of one option; the message names both places.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for config in configs:
+        for f in dataclasses.fields(RunConfig):
+            value = getattr(config, f.name)
+            if f.name == "sources" or value is None:
+                continue
+            place = config.sources.get(f.name, "an unnamed place")
+            if f.name in values and values[f.name] != value:
+                raise ConfigError(
+                    f"{f.name} is asked twice: {values[f.name]!r} by {sources[f.name]} and {value!r} by {place}. "
+                    "Ask for it in one place."
+                )
+            if f.name not in values:
+                values[f.name], sources[f.name] = value, place
+    return RunConfig(**values, sources=sources)
+
+
+_UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
+
+
+def duration_seconds(text: str | float, *, what: str = "duration") -> float:
+    """Seconds in "15min", "11h30m", "90s" or a plain number of seconds.
+
+    Raises:
+        ConfigError: not a duration.
+    """
+    import re
+
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        _require_seconds(what, text)
+        return float(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)", str(text))
+    if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*", "", str(text)).strip():
+        raise ConfigError(f"{what} is {text!r}: write it like '90s', '15min' or '11h30m'")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _require_seconds(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(f"{what} must be a number of seconds above 0, not {value!r}")

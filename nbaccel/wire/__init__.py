@@ -1,0 +1,1 @@
+"""Floor 1: what crosses between the notebook's process and a rank."""

@@ -1,0 +1,175 @@
+"""The vocabulary between a rank and everything that watches it.
+
+A rank says what happens by `emit(Event)`; it hears what is wanted of it by `requests()`. Both are
+no-ops in a process that is not a rank, so the training core calls them without asking where it runs.
+The relay in the notebook's process stamps `rank` from the connection an event arrived on; `time` is
+taken where the event was made (seconds since the epoch).
+"""
+
+from __future__ import annotations
+
+import time as _time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Union
+
+__all__ = [
+    "Died",
+    "Event",
+    "ExceptionInfo",
+    "Frame",
+    "Metric",
+    "Output",
+    "Port",
+    "Progress",
+    "Raised",
+    "Request",
+    "Returned",
+    "Status",
+    "active",
+    "connect",
+    "emit",
+    "requests",
+]
+
+State = Literal["starting", "idle", "running", "compiling", "waiting", "done", "failed", "lost"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Event:
+    rank: int = -1
+    """The rank it comes from; -1 until the relay has stamped it."""
+    time: float = field(default_factory=_time.time)
+    """Seconds since the epoch, on the clock of the machine the rank runs on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output(_Event):
+    """Bytes a rank, or a process it started, wrote to file descriptor 1 or 2."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress(_Event):
+    """How far a loop is. `total` is None when the length is unknown."""
+
+    name: str
+    step: int
+    total: int | None = None
+    epoch: int | None = None
+    unit: str = "it"
+    times: Mapping[str, float] | None = None
+    """Seconds spent per part of the step (data, transfer, forward, backward, communication, optimizer…)
+    since the previous Progress of the same name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric(_Event):
+    """Values logged at an optimizer step. `reduced` tells a value of all ranks from one of this rank."""
+
+    values: Mapping[str, float]
+    step: int
+    reduced: Literal["mean", "sum"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status(_Event):
+    """A change of what the rank is doing."""
+
+    state: State
+    detail: str = ""
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned(_Event):
+    """The call ended well. `value` is a `wire.payload.Parcel`, or None when the value was not asked for."""
+
+    call: int
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One line of a remote traceback."""
+
+    filename: str
+    lineno: int
+    function: str
+    source: str
+    """The line's text, without indentation; empty when it could not be found."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExceptionInfo:
+    """A remote exception in words, so that it can be shown even when its class cannot be loaded here."""
+
+    type_name: str
+    message: str
+    """The last line(s) of the traceback, type included, as Python prints them, notes too."""
+    frames: tuple[Frame, ...]
+    cause: ExceptionInfo | None = None
+    context: ExceptionInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised(_Event):
+    """The call ended with an exception. `error` is a Parcel of it, or None when it cannot be pickled."""
+
+    call: int
+    info: ExceptionInfo
+    error: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Died(_Event):
+    """The rank's process ended. Negative exit codes are signals."""
+
+    exitcode: int
+    detail: str = ""
+
+
+Event = Union[Output, Progress, Metric, Status, Returned, Raised, Died]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the notebook wants of a rank: stop, save now, or set a knob."""
+
+    kind: Literal["stop", "save", "knob"]
+    name: str = ""
+    value: Any = None
+
+
+class Port(Protocol):
+    """The rank's end of the channel: `rank.worker` supplies it."""
+
+    def emit(self, event: Event) -> None: ...
+    def requests(self) -> list[Request]: ...
+
+
+_port: Port | None = None
+
+
+def connect(port: Port | None) -> None:
+    """Let `emit` and `requests` speak through `port` from now on (None: through nothing)."""
+    global _port
+    _port = port
+
+
+def active() -> bool:
+    """Whether anybody listens: lets a caller skip the work of making an event."""
+    return _port is not None
+
+
+def emit(event: Event) -> None:
+    """Tell whoever watches this rank; nothing happens in a process that is not a rank."""
+    if _port is not None:
+        _port.emit(event)
+
+
+def requests() -> list[Request]:
+    """What has been asked of this rank since the last call, oldest first. Never blocks."""
+    return [] if _port is None else _port.requests()
