@@ -1,0 +1,163 @@
+"""A typed duplex pipe between two processes of one host: pickled values, and file descriptors beside them.
+
+A frame is a header (length of the body, number of descriptors), then the body. Descriptors ride on the
+header's first byte as SCM_RIGHTS; the kernel takes at most 253 at once, so further ones follow in
+batches, each on one filler byte. Both ends are processes of ours, of the same user, connected by an
+inherited socketpair: nothing listens, so nobody else can write here and pickle is safe.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import pickle
+import select
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+__all__ = ["Channel", "ChannelClosed", "pair"]
+
+_HEADER = struct.Struct("!QI")
+_BATCH = 200
+_CHUNK = 1 << 18
+# Descriptors that arrive must not leak into a user's subprocess, which would keep our pipes open.
+_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+
+class ChannelClosed(ConnectionError):
+    """The other end is gone."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets: one to keep, one to hand to another process."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+@final
+class Channel:
+    """One end. `send` may be called from several threads; only one may receive.
+
+    Args:
+        sock: a connected AF_UNIX stream socket; the channel owns it from now on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._buffer = bytearray()
+        self._fds: deque[int] = deque()
+        self._eof = False
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Channel:
+        """The channel on an inherited descriptor."""
+        return cls(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        """The descriptor, for selectors."""
+        return self._sock.fileno()
+
+    def send(self, value: Any, fds: Sequence[int] = ()) -> None:
+        """Send one value, and duplicates of these descriptors.
+
+        Blocks while the other end is slow.
+
+        Raises:
+            ChannelClosed: nobody is there any more.
+        """
+        body = pickle.dumps(value, protocol=5)
+        header = _HEADER.pack(len(body), len(fds))
+        try:
+            with self._lock:
+                if fds:
+                    self._send_with_fds(header, fds)
+                    self._sock.sendall(body)
+                else:
+                    self._sock.sendall(header + body)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ChannelClosed("the other end of the channel is gone") from error
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise ChannelClosed("the channel is closed") from error
+            raise
+
+    def _send_with_fds(self, header: bytes, fds: Sequence[int]) -> None:
+        for start in range(0, len(fds), _BATCH):
+            rights = array.array("i", fds[start : start + _BATCH])
+            carrier = header[:1] if start == 0 else b"\0"
+            self._sock.sendmsg([carrier], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            if start == 0:
+                self._sock.sendall(header[1:])
+
+    def recv(self, timeout: float | None = None) -> tuple[Any, list[int]]:
+        """The next value and its descriptors.
+
+        Args:
+            timeout: seconds to wait; None waits until the other end is gone.
+
+        Raises:
+            TimeoutError: nothing whole came in time.
+            ChannelClosed: the other end is gone and all it sent has been read.
+        """
+        while True:
+            for value, fds in self._frames():
+                return value, fds
+            if self._eof:
+                raise ChannelClosed("the other end of the channel is gone")
+            if not select.select([self._sock], [], [], timeout)[0]:
+                raise TimeoutError(f"nothing came in {timeout} s")
+            self._fill()
+
+    def drain(self) -> Iterator[tuple[Any, list[int]]]:
+        """Every whole value that can be read without waiting. Check `eof` afterwards."""
+        while not self._eof and select.select([self._sock], [], [], 0)[0]:
+            self._fill()
+            yield from self._frames()
+        yield from self._frames()
+
+    @property
+    def eof(self) -> bool:
+        """Whether the other end is gone and everything it sent has been read from the socket."""
+        return self._eof
+
+    def _fill(self) -> None:
+        """Read what is there, descriptors included."""
+        try:
+            data, ancillary, _, _ = self._sock.recvmsg(_CHUNK, socket.CMSG_SPACE(_BATCH * 4), _FLAGS)
+        except (ConnectionResetError, BrokenPipeError):
+            data, ancillary = b"", []
+        if not data:
+            self._eof = True
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received = array.array("i")
+                received.frombytes(content[: len(content) - len(content) % received.itemsize])
+                self._fds.extend(received)
+        self._buffer += data
+
+    def _frames(self) -> Iterator[tuple[Any, list[int]]]:
+        """Every whole frame in the buffer."""
+        while len(self._buffer) >= _HEADER.size:
+            length, num_fds = _HEADER.unpack_from(self._buffer)
+            fillers = max(0, -(-num_fds // _BATCH) - 1)
+            start, end = _HEADER.size + fillers, _HEADER.size + fillers + length
+            if len(self._buffer) < end:
+                return
+            value = pickle.loads(memoryview(self._buffer)[start:end].toreadonly())
+            del self._buffer[:end]
+            yield value, [self._fds.popleft() for _ in range(num_fds)]
+
+    def detach(self) -> int:
+        """Give up the descriptor without closing it."""
+        return self._sock.detach()
+
+    def close(self) -> None:
+        """Close this end; may be called twice."""
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())

@@ -1,0 +1,307 @@
+"""A value on its way to another process: pickled once, its large buffers in one shared memory file.
+
+The receiver maps the file privately, so any number of ranks share one copy of every tensor and array and
+still may write to theirs. Torch offers pickle no out-of-band buffers, hence a reducer of our own: it
+sends each storage once and keeps views and ties. Functions and classes of the notebook (of `__main__`)
+travel by value; in a rank they land in its `__main__`, where plain pickle finds them by name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import linecache
+import mmap
+import os
+import pickle
+import sys
+import tempfile
+import types
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import cloudpickle
+
+__all__ = ["Parcel", "Sidecar", "pack", "unpack"]
+
+_ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
+_OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
+_INLINE = 1 << 16  # contents up to this travel in the message itself, without a file
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """How to open what `pack` made. A larger content is in a descriptor that travels beside it."""
+
+    pickled: int
+    """Bytes of the pickle, at the start of the content."""
+    buffers: tuple[tuple[int, int], ...] = ()
+    """(offset, size) in bytes of each out-of-band buffer in the content."""
+    inline: bytes | None = None
+    """The content itself when it is small."""
+    on_device: bool = False
+    """Whether opening it needs an accelerator: then each rank opens it for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What must be in place around a value from a notebook for it to feel at home elsewhere."""
+
+    names: Mapping[str, Any] = field(default_factory=dict)
+    """The notebook's classes and functions the value needs, by their name in `__main__`."""
+    classes: Mapping[str, type] = field(default_factory=dict)
+    """The same classes by identity, so that their instances come back as the notebook's own."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Text of the cells they were defined in, by file name: for tracebacks and `inspect.getsource`."""
+
+
+# Classes that left this process by value, by identity, and the identities of those that came.
+_sent: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+_known: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+
+
+def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
+    """Pickle `value` into a Parcel and, when it is large, a sealed memory file.
+
+    Args:
+        value: anything cloudpickle takes; torch storages and protocol-5 buffers are not copied twice.
+        outward: True from the notebook to ranks: `__main__` travels as such and accelerator tensors
+            arrive on the rank's own device. False from a rank back: the notebook's classes go by
+            identity, accelerator tensors and wrapped modules come back plain and on the CPU.
+
+    Returns:
+        The parcel, and a descriptor the caller must close (None: everything is inline).
+    """
+    file = _memory_file()
+    try:
+        pickler = _Pickler(file, outward=outward)
+        pickler.dump(value)
+        pickler.dump(Sidecar(pickler.names, pickler.classes, pickler.sources))
+        file.flush()
+        pickled = file.tell()
+        buffers, end = [], pickled
+        for buffer in pickler.buffers:
+            offset = -(-end // _ALIGN) * _ALIGN
+            raw = buffer.raw()
+            _write_at(file.fileno(), raw, offset)
+            buffers.append((offset, raw.nbytes))
+            end = offset + raw.nbytes
+        parcel = Parcel(pickled, tuple(buffers), on_device=pickler.on_device)
+        if end <= _INLINE:
+            return Parcel(pickled, tuple(buffers), os.pread(file.fileno(), end, 0), pickler.on_device), None
+        fd = os.dup(file.fileno())
+    finally:
+        file.close()
+    _seal(fd)
+    return parcel, fd
+
+
+def unpack(parcel: Parcel, fd: int | None = None) -> tuple[Any, Sidecar]:
+    """The value in a parcel, and its sidecar. `fd` stays the caller's to close.
+
+    Large buffers are private, writable views of the file: nothing is copied until it is written to.
+    """
+    content: memoryview
+    if parcel.inline is not None:
+        content = memoryview(bytearray(parcel.inline))
+    else:
+        assert fd is not None, "this parcel's content travels in a descriptor"
+        content = memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+    buffers = [content[offset : offset + size] for offset, size in parcel.buffers]
+    unpickler = pickle.Unpickler(_Reader(content[: parcel.pickled]), buffers=buffers)
+    value = unpickler.load()
+    sidecar: Sidecar = unpickler.load()
+    for identity, cls in sidecar.classes.items():
+        _known[cls] = identity
+    return value, sidecar
+
+
+def install(sidecar: Sidecar, main: types.ModuleType) -> None:
+    """Give a rank's `__main__` the notebook's classes and functions, and `linecache` their source."""
+    for name, value in sidecar.names.items():
+        main.__dict__.setdefault(name, value)
+    for filename, text in sidecar.sources.items():
+        # no modification time: linecache then never looks for the file, which exists in no rank
+        linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+
+
+@final
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle, with torch storages out of band and the notebook's `__main__` kept one namespace."""
+
+    def __init__(self, file: Any, *, outward: bool) -> None:
+        self.buffers: list[pickle.PickleBuffer] = []
+        self.names: dict[str, Any] = {}
+        self.classes: dict[str, type] = {}
+        self.sources: dict[str, str] = {}
+        self.on_device = False
+        self._outward = outward
+        self._storages: dict[int, _Storage] = {}
+        super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
+        main = sys.modules.get("__main__")
+        if outward and main is not None:
+            # cloudpickle gives all functions with these globals this object for theirs
+            self.globals_ref[id(main.__dict__)] = _MainGlobals(__name__="__main__")
+
+    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        if buffer.raw().nbytes < _OUT_OF_BAND:
+            return True  # in band
+        self.buffers.append(buffer)
+        return False
+
+    def reducer_override(self, obj: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None and hasattr(torch, "nn"):
+            kind = type(obj)
+            if kind is torch.storage.TypedStorage:
+                return _typed, (self._storage(obj._untyped_storage), obj.dtype)
+            if kind is torch.UntypedStorage:
+                return _untyped, (self._storage(obj),)
+            if not self._outward and isinstance(obj, torch.nn.Module) and (inner := _inner_module(obj)) is not None:
+                return _same, (inner,)
+        if isinstance(obj, type) and not self._outward and obj in _known:
+            return _notebook_class, (_known[obj], obj.__qualname__)
+        reduced = super().reducer_override(obj)
+        if isinstance(reduced, tuple) and isinstance(obj, (type, types.FunctionType)):
+            self._note(obj)
+        return reduced
+
+    def _note(self, obj: type | types.FunctionType) -> None:
+        """Remember a class or function that travels by value."""
+        if not self._outward or obj.__module__ != "__main__":
+            return
+        if getattr(sys.modules.get("__main__"), obj.__qualname__, None) is obj:
+            self.names[obj.__qualname__] = obj
+        if isinstance(obj, type):
+            identity = _known.get(obj) or uuid.uuid4().hex
+            _known[obj] = identity
+            _sent[identity] = obj
+            self.classes[identity] = obj
+        else:
+            filename = obj.__code__.co_filename
+            if filename not in self.sources and not os.path.exists(filename):
+                lines = linecache.getlines(filename)
+                if lines:
+                    self.sources[filename] = "".join(lines)
+
+    def _storage(self, storage: Any) -> _Storage:
+        """The one stand-in of a storage, however many tensors share it."""
+        key = storage._cdata
+        if key not in self._storages:
+            self._storages[key] = _Storage(storage, keep_device=self._outward)
+            self.on_device |= self._outward and storage.device.type != "cpu"
+        return self._storages[key]
+
+
+@final
+class _MainGlobals(dict[str, Any]):
+    """Stands for the notebook's globals in a pickle; becomes the receiver's `__main__` namespace."""
+
+    def __reduce__(self) -> tuple[Callable[[], dict[str, Any]], tuple[()]]:
+        return _main_globals, ()
+
+
+@final
+class _Storage:
+    """Stands for one torch storage in a pickle; becomes an UntypedStorage over the received buffer."""
+
+    def __init__(self, storage: Any, *, keep_device: bool) -> None:
+        self._device = storage.device.type if keep_device else "cpu"
+        self._storage = storage.cpu()  # itself when it is there already
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        size = self._storage.nbytes()
+        memory = (ctypes.c_char * size).from_address(self._storage.data_ptr()) if size else bytearray()
+        return _load_storage, (pickle.PickleBuffer(memory), self._device)
+
+
+def _main_globals() -> dict[str, Any]:
+    return sys.modules["__main__"].__dict__
+
+
+def _load_storage(buffer: Any, device: str) -> Any:
+    import torch
+
+    view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else None
+    if view is None:
+        storage = torch.UntypedStorage(0)
+    else:
+        storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+    # without an index: the receiving rank's own device
+    return storage if device == "cpu" else storage.to(device=torch.device(device))
+
+
+def _typed(storage: Any, dtype: Any) -> Any:
+    import torch
+
+    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def _untyped(storage: Any) -> Any:
+    return storage
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _inner_module(module: Any) -> Any | None:
+    """The user's own module inside a wrapper that only makes sense in its rank, else None."""
+    torch = sys.modules["torch"]
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return module.module
+    return getattr(module, "_orig_mod", None)  # what torch.compile keeps the original under
+
+
+def _notebook_class(identity: str, name: str) -> type:
+    try:
+        return _sent[identity]
+    except KeyError:
+        raise pickle.UnpicklingError(f"the notebook's class {name} is gone: it was deleted or redefined") from None
+
+
+@final
+class _Reader:
+    """A file over a memoryview, which `io.BytesIO` would copy."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._at = 0
+
+    def read(self, size: int) -> memoryview | bytes:
+        start, self._at = self._at, min(self._at + size, len(self._view))
+        return bytes(self._view[start : self._at])
+
+    def readinto(self, target: Any) -> int:
+        chunk = self._view[self._at : self._at + len(target)]
+        target[: len(chunk)] = chunk
+        self._at += len(chunk)
+        return len(chunk)
+
+    def readline(self) -> bytes:
+        # only protocol 0 reads lines; the unpickler wants the method to exist
+        raise pickle.UnpicklingError("not a protocol 5 pickle")
+
+
+def _memory_file() -> Any:
+    """An unnamed file in memory; on disk where the platform has none."""
+    if hasattr(os, "memfd_create"):
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        return os.fdopen(os.memfd_create("nbaccel", flags), "w+b", buffering=1 << 20)
+    return tempfile.TemporaryFile(prefix="nbaccel-")
+
+
+def _write_at(fd: int, view: memoryview, offset: int) -> None:
+    while view.nbytes:
+        written = os.pwrite(fd, view[: 1 << 30], offset)
+        view, offset = view[written:], offset + written
+
+
+def _seal(fd: int) -> None:
+    """Forbid every change from now on: what several ranks map must not move under them."""
+    if hasattr(fcntl, "F_ADD_SEALS"):
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
