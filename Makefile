@@ -1,0 +1,71 @@
+# Two commands do all the set-up on a machine that has nothing but Python >= 3.10:
+#   make demo     the quickstart, executed in a real Jupyter kernel
+#   make test     everything that is checked before a change lands
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+
+# Notebooks run in this environment's kernel, not in one of the same name in the home folder.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+# JupyterLab refuses to run as root (containers) unless told.
+ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
+SCRIPTS := $(wildcard benchmarks/*.py notebooks/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.nbaccel-demo  ## execute the quickstart on 2 ranks; leaves it under build/
+	$(PY) notebooks/execute.py notebooks/quickstart.ipynb --out build
+
+lab: $(VENV)/.nbaccel-demo  ## open JupyterLab on the quickstart
+	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. $(LAB_OPTIONS) notebooks/quickstart.ipynb
+
+test: lint  ## lint, types, unit, integration, notebooks with their stored outputs
+	$(PY) -m pytest tests notebooks $(NBVAL)
+
+test-fast: $(VENV)/.nbaccel-test  ## the tests for the inner loop: nothing marked slow
+	$(PY) -m pytest tests -m "not slow and not gpu" -x -q
+
+test-gpu: $(VENV)/.nbaccel-test  ## the tests that need a CUDA device (skipped with a reason without one)
+	$(PY) -m pytest tests -m gpu
+
+lint: $(VENV)/.nbaccel-test  ## ruff and mypy
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m mypy $(SCRIPTS)
+
+bench: $(VENV)/.nbaccel-test  ## the figures of the README, beside the peers (half an hour)
+	$(PY) benchmarks/launch.py --out build/bench
+
+bench-quick: $(VENV)/.nbaccel-test  ## the same, a few minutes, rough
+	$(PY) benchmarks/launch.py --quick --out build/bench
+
+binder-check:  ## build what mybinder.org builds in a fresh environment and execute the quickstart in it
+	PYTHON=$(PYTHON) bash binder/check
+
+outputs: $(VENV)/.nbaccel-demo  ## execute the notebooks and store their outputs in place
+	$(PY) notebooks/execute.py notebooks/*.ipynb --in-place
+
+clean:  ## remove what was built (not the environment)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find nbaccel tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment too
+	rm -rf $(VENV)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nbaccel needs Python 3.10 or newer; this is %s. Try: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python could not make a virtual environment (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+
+# The stamps make a second run quick; they are stale when what is asked for changes.
+$(VENV)/.nbaccel-%: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing into $(VENV): torch and what the notebooks use; a few minutes the first time."
+	$(PIP) install -c constraints.txt -e '.[$*]'
+	@touch $@
