@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -62,7 +62,7 @@ class Environment:
     local_size: int = 1
     rendezvous: bool = False
     """Whether the variables a process group needs are all there."""
-    config: RunConfig = RunConfig()
+    config: RunConfig = field(default_factory=RunConfig)
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -123,7 +123,7 @@ def join(config: RunConfig | None = None, environment: Environment | None = None
     """
     environment = read_environment() if environment is None else environment
     config = environment.config if config is None else combine(environment.config, config)
-    device = choose_device(config, environment.local_rank)
+    device = choose_device(config, environment.local_rank, environment.size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_available() and dist.is_initialized():
@@ -187,15 +187,15 @@ def _backend_string(device: torch.device) -> str:
     return ",".join(f"{kind}:{name}" for kind, name in wanted.items())
 
 
-def choose_device(config: RunConfig, local_rank: int) -> torch.device:
+def choose_device(config: RunConfig, local_rank: int, size: int) -> torch.device:
     """The device of a local rank: what was asked, else the accelerator that is there, else the CPU.
 
     Raises:
         ConfigError: the kind asked for is not present, or this machine has fewer of them than ranks.
     """
-    kind = config.device
+    kind: str | None = config.device
     if kind in (None, "auto"):
-        kind = _present_kind()
+        kind = _present_kind(size)
     if kind == "cpu":
         return torch.device("cpu")
     if kind == "mps":
@@ -213,9 +213,10 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
     return torch.device(kind, local_rank)
 
 
-def _present_kind() -> str:
+def _present_kind(size: int) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         return "xpu"
-    return "cpu"
+    # One Apple GPU cannot be shared by ranks, and no process group serves it.
+    return "mps" if size == 1 and torch.backends.mps.is_available() else "cpu"
