@@ -1,0 +1,1 @@
+"""In the notebook's (or the command line's) process: a run, what is known of it, and who is told."""
