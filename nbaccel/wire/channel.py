@@ -152,9 +152,12 @@ class Channel:
             del self._buffer[:end]
             yield value, [self._fds.popleft() for _ in range(num_fds)]
 
-    def detach(self) -> int:
-        """Give up the descriptor without closing it."""
-        return self._sock.detach()
+    def shut_sending(self) -> None:
+        """Let the other end see that nothing more comes, and go on receiving."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # closed, or the other end is gone: it sees that too
 
     def close(self) -> None:
         """Close this end; may be called twice."""

@@ -1,0 +1,1 @@
+"""Floor 3: how ranks come to be and end."""

@@ -1,0 +1,58 @@
+"""Waiting for a message and for children at once, and reaping them in the right order."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from typing import final
+
+__all__ = ["Children"]
+
+
+@final
+class Children:
+    """Wakes this process when a child ends. One per process, made in its main thread."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        # a handler must exist for the byte to be written
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    def wait(self, fd: int) -> bool:
+        """Sleep until `fd` is readable or a child has ended; whether it is the former."""
+        readable = select.select([fd, self._read], [], [])[0]
+        if self._read in readable:
+            try:
+                os.read(self._read, 4096)
+            except BlockingIOError:
+                pass
+        return fd in readable
+
+    @staticmethod
+    def ended() -> Iterator[int]:
+        """Process ids of children that have ended; each is still a zombie while it is yielded."""
+        while True:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None:
+                return
+            yield info.si_pid
+
+    @staticmethod
+    def reap(pid: int) -> int:
+        """The exit code of a child that has ended; negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def forget(self) -> None:
+        """In a fresh fork of this process: leave the signal as a new process has it."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.close(self._read)
+        os.close(self._write)

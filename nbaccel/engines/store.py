@@ -1,0 +1,78 @@
+"""The run's store: a small process that serves one rendezvous store per process group, on loopback.
+
+It outlives every rank, so a rank that returns early takes nobody's store with it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+from collections import Counter
+from typing import Any, NoReturn
+
+from nbaccel.rank.process import die_with_parent
+from nbaccel.wire.channel import Channel, ChannelClosed
+
+__all__ = ["listen", "main", "serve"]
+
+Key = tuple[int, int, int]
+"""World size of a group, how many of that size came before it, and the rank for a group of one."""
+
+
+def listen() -> socket.socket:
+    """A listening socket on a free port of 127.0.0.1."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(1024)
+    return sock
+
+
+def main(first: int, ranks: list[int], parent: int) -> NoReturn:
+    """Where a spawned store process begins."""
+    serve(socket.socket(fileno=first), ranks, parent)
+
+
+def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
+    """Answer each rank's question for a group's port until the last rank is gone.
+
+    Args:
+        first: listens for the first group of all ranks; its port is the ranks' MASTER_PORT.
+        ranks: descriptors, one per rank.
+    """
+    die_with_parent(parent)
+    stores: dict[Key, Any] = {}
+    ports: dict[Key, int] = {}
+    asked: Counter[Key] = Counter()
+
+    def open_store(key: Key, sock: socket.socket) -> None:
+        from torch.distributed import TCPStore
+
+        ports[key] = sock.getsockname()[1]
+        stores[key] = TCPStore(
+            "127.0.0.1", ports[key], is_master=True, wait_for_workers=False, master_listen_fd=sock.detach()
+        )
+
+    try:
+        open_store((len(ranks), 0, -1), first)
+        channels = {fd: Channel.from_fd(fd) for fd in ranks}
+        while channels:
+            for fd in select.select(list(channels), [], [])[0]:
+                try:
+                    key, _ = channels[fd].recv()
+                    if key not in ports:
+                        open_store(key, listen())
+                    channels[fd].send(ports[key])
+                except ChannelClosed:
+                    channels.pop(fd).close()
+                    continue
+                asked[key] += 1
+                world, number, rank = key
+                if asked[key] >= world:  # all have left the group before this one
+                    stores.pop((world, number - 1, rank), None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,1 @@
+"""Floor 2: what runs inside a rank around the user's code."""

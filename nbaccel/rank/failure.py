@@ -1,0 +1,51 @@
+"""A rank's exception in words, for whoever cannot see its frames."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import traceback
+from types import TracebackType
+
+from nbaccel.wire.events import ExceptionInfo, Frame
+
+__all__ = ["describe"]
+
+_OURS = os.path.dirname(os.path.abspath(__file__))
+_MAX_FRAMES = 60
+_MAX_CHAIN = 5
+
+
+def describe(error: BaseException, *, depth: int = 0) -> ExceptionInfo:
+    """`error`, its frames with their source lines, and what it was raised from."""
+    cause = context = None
+    if depth < _MAX_CHAIN:
+        if error.__cause__ is not None:
+            cause = describe(error.__cause__, depth=depth + 1)
+        elif error.__context__ is not None and not error.__suppress_context__:
+            context = describe(error.__context__, depth=depth + 1)
+    kind = type(error)
+    module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
+    return ExceptionInfo(
+        type_name=f"{module}{kind.__qualname__}",
+        message="".join(traceback.format_exception_only(kind, error)).rstrip("\n"),
+        frames=_frames(error.__traceback__),
+        cause=cause,
+        context=context,
+    )
+
+
+def _frames(tb: TracebackType | None) -> tuple[Frame, ...]:
+    """The frames of the user's code and of libraries; not ours around the call."""
+    found = []
+    for frame, lineno in traceback.walk_tb(tb):
+        code = frame.f_code
+        if os.path.dirname(code.co_filename) == _OURS:
+            continue
+        source = linecache.getline(code.co_filename, lineno, frame.f_globals).strip()
+        found.append(Frame(code.co_filename, lineno, getattr(code, "co_qualname", code.co_name), source))
+    if len(found) > _MAX_FRAMES:  # a recursion: its middle says nothing
+        half = _MAX_FRAMES // 2
+        hidden = Frame("", 0, f"… {len(found) - 2 * half} frames …", "")
+        found = [*found[:half], hidden, *found[-half:]]
+    return tuple(found)

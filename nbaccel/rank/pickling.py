@@ -1,0 +1,27 @@
+"""Multiprocessing inside a rank: the notebook's functions and classes reach spawned workers too.
+
+A DataLoader worker that is spawned or forkserved has a `__main__` of its own without the notebook's
+definitions; plain pickle would send their names and stall or fail there. By value they arrive.
+"""
+
+from __future__ import annotations
+
+import types
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import cloudpickle
+
+__all__ = ["by_value_in_main"]
+
+
+def by_value_in_main() -> None:
+    """Let multiprocessing's pickler send `__main__`'s functions and classes by value from now on."""
+    # the C pickler consults a dispatch table for neither functions nor classes, only this method
+    ForkingPickler.reducer_override = _reduce  # type: ignore[attr-defined]
+
+
+def _reduce(_pickler: ForkingPickler, obj: Any) -> Any:
+    if isinstance(obj, (types.FunctionType, type)) and obj.__module__ == "__main__":
+        return cloudpickle.loads, (cloudpickle.dumps(obj),)
+    return NotImplemented

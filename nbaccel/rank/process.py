@@ -1,0 +1,116 @@
+"""What a process can ask the operating system about itself, its parent and what it started.
+
+Linux gives all of it; elsewhere the functions do what the platform offers and say so in their docstring.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+__all__ = ["become_subreaper", "descendants", "device_files", "die_with_parent", "kill_descendants", "unclean"]
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when `parent`, the process that forked this one, ends. Nothing outside Linux.
+
+    Follows the forking *thread*, so call it only in children forked from a main thread. A parent that
+    ended before this call is noticed too.
+    """
+    if _libc is None:
+        return
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def become_subreaper() -> None:
+    """Adopt orphaned descendants, so that none escapes `descendants`. Nothing outside Linux."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _children(pid: int) -> list[int]:
+    """Direct children by /proc; empty where there is none, or once the process is gone."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+                found.extend(map(int, file.read().split()))
+    except OSError:
+        pass  # it ended while we looked
+    return found
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Every process below `pid`, children before grandchildren."""
+    level = _children(pid)
+    while level:
+        yield from level
+        level = [below for child in level for below in _children(child)]
+
+
+def kill_descendants() -> None:
+    """SIGKILL everything below this process and reap it; returns when nothing is left.
+
+    Looks again after each round: a process that forks faster than we kill loses in the end, because
+    its parents die first. Outside Linux it reaps what has ended and no more.
+    """
+    me = os.getpid()
+    while True:
+        for pid in list(descendants(me)):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        try:
+            os.waitpid(-1, 0 if _libc is not None else os.WNOHANG)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        if _libc is None:
+            return
+
+
+def device_files() -> list[str]:
+    """Open files of accelerators in this process: a sign that a device context exists here."""
+    prefixes = ("/dev/nvidia", "/dev/accel", "/dev/vfio", "/dev/kfd", "/dev/dri/render")
+    found = set()
+    try:
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                target = os.readlink(f"/proc/self/fd/{fd}")
+            except OSError:
+                continue
+            # NVML alone opens the control node: reading a GPU's name is no context
+            if target.startswith(prefixes) and target != "/dev/nvidiactl":
+                found.add(target)
+    except OSError:
+        pass  # no /proc on this platform
+    return sorted(found)
+
+
+def unclean() -> str | None:
+    """Why forking this process is unsafe now: a second thread, an open accelerator. None when it is safe."""
+    try:
+        num_threads = len(os.listdir("/proc/self/task"))
+    except OSError:
+        import threading
+
+        num_threads = threading.active_count()
+    if num_threads > 1:
+        return f"it runs {num_threads - 1} thread{'s' if num_threads > 2 else ''} of its own"
+    if files := device_files():
+        return f"it opened {files[0]}"
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
+        return "it initialised CUDA"
+    return None

@@ -1,0 +1,77 @@
+"""What a rank is told before it starts: the values a run's ranks have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nbaccel.config import RUN_CONFIG_VARIABLE
+
+__all__ = ["Call", "Exit", "RunSpec", "rank_environ"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One run on one host."""
+
+    run_id: str
+    num_processes: int
+    device: str
+    """Kind of device: "cpu", "cuda", "xpu" or "mps"; a rank's index is its local rank."""
+    threads: int
+    """Threads each rank computes with."""
+    environ: Mapping[str, str]
+    """The whole environment of the ranks, but for what `rank_environ` adds."""
+    cwd: str
+    sys_path: tuple[str, ...]
+    argv: tuple[str, ...]
+    config: str
+    """The RunConfig as JSON."""
+    collective_timeout: float | None = None
+    """Seconds; None is torch's own default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Run the function that was delivered at the start."""
+
+    id: int
+    returns: bool
+    """Whether the value is wanted back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """End well: run exit handlers and leave."""
+
+
+def rank_environ(spec: RunSpec, rank: int, port: int) -> dict[str, str]:
+    """The variables torchrun would set for this rank (torch.distributed.run's documentation lists them)."""
+    size = str(spec.num_processes)
+    variables: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "GROUP_RANK": 0,
+        "GROUP_WORLD_SIZE": 1,
+        "ROLE_NAME": "default",
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": spec.run_id,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "OMP_NUM_THREADS": spec.threads,
+        RUN_CONFIG_VARIABLE: spec.config,
+    }
+    # With an odd hostname gloo would listen on whatever it resolves to; NCCL bootstraps on the first interface.
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if name not in spec.environ:
+            variables[name] = loopback
+    return {name: str(value) for name, value in variables.items()}

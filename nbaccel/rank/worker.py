@@ -1,0 +1,222 @@
+"""A rank from its first line to its last: set up, serve calls, leave.
+
+The notebook's process sends `Call` and `Exit` over the channel; the rank answers with events. User code
+runs in the main thread. `start` is where a forked rank begins, `main` where a spawned one does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NoReturn, final
+
+from nbaccel.rank import capture, rendezvous
+from nbaccel.rank.failure import describe
+from nbaccel.rank.pickling import by_value_in_main
+from nbaccel.rank.process import die_with_parent
+from nbaccel.rank.spec import Call, Exit, RunSpec, rank_environ
+from nbaccel.wire import events, payload
+from nbaccel.wire.channel import Channel, ChannelClosed
+from nbaccel.wire.events import Event, Raised, Request, Returned, Status
+
+__all__ = ["Place", "fresh_main", "main", "start"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank finds its ends of everything: descriptors, and who made it."""
+
+    rank: int
+    parent: int
+    port: int
+    """Port of the first process group's store on 127.0.0.1."""
+    channel: int
+    stdout: int
+    stderr: int
+    stores: int
+    payload: int | None = None
+    """The call's content, when each rank opens it for itself."""
+    parcel: payload.Parcel | None = None
+
+
+def main(boot: int) -> NoReturn:
+    """Where a spawned rank begins: one message over this descriptor says the rest."""
+    channel = Channel.from_fd(boot)
+    (spec, place), _ = channel.recv()
+    channel.close()
+    sys.path[:] = spec.sys_path
+    fresh_main()
+    start(spec, place)
+
+
+def start(spec: RunSpec, place: Place, *, inherited: Any = None) -> NoReturn:
+    """Become rank `place.rank` and serve until told to leave. Never returns.
+
+    Args:
+        inherited: (function, args, kwargs) opened before the fork; None when the rank opens it itself.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # its own group: a kill of the group reaches what the rank started
+    die_with_parent(place.parent)
+    capture.redirect(place.stdout, place.stderr, rank=place.rank)
+    os.environ.update(rank_environ(spec, place.rank, place.port))
+    port = _Port(Channel.from_fd(place.channel))
+    code = 1
+    try:
+        _set_up(spec, place)
+        events.connect(port)
+        os.register_at_fork(after_in_child=lambda: events.connect(None))
+        events.emit(Status(state="idle", pid=os.getpid()))
+        code = _serve(port, place, inherited)
+    except ChannelClosed:
+        pass  # the notebook is gone: so are we
+    except BaseException as error:
+        port.emit(Raised(call=-1, info=describe(error)))
+    finally:
+        _leave(code)
+
+
+def fresh_main() -> types.ModuleType:
+    """A new `__main__`, where the notebook's functions and classes will live."""
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = __builtins__
+    sys.modules["__main__"] = module
+    return module
+
+
+@final
+class _Port:
+    """The rank's end of the channel: `wire.events` speaks through it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._commands: deque[tuple[Call | Exit, list[int]]] = deque()
+        self._lock = threading.Lock()
+
+    def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
+        self._channel.send(event, fds)
+
+    def requests(self) -> list[Request]:
+        found = []
+        with self._lock:
+            for message, fds in self._channel.drain():
+                if isinstance(message, Request):
+                    found.append(message)
+                else:
+                    self._commands.append((message, fds))
+        return found
+
+    def next_command(self) -> tuple[Call | Exit, list[int]]:
+        """Wait for what to do next; requests that come while nothing runs are for nobody."""
+        while not self._commands:
+            message, fds = self._channel.recv()
+            if not isinstance(message, Request):
+                self._commands.append((message, fds))
+        return self._commands.popleft()
+
+
+def _set_up(spec: RunSpec, place: Place) -> None:
+    """Random state, threads, device and rendezvous as a fresh process of its own would have them."""
+    import torch
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until user code runs there is nothing to interrupt
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    torch.set_num_threads(spec.threads)
+    _limit_other_pools(spec.threads)
+    if spec.device in ("cuda", "xpu"):
+        getattr(torch, spec.device).set_device(place.rank)
+    rendezvous.install(Channel.from_fd(place.stores), spec, place.rank)
+    by_value_in_main()
+
+
+def _limit_other_pools(threads: int) -> None:
+    """BLAS and OpenMP pools that are loaded read their variables long ago: tell them directly."""
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(threads)
+
+
+def _serve(port: _Port, place: Place, inherited: Any) -> int:
+    """Run calls until told to leave; the exit code."""
+    while True:
+        command, fds = port.next_command()
+        if isinstance(command, Exit):
+            return 0
+        try:
+            _interruptible(True)
+            try:
+                call = inherited if inherited is not None else _open(place)
+                function, args, kwargs = call
+                value = function(*args, **kwargs)
+            finally:
+                _interruptible(False)
+            _answer(port, command, value)
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                return _fail(port, command, error)
+            _answer(port, command, None)
+        except BaseException as error:
+            return _fail(port, command, error)
+
+
+def _open(place: Place) -> Any:
+    """The call, when it was not opened before the fork."""
+    assert place.parcel is not None
+    call, sidecar = payload.unpack(place.parcel, place.payload)
+    payload.install(sidecar, sys.modules["__main__"])
+    return call
+
+
+def _interruptible(on: bool) -> None:
+    """Whether SIGINT raises KeyboardInterrupt: only while user code runs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler if on else signal.SIG_IGN)
+
+
+def _answer(port: _Port, call: Call, value: Any) -> None:
+    """All output first, then the value."""
+    fd = None
+    try:
+        parcel = None
+        if call.returns:
+            parcel, fd = payload.pack(value, outward=False)
+        capture.drain()
+        port.emit(Returned(call=call.id, value=parcel), () if fd is None else (fd,))
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _fail(port: _Port, call: Call, error: BaseException) -> int:
+    """All output first, then the error; the exit code."""
+    info = describe(error)
+    fd = None
+    try:
+        parcel, fd = payload.pack(error, outward=False)
+    except Exception:  # noqa: BLE001  # an exception that cannot travel is still told in words
+        parcel = None
+    capture.drain()
+    port.emit(Raised(call=call.id, info=info, error=parcel), () if fd is None else (fd,))
+    return 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End as any Python process does: join the user's threads, run exit handlers, flush."""
+    try:
+        events.connect(None)
+        threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls to join threads
+        atexit._run_exitfuncs()
+    except BaseException as error:
+        sys.stderr.write(f"an exit handler failed: {error!r}\n")
+    finally:
+        capture.drain()
+        os._exit(code)
