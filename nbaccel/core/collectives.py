@@ -19,6 +19,7 @@ from nbaccel.core.frames import (
     ROOM,
     CheckMode,
     MismatchCheck,
+    all_gather_flat,
     caller,
     exchange,
     exchange_blobs,
@@ -348,7 +349,7 @@ def _gather_stacked(
 
 def _all_gather_bytes(data: torch.Tensor, world: World) -> torch.Tensor:
     out = torch.empty(world.size * data.numel(), dtype=torch.uint8, device=data.device)
-    dist.all_gather_into_tensor(out, data)
+    all_gather_flat(out, data)
     return out.view(world.size, data.numel())
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "CheckMode",
     "Frames",
     "MismatchCheck",
+    "all_gather_flat",
     "caller",
     "exchange",
     "exchange_blobs",
@@ -43,6 +44,11 @@ _MAGIC = 0x6E62616363656C
 _HEADER = struct.Struct("<qqqqq24x")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+
+# torch renamed it; the older name warns in newer versions and is the only one in older ones.
+all_gather_flat: Callable[[torch.Tensor, torch.Tensor], Any] = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
 
 CheckMode = Literal["sampled", "always", "never"]
 
@@ -132,7 +138,7 @@ def exchange(
         mine[HEADER : HEADER + num_bytes] = payload
     mine = mine.to(world.control_device)
     everyone = torch.empty(world.size * FRAME, dtype=torch.uint8, device=mine.device)
-    dist.all_gather_into_tensor(everyone, mine)
+    all_gather_flat(everyone, mine)
     table = everyone.cpu().view(world.size, FRAME)
     headers = [_HEADER.unpack_from(row) for row in table[:, :HEADER].numpy()]
     if any(header[0] != _MAGIC for header in headers):
@@ -195,7 +201,7 @@ def exchange_blobs(
     padded[:num_bytes] = blob
     padded = padded.to(world.control_device)
     everyone = torch.empty(world.size * longest, dtype=torch.uint8, device=padded.device)
-    dist.all_gather_into_tensor(everyone, padded)
+    all_gather_flat(everyone, padded)
     table = everyone.cpu().view(world.size, longest)
     return [row[:size] for row, size in zip(table, frames.sizes, strict=True)]
 
