@@ -151,7 +151,7 @@ class RunConfig:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"unknown option {key!r}{f' in {place}' if place else ''}{hint}")
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(plain.get("log_with"), str):
             plain["log_with"] = (plain["log_with"],)
         if place and "sources" not in plain:
