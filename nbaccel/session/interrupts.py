@@ -1,0 +1,56 @@
+"""Waiting in the main thread so that a press of ■ becomes a message, never a half-done clean-up."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from types import FrameType
+from typing import Any, Literal, final
+
+__all__ = ["Presses"]
+
+
+@final
+class Presses:
+    """While it is entered, SIGINT queues "press" instead of raising; others may queue "done".
+
+    A KeyboardInterrupt raised by the default handler can land between any two lines of a clean-up. The
+    third press raises after all: whatever we do by then, the person must get out. In another thread
+    than the main one no signal arrives and nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        # the one queue whose `put` is safe in a signal handler
+        self._queue: queue.SimpleQueue[Literal["press", "done"]] = queue.SimpleQueue()
+        self._count = 0
+        self._before: Any = None
+        self._installed = False
+
+    def __enter__(self) -> Presses:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._pressed)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, self._before)
+            self._installed = False
+
+    def _pressed(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        self._queue.put("press")
+        if self._count > 2:
+            raise KeyboardInterrupt
+
+    def done(self) -> None:
+        """Wake the waiting thread; may be called from any thread."""
+        self._queue.put("done")
+
+    def wait(self, timeout: float | None) -> Literal["press", "done"] | None:
+        """The next thing that happened; None when `timeout` seconds passed."""
+        try:
+            return self._queue.get(timeout=timeout)
+        except queue.Empty:
+            return None

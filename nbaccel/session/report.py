@@ -1,0 +1,163 @@
+"""The failure of a run in words: which rank, its traceback, what became of the others."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Union
+
+from nbaccel.errors import WorkerError
+from nbaccel.session.results import rank_ranges
+from nbaccel.wire.events import Died, ExceptionInfo, Raised
+
+__all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "worker_error"]
+
+CellLabel = Callable[[str], Union[str, None]]
+"""From a file name to what the front end calls it ("Cell In[3]"); None for an ordinary file."""
+
+Failure = Union[Raised, Died]
+
+# A killed rank's peers notice the broken connection before we hear of the kill.
+_SAME_MOMENT = 1.0
+
+_RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What is known once no rank runs any more."""
+
+    num_ranks: int
+    failures: Mapping[int, Failure]
+    """By rank: the exception it raised, or how it ended without an answer."""
+    ended_by_us: Mapping[int, signal.Signals] = field(default_factory=dict)
+    """Ranks that had not ended by themselves, and the last signal they were sent."""
+    returned: frozenset[int] = frozenset()
+    last_words: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """The last lines of output by rank."""
+    folder: str | None = None
+    grace: float = 1.0
+
+
+def worker_error(outcome: Outcome, label: CellLabel, cause: BaseException | None) -> WorkerError:
+    """The error the cell shows; `cause` is the first failure's own exception where it could be loaded."""
+    ranks = first_failures(outcome)
+    plain = "\n".join(_lines(outcome, ranks, label, colour=False))
+    coloured = tuple(_lines(outcome, ranks, label, colour=True))
+    codes = {rank: event.exitcode for rank, event in outcome.failures.items() if isinstance(event, Died)}
+    error = WorkerError(plain, ranks=ranks, exitcodes=codes, rendered=coloured)
+    error.__cause__ = cause
+    return error
+
+
+def first_failures(outcome: Outcome) -> tuple[int, ...]:
+    """The rank whose failure caused the others, then those that failed the same way.
+
+    The first in time by the ranks' clocks, but a process that died is the cause of exceptions raised
+    in the same moment: its peers see their connection break before its end is reported.
+    """
+    own = {r: e for r, e in outcome.failures.items() if r not in outcome.ended_by_us or isinstance(e, Raised)}
+    if not own:
+        own = dict(outcome.failures)
+    first = min(own, key=lambda rank: own[rank].time)
+    died = [r for r, e in own.items() if isinstance(e, Died) and e.time - own[first].time < _SAME_MOMENT]
+    if died:
+        first = min(died, key=lambda rank: own[rank].time)
+    alike = [r for r in sorted(own) if r != first and _signature(own[r]) == _signature(own[first])]
+    return (first, *alike)
+
+
+def _signature(event: Failure) -> object:
+    """Equal for failures that one traceback describes."""
+    if isinstance(event, Died):
+        return event.exitcode
+    info = event.info
+    return info.type_name, tuple((frame.filename, frame.lineno) for frame in info.frames)
+
+
+def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour: bool) -> Iterable[str]:
+    first = outcome.failures[ranks[0]]
+    who = f"rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)} of {outcome.num_ranks}"
+    if isinstance(first, Raised):
+        headline = first.info.message.splitlines()[-1] if first.info.message else first.info.type_name
+        yield from render(first.info, label, title=f"rank {ranks[0]}", colour=colour)
+        yield ""
+        yield _paint(f"{who} failed: {headline}", _BOLD + _RED, colour)
+    else:
+        yield _paint(f"{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
+        if first.detail:
+            yield first.detail
+        if words := outcome.last_words.get(ranks[0]):
+            yield f"last words of rank {ranks[0]}:"
+            yield from (f"  {word}" for word in words[-12:])
+    yield from _fates(outcome, ranks)
+    if outcome.folder:
+        yield f"logs of every rank: {outcome.folder}"
+
+
+def _fates(outcome: Outcome, ranks: tuple[int, ...]) -> Iterable[str]:
+    """One line per group of other ranks with the same end."""
+    fates: dict[str, list[int]] = {}
+    for rank in range(outcome.num_ranks):
+        if rank not in ranks:
+            fates.setdefault(_fate(outcome, rank), []).append(rank)
+    for fate, who in fates.items():
+        yield f"{'ranks' if len(who) > 1 else 'rank'} {rank_ranges(who)} {fate}"
+
+
+def _fate(outcome: Outcome, rank: int) -> str:
+    event = outcome.failures.get(rank)
+    if isinstance(event, Raised):
+        last = event.info.message.splitlines()[-1] if event.info.message else event.info.type_name
+        return f"raised after it: {last[:200]}"
+    if rank in outcome.ended_by_us:
+        name = outcome.ended_by_us[rank].name
+        return f"did not end in the {outcome.grace:g} s given and was ended by {name}"
+    if isinstance(event, Died):
+        return explain_exit(event.exitcode)
+    return "had returned" if rank in outcome.returned else "ended by itself"
+
+
+def explain_exit(exitcode: int) -> str:
+    """An exit code as a sentence about the rank."""
+    if exitcode >= 0:
+        return f"ended without a result, exit code {exitcode} (os._exit, or a library that ends the process)"
+    try:
+        name = signal.Signals(-exitcode).name
+    except ValueError:
+        name = f"signal {-exitcode}"
+    hints = {
+        "SIGKILL": ": something killed it; without a hand of yours that is usually the kernel running out of memory",
+        "SIGSEGV": ": a crash in compiled code",
+        "SIGABRT": ": compiled code gave up, often two ranks in one collective with different shapes",
+        "SIGBUS": ": memory it had mapped went away, often a file overwritten while loaded or a full /dev/shm",
+    }
+    return f"was ended by {name}{hints.get(name, '')}"
+
+
+def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -> Iterable[str]:
+    """A remote traceback as Python prints one, cells called what the front end calls them."""
+    if info.cause is not None:
+        yield from render(info.cause, label, title=title, colour=colour)
+        yield "\nThe above exception was the direct cause of the following exception:\n"
+    elif info.context is not None:
+        yield from render(info.context, label, title=title, colour=colour)
+        yield "\nDuring handling of the above exception, another exception occurred:\n"
+    if info.frames:
+        yield f"Traceback on {title} (most recent call last):"
+    for frame in info.frames:
+        if not frame.filename:
+            yield f"  {frame.function}"
+            continue
+        place = label(frame.filename) or f'File "{frame.filename}"'
+        where = f"{_paint(place, _GREEN, colour)}, line {_paint(str(frame.lineno), _GREEN, colour)}"
+        yield f"  {where}, in {frame.function}"
+        if frame.source:
+            yield f"    {frame.source}"
+    head, _, rest = info.message.partition(":")
+    yield f"{_paint(head, _RED, colour)}:{rest}" if rest else _paint(head, _RED, colour)
+
+
+def _paint(text: str, code: str, colour: bool) -> str:
+    return f"{code}{text}{_OFF}" if colour else text
