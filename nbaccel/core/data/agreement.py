@@ -1,0 +1,152 @@
+"""What a loader is to do, checked before it does anything, and compared between the ranks."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Any
+
+import torch
+
+from nbaccel.core.collectives import gather_object
+from nbaccel.core.data.plan import Layout, Shard
+from nbaccel.core.data.sampling import load_sampler_state, sampler_state
+from nbaccel.core.data.source import Source
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError, TrustError
+
+__all__ = ["agree", "make_layout", "warn_of_tails"]
+
+_SHARDS = ("interleaved", "contiguous", "node", "none")
+
+
+def make_layout(
+    source: Source, world: World, even_batches: bool, split_batches: bool, dispatch: bool, shard: Shard
+) -> Layout:
+    """How global batches are cut and divided for what was asked.
+
+    Raises:
+        ConfigError: it cannot be done; the message names the options.
+    """
+    _check_shard(source, world, dispatch, shard)
+    size = 1 if shard == "none" else world.size
+    if source.kind == "batch_sampler":
+        batch = 1 if split_batches else size
+    elif split_batches:
+        if source.batch_size is None:
+            raise ConfigError(
+                "split_batches=True divides a batch over the ranks, but this DataLoader has batch_size=None"
+            )
+        if source.batch_size < size:
+            raise ConfigError(
+                f"split_batches=True divides batch_size={source.batch_size} over {size} ranks: some would "
+                f"have nothing. Give a batch_size of at least {size}, or leave split_batches out."
+            )
+        batch = source.batch_size
+    else:
+        batch = (source.batch_size or 1) * size
+    nodes = world.size // world.local_size if shard == "node" else 1
+    if batch % nodes:
+        raise ConfigError(f"shard='node' needs a global batch ({batch}) that {nodes} nodes can share equally")
+    return Layout(
+        size=size,
+        global_batch=batch,
+        drop_last=source.drop_last,
+        even_batches=even_batches,
+        shard=shard,
+        nodes=nodes,
+    )
+
+
+def _check_shard(source: Source, world: World, dispatch: bool, shard: Shard) -> None:
+    if not callable(shard) and shard not in _SHARDS:
+        close = difflib.get_close_matches(str(shard), _SHARDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"shard is {shard!r}; it must be one of {', '.join(map(repr, _SHARDS))} or a function.{hint}"
+        )
+    if shard == "none" and source.kind != "stream":
+        raise ConfigError("shard='none' is for an iterable data set that divides itself among the ranks")
+    if shard == "none" and dispatch:
+        raise ConfigError(
+            "dispatch=True lets rank 0 read for all; shard='none' lets every rank read its own: take one"
+        )
+    if shard == "node" and source.kind != "order":
+        raise ConfigError(
+            "shard='node' needs a map-style data set with plain or shuffled order, not an own sampler"
+        )
+    if shard == "node" and world.size % world.local_size:
+        raise ConfigError(
+            f"shard='node' needs equally many ranks per node, not {world.size} ranks in {world.local_size}s"
+        )
+
+
+def agree(
+    source: Source, layout: Layout, world: World, seed: int | None, options: tuple[bool, bool, bool]
+) -> int:
+    """The seed all ranks use, after comparing what they were given; collective.
+
+    A sampler with generators of its own is given rank 0's, so that all ranks draw the same.
+
+    Raises:
+        TrustError: the ranks differ; the message names what and which.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed must be an int, not {seed!r}")
+    found = source.seed if source.seed is not None else torch.initial_seed()
+    mine = (found if seed is None else seed) & ((1 << 63) - 1)
+    if world.size == 1 or world.backend is None:
+        return mine
+    dispatch, split_batches, seeded = options
+    facts = {
+        "data set": source.kind,
+        "batch_size": source.batch_size,
+        "drop_last": source.drop_last,
+        "shuffle": source.shuffle,
+        "shard": "a function" if callable(layout.shard) else layout.shard,
+        "even_batches": layout.even_batches,
+        "split_batches": split_batches,
+        "dispatch": dispatch,
+        "per_sample_seed": seeded,
+        "seed": seed,
+    }
+    if not dispatch and layout.shard != "none":
+        facts["length"] = source.total
+    own = sampler_state(source.sampler) if source.sampler is not None else {}
+    everyone = gather_object((facts, mine, own), world=world)
+    _compare([theirs[0] for theirs in everyone])
+    if source.sampler is not None and world.rank:
+        load_sampler_state(source.sampler, everyone[0][2])
+    return int(everyone[0][1])
+
+
+def _compare(everyone: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(everyone):
+        for name in {**everyone[0], **facts}:
+            if facts.get(name) != everyone[0].get(name):
+                raise TrustError(
+                    f"the ranks prepared different loaders: {name} is {everyone[0].get(name)!r} on rank 0 "
+                    f"and {facts.get(name)!r} on rank {rank}. Every rank must be given the whole data set "
+                    "with the same options; the loader divides it."
+                )
+
+
+def warn_of_tails(source: Source, layout: Layout) -> None:
+    """Say what will be left out, or used twice, in every epoch."""
+    total, batch = source.total, layout.global_batch
+    if total is None or source.kind == "batch_sampler":
+        return
+    rest = total % batch
+    if layout.drop_last and total < batch:
+        warnings.warn(
+            f"drop_last=True leaves no batch at all: the data set has {total} samples and a global batch "
+            f"{batch}",
+            stacklevel=3,
+        )
+    if layout.even_batches and rest and not layout.drop_last:
+        filled = layout.full_share() * layout.size
+        warnings.warn(
+            f"even_batches=True: the last batch of each epoch repeats {filled - rest} of its {rest} samples, "
+            "so that every rank's batch is full; metrics do not count them",
+            stacklevel=3,
+        )

@@ -1,0 +1,419 @@
+"""ShardedLoader: a DataLoader divided over the ranks, which knows where it is and can go on from there.
+
+plan (who reads what) -> reading (here or in workers) -> dispatch, if rank 0 reads for all
+                      -> transfer (to the device)     -> the loop, where `position` counts
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, final
+
+import torch
+from torch.utils.data import DataLoader
+
+from nbaccel.core.data.agreement import agree, make_layout, warn_of_tails
+from nbaccel.core.data.dispatch import Receiver, Sender, dispatch_group
+from nbaccel.core.data.iterable import Origin
+from nbaccel.core.data.plan import Shard, Share, num_batches
+from nbaccel.core.data.reading import MapReader, Reader, StreamBatches
+from nbaccel.core.data.sampling import load_sampler_state, sampler_state, set_sampler_epoch
+from nbaccel.core.data.source import read_dataloader
+from nbaccel.core.data.state import Position
+from nbaccel.core.data.transfer import Transfer
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
+from nbaccel.wire import events
+
+__all__ = ["LoopControl", "ShardedLoader"]
+
+_EMIT_EVERY = 0.1  # seconds between two Progress events of a loader
+
+
+class LoopControl(Protocol):
+    """What the owner of the training loop wants to know of its loaders, and to decide."""
+
+    def began(self, loader: ShardedLoader) -> None:
+        """A pass over the loader begins."""
+
+    def ended(self, loader: ShardedLoader) -> None:
+        """The pass is over: at its end, left early, or by an exception."""
+
+    def should_stop(self, loader: ShardedLoader) -> bool:
+        """Asked before each batch: True ends the pass here, and its position stays."""
+
+    def times(self, loader: ShardedLoader) -> Mapping[str, float] | None:
+        """Seconds by part of the step since it was last asked, for Progress."""
+
+
+@final
+class ShardedLoader:
+    """Batches of this rank, on its device, of a data set divided over all ranks.
+
+    Each sample of an epoch is seen once over all ranks, whatever their number, also when the run was
+    interrupted in between (`state_dict`). A pass begins at the first batch of the next epoch, or where
+    `load_state_dict` points.
+
+    Args:
+        dataloader: the torch DataLoader to take data set, sampler, batch size, workers and collate_fn from.
+        world: the ranks. Making the loader is collective: they compare what they were given.
+        device: where batches go; the world's device if None.
+        seed: of the epochs' orders; None takes the shuffling generator's, else rank 0's torch seed.
+        even_batches: repeat samples in the last batch so that all ranks' batches are full.
+        split_batches: `batch_size` is that of the global batch and not of each rank.
+        dispatch: rank 0 reads for all ranks and sends them their batches.
+        shard: how a global batch is divided: "interleaved", "contiguous", "node" (every node keeps to its
+            own contiguous part of the data set), "none" (an iterable data set that divides itself), or a
+            function (samples' indices, number of ranks) -> the rank of each.
+        per_sample_seed: read every sample under the seed (seed, epoch, index), so that random
+            augmentation is the same whoever reads it and after resuming.
+        name: of the progress bar.
+        loop: told when a pass begins and ends, asked whether to stop.
+
+    Raises:
+        ConfigError: not a DataLoader, or options that cannot be honoured together.
+        TrustError: the ranks were given different loaders.
+    """
+
+    def __init__(
+        self,
+        dataloader: DataLoader[Any],
+        *,
+        world: World,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        even_batches: bool = False,
+        split_batches: bool = False,
+        dispatch: bool = False,
+        shard: Shard = "interleaved",
+        per_sample_seed: bool = False,
+        name: str = "train",
+        loop: LoopControl | None = None,
+    ) -> None:
+        source = read_dataloader(dataloader, world.size)
+        self.dataloader = dataloader
+        self.name = name
+        self.world = world
+        self.device = torch.device(world.device if device is None else device)
+        self._source = source
+        self._layout = make_layout(source, world, even_batches, split_batches, dispatch, shard)
+        self._dispatch = dispatch and world.size > 1
+        self._per_rank = shard == "none"
+        self._seeded = per_sample_seed
+        self._loop = loop
+        self.seed = agree(source, self._layout, world, seed, (dispatch, split_batches, per_sample_seed))
+        self._reader = self._make_reader()
+        group = dispatch_group(world) if self._dispatch else None
+        self._sender = Sender(world, group) if self._dispatch and world.rank == 0 else None
+        self._receiver = Receiver(world, group) if self._dispatch and world.rank else None
+        self._transfer = Transfer(self.device)
+        self._epoch = self._samples = self._cursor = self._passes = self._steps = 0
+        self._sampler_start: dict[str, Any] | None = None
+        self._stream: dict[str, Any] | None = None
+        self._nodes = self._layout.nodes
+        self._started = False
+        self._resume: Position | None = None
+        self._share: Share | None = None
+        self._emitted, self._unsent = 0.0, False
+        self.data_seconds = 0.0
+        """Seconds the loop has waited for batches so far."""
+        if world.rank == 0:
+            warn_of_tails(source, self._layout)
+
+    # What the loop sees -------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        reads = self._begin()
+        loop, clock, number = self._loop, time.perf_counter, self._passes
+        try:
+            while True:
+                if number != self._passes:
+                    raise ConfigError(
+                        f"loader {self.name!r} is iterated twice at once; its position can follow one pass "
+                        "only. Prepare a second DataLoader for the inner loop."
+                    )
+                if loop is not None and loop.should_stop(self):
+                    return
+                started = clock()
+                read = next(reads, None)
+                if read is None:
+                    self._rewind(self._epoch + 1)
+                    return
+                share = read[1]
+                arrived = clock()
+                self.data_seconds += arrived - started
+                self._share = share
+                self._cursor = share.cursor
+                counted = share.global_samples
+                self._samples += share.samples if counted is None else counted
+                self._steps += 1
+                if share.origin is not None:
+                    self._remember(share.origin)
+                if events.active():
+                    self._emit(arrived, share.last)
+                yield read[0]
+        finally:
+            if number == self._passes:
+                self._end()
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, the same on every rank.
+
+        Raises:
+            TypeError: the data set or sampler has no length.
+        """
+        total = self._source.total
+        if total is None:
+            raise TypeError(f"the length of this loader is unknown: its {self._source.kind} has no __len__")
+        return num_batches(self._layout, total)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the pass in progress, or of the next one."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """Samples of this epoch the loop has consumed, over all ranks (of this rank with shard="none")."""
+        return self._samples
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the batch in hand is the last of the epoch."""
+        return self._share is not None and self._share.last
+
+    @property
+    def batch_samples(self) -> int:
+        """Real samples in this rank's batch in hand; what else it holds is repeated and does not count."""
+        return self._share.samples if self._share is not None else 0
+
+    @property
+    def batch_repeated(self) -> int:
+        """Repeated samples at the end of this rank's batch in hand."""
+        return self._share.repeated if self._share is not None else 0
+
+    @property
+    def global_batch_samples(self) -> int | None:
+        """Real samples in all ranks' batches in hand; None with shard="none", where a rank cannot know."""
+        return self._share.global_samples if self._share is not None else 0
+
+    @property
+    def batch_indices(self) -> Any:
+        """Sample indices of the batch in hand, real ones only; None where this rank does not know them."""
+        share = self._share
+        if share is None or share.origin is not None or self._receiver is not None:
+            return None
+        if self._source.kind == "stream":
+            return None
+        return share.indices[: share.samples]
+
+    @property
+    def total_samples(self) -> int | None:
+        """Samples an epoch gives over all ranks; None when unknown."""
+        total, batch = self._source.total, self._layout.global_batch
+        if total is None or self._source.kind == "batch_sampler" or self._per_rank:
+            return None
+        return total - total % batch if self._layout.drop_last else total
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Samples of a full global batch; None where a batch sampler or the data set decides."""
+        return None if self._source.batch_size is None else self._layout.global_batch
+
+    @property
+    def with_replacement(self) -> bool:
+        """Whether the sampler may give a sample more than once."""
+        return self._source.with_replacement
+
+    @property
+    def dataset(self) -> Any:
+        """The user's data set."""
+        return self._source.dataset
+
+    @property
+    def batch_size(self) -> int | None:
+        """As the user's DataLoader has it."""
+        return self.dataloader.batch_size
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Seconds the host has spent on moving batches to the device so far."""
+        return self._transfer.seconds
+
+    # Where it stands ----------------------------------------------------------------------------
+
+    @property
+    def state_scope(self) -> str:
+        """ "global" if rank 0's state serves every rank of any world, "rank" if each needs its own back."""
+        return "rank" if self._per_rank else "global"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop stands: the batch in hand counts as consumed, prefetched ones do not."""
+        return self._position().to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass go on where `state` was taken, on any number of ranks.
+
+        Raises:
+            CheckpointError: not a loader's state, or one of another data set or sampler.
+            ConfigError: it belongs to one rank or worker, and those are others now.
+        """
+        position = Position.from_dict(state)
+        where = f"loader {self.name!r} on rank {self.world.rank}"
+        position.check_fits(self._position(), where=where)
+        self._check_stream(position, where)
+        self._resume = position
+        self.seed = position.seed
+        self._epoch, self._samples, self._cursor = position.epoch, position.samples, position.cursor
+        self._sampler_start, self._stream = position.sampler, position.stream
+        self._nodes = position.nodes if position.cursor else self._layout.nodes
+        self._started = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of `epoch`. The place `load_state_dict` set in that same epoch is kept."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ConfigError(f"an epoch must be an int of at least 0, not {epoch!r}")
+        if self._resume is not None and self._resume.epoch == epoch:
+            return
+        self._resume = None
+        self._rewind(epoch)
+
+    def _rewind(self, epoch: int) -> None:
+        self._epoch, self._samples, self._cursor = epoch, 0, 0
+        self._stream, self._nodes, self._started = None, self._layout.nodes, False
+
+    def _position(self) -> Position:
+        source = self._source
+        sampler = self._sampler_start
+        if source.sampler is not None and not self._started and self._resume is None:
+            sampler = sampler_state(source.sampler)
+        return Position(
+            epoch=self._epoch,
+            samples=self._samples,
+            cursor=self._cursor,
+            seed=self.seed,
+            kind=source.kind,
+            total=source.total,
+            shuffle=source.shuffle,
+            nodes=self._nodes,
+            per_rank=self._per_rank,
+            rank=self.world.rank,
+            size=self.world.size,
+            seeded=self._seeded,
+            sampler=sampler,
+            stream=self._stream,
+        )
+
+    def _check_stream(self, position: Position, where: str) -> None:
+        if position.stream is None:
+            return
+        workers, saved = self.dataloader.num_workers, position.stream["workers"]
+        if workers != saved:
+            raise ConfigError(
+                f"{where}: saved in the middle of an iterable data set read by {saved} loader worker(s), "
+                f"which hold its position between them; now there are {workers}. Set num_workers={saved} to "
+                "go on."
+            )
+        states, consumed = position.stream["states"], position.stream["consumed"]
+        unknown = sum(count for worker, count in consumed.items() if states.get(worker) is None)
+        if unknown:
+            warnings.warn(
+                f"{where}: its iterable data set cannot say where it is (no state_dict), so {unknown} "
+                "samples will be read and dropped before the first batch. They repeat exactly only if the "
+                "data set yields the same samples again.",
+                stacklevel=3,
+            )
+
+    def _make_reader(self) -> Reader:
+        kind = StreamBatches if self._source.kind == "stream" else MapReader
+        ranks = range(self.world.size) if self._dispatch else (0 if self._per_rank else self.world.rank,)
+        pin = self.device.type == "cuda" and self.dataloader.pin_memory
+        return kind(self._source, self._layout, ranks, self.dataloader, seeded=self._seeded, pin=pin)
+
+    # One pass -----------------------------------------------------------------------------------
+
+    def _begin(self) -> Iterator[tuple[Any, Share]]:
+        sampler, resume = self._source.sampler, self._resume
+        if resume is None:
+            self._rewind(self._epoch + self._started)
+            if sampler is not None:
+                self._sampler_start = sampler_state(sampler)
+        elif sampler is not None and resume.sampler is not None:
+            load_sampler_state(sampler, resume.sampler)
+        self._resume, self._started, self._share = None, True, None
+        self._passes += 1
+        self._steps = -(-self._cursor // self._layout.global_batch)
+        if sampler is not None:
+            set_sampler_epoch(sampler, self._epoch)
+        if callable(getattr(self.dataset, "set_epoch", None)):
+            self.dataset.set_epoch(self._epoch)
+        if self._loop is not None:
+            self._loop.began(self)
+        if self._receiver is not None:
+            reads = self._received(self._receiver)
+        else:
+            reads = self._reader.read(self._position())
+            if self._sender is not None:
+                reads = self._sent(reads, self._sender)
+        return self._transfer.moved(reads)
+
+    def _remember(self, origin: Origin) -> None:
+        """Keep where an iterable data set stood after the batch that is now in hand."""
+        workers = self.dataloader.num_workers
+        if self._stream is None:
+            self._stream = {"workers": workers, "next": 0, "consumed": {}, "states": {}}
+        self._stream["consumed"][origin.worker] = origin.consumed
+        self._stream["states"][origin.worker] = origin.state
+        self._stream["next"] = (origin.worker + 1) % max(1, workers)
+        self._cursor = self._samples
+
+    def _emit(self, now: float, last: bool) -> None:
+        self._unsent = True
+        if now - self._emitted < _EMIT_EVERY and not last:
+            return
+        self._emitted, self._unsent = now, False
+        total = None if self._source.total is None else len(self)
+        times = None if self._loop is None else self._loop.times(self)
+        events.emit(
+            events.Progress(
+                name=self.name, step=self._steps, total=total, epoch=self._epoch, unit="batch", times=times
+            )
+        )
+
+    def _end(self) -> None:
+        if self._unsent:
+            self._emit(time.perf_counter(), True)
+        self._share = None
+        if self._loop is not None:
+            self._loop.ended(self)
+
+    def _sent(self, reads: Iterator[tuple[Any, Share]], sender: Sender) -> Iterator[tuple[Any, Share]]:
+        number, step, size = self._passes, 0, self.world.size
+        try:
+            first = next(reads, None)
+            while first is not None:
+                together = [first, *(next(reads) for _ in range(size - 1))]
+                sender.send([one[0] for one in together], [one[1] for one in together], (number, step))
+                yield first
+                step += 1
+                if first[1].last:
+                    return
+                first = next(reads, None)
+        except Exception as error:
+            sender.fail(error, (number, step))
+            raise
+        if step == 0:
+            sender.finish((number, 0))
+
+    def _received(self, receiver: Receiver) -> Iterator[tuple[Any, Share]]:
+        step = 0
+        while True:
+            read = receiver.receive((self._passes, step))
+            if read is None:
+                return
+            yield read
+            step += 1
+            if read[1].last:
+                return

@@ -1,0 +1,90 @@
+"""Batches on their way to the device, one ahead of the loop; on the CPU there is nothing to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from nbaccel.core.data.plan import Share
+from nbaccel.core.nested import map_leaves
+
+__all__ = ["Transfer"]
+
+Read = tuple[Any, Share]
+
+
+@final
+class Transfer:
+    """Moves what an iterator yields to `device`; on CUDA and XPU by a stream of its own, one batch ahead.
+
+    `seconds` is the host's time spent in it so far: pinning and queueing, not the copy itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._streams: Any = torch.get_device_module(device) if device.type in ("cuda", "xpu") else None
+        self._stream: Any = self._streams.Stream(device) if self._streams is not None else None
+
+    def moved(self, source: Iterator[Read]) -> Iterator[Read]:
+        """The same batches on the device, ready for the current stream."""
+        if self._device.type == "cpu":
+            return source
+        return self._ahead(source) if self._stream is not None else self._plain(source)
+
+    def _plain(self, source: Iterator[Read]) -> Iterator[Read]:
+        for batch, share in source:
+            started = time.perf_counter()
+            moved = _map_movable(lambda leaf: leaf.to(self._device), batch)
+            self.seconds += time.perf_counter() - started
+            yield moved, share
+
+    def _ahead(self, source: Iterator[Read]) -> Iterator[Read]:
+        waiting: tuple[Any, Any, Share] | None = None
+        for batch, share in source:
+            started = time.perf_counter()
+            moved, copied = self._launch(batch)
+            self.seconds += time.perf_counter() - started
+            if waiting is not None:
+                yield self._arrive(*waiting)
+            waiting = moved, copied, share
+        if waiting is not None:
+            yield self._arrive(*waiting)
+
+    def _launch(self, batch: Any) -> tuple[Any, Any]:
+        # The copy waits for nothing on the loop's stream: its source is host memory, its target fresh.
+        with self._streams.stream(self._stream):
+            return _map_movable(self._copy, batch), self._stream.record_event()
+
+    def _copy(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if leaf.device.type == "cpu" and not leaf.is_pinned():
+                leaf = leaf.pin_memory()
+            return leaf.to(self._device, non_blocking=True)
+        return leaf.to(self._device)
+
+    def _arrive(self, batch: Any, copied: Any, share: Share) -> Read:
+        current = self._streams.current_stream(self._device)
+        # An event per batch: waiting for the whole stream would wait for the batch after it as well.
+        current.wait_event(copied)
+
+        def own(leaf: Any) -> Any:
+            # Its memory belongs to the copying stream: it must not be reused while the loop still reads it.
+            if isinstance(leaf, Tensor) and leaf.device.type == self._device.type:
+                leaf.record_stream(current)
+            return leaf
+
+        return _map_movable(own, batch), share
+
+
+def _map_movable(fn: Any, batch: Any) -> Any:
+    """`fn` on every tensor, and on every other leaf that knows how to move (`.to(device)`)."""
+
+    def visit(leaf: Any) -> Any:
+        return fn(leaf) if isinstance(leaf, Tensor) or callable(getattr(leaf, "to", None)) else leaf
+
+    return map_leaves(visit, batch)
