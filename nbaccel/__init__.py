@@ -2,6 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+import sys
+from typing import Any
 
 __version__ = "0.1.0.dev0"
+
+# The public names and where they live; nothing is imported before it is used.
+_HOMES = {
+    "Run": "nbaccel.session.run",
+    "RunConfig": "nbaccel.config",
+    "last_run": "nbaccel.notebook.launcher",
+    "launch": "nbaccel.notebook.launcher",
+    "notebook_launcher": "nbaccel.notebook.launcher",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'nbaccel' has no attribute {name!r}")
+
+
+if "ipykernel" in sys.modules:
+    importlib.import_module("nbaccel.notebook.kernel").prepare()

@@ -26,7 +26,19 @@ from nbaccel.wire.channel import Channel, ChannelClosed, pair
 
 __all__ = ["ForkServer", "server_for", "shut_down"]
 
-_FROZEN = ("TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "LD_", "MALLOC_", "PYTHON", "CUDA_")
+_FROZEN = (
+    "TORCH",
+    "PYTORCH",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "KMP_",
+    "GOMP_",
+    "LD_",
+    "MALLOC_",
+    "PYTHON",
+    "CUDA_",
+)
 # Read when a device is first used, not at import: devices=[…] may differ from launch to launch.
 _NOT_FROZEN = ("CUDA_VISIBLE_DEVICES",)
 # The notebook's own machinery: it starts threads and means nothing in a rank.

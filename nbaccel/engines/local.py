@@ -37,7 +37,9 @@ class LocalEngine:
         server, notes = server_for(spec.environ, self._start_method)
         self._server = server
         for retry in after[-1:]:
-            notes.append(retry.reason + ("; it is left out" if retry.package else "; each rank opens its own"))
+            notes.append(
+                retry.reason + ("; it is left out" if retry.package else "; each rank opens its own")
+            )
             if retry.package:
                 server.do_without(retry.package)
         open_in_ranks = any(retry.open_in_ranks for retry in after)

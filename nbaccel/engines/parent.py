@@ -10,15 +10,14 @@ import errno
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nbaccel.engines import store
-from nbaccel.engines.children import Children
 from nbaccel.engines.base import Exited, Failed, Opening, Retry, Started
+from nbaccel.engines.children import Children
 from nbaccel.rank import worker
 from nbaccel.rank.failure import describe
 from nbaccel.rank.process import become_subreaper, kill_descendants, unclean
@@ -96,7 +95,9 @@ def _open(channel: Channel, parcel: Parcel, fd: int | None) -> Any:
     gc.enable()
     payloads.install(sidecar, sys.modules["__main__"])
     if reason := unclean():
-        channel.send(Retry(f"opening the arguments makes a process unsafe to fork: {reason}", open_in_ranks=True))
+        channel.send(
+            Retry(f"opening the arguments makes a process unsafe to fork: {reason}", open_in_ranks=True)
+        )
         os._exit(0)
     return call
 
@@ -104,7 +105,9 @@ def _open(channel: Channel, parcel: Parcel, fd: int | None) -> Any:
 class _Places:
     """The descriptors of a run while its processes are made."""
 
-    def __init__(self, spec: RunSpec, ranks: Sequence[tuple[int, int, int]], parcel: Parcel, fd: int | None) -> None:
+    def __init__(
+        self, spec: RunSpec, ranks: Sequence[tuple[int, int, int]], parcel: Parcel, fd: int | None
+    ) -> None:
         self._spec = spec
         self._stores = [pair() for _ in ranks]
         self._listening = store.listen()
@@ -151,7 +154,9 @@ class _Places:
         mine = [ours.fileno() for ours, _ in self._stores]
         listening = self._listening.fileno()
         me = os.getpid()
-        _python(f"from nbaccel.engines import store; store.main({listening}, {mine}, {me})", (listening, *mine))
+        _python(
+            f"from nbaccel.engines import store; store.main({listening}, {mine}, {me})", (listening, *mine)
+        )
         return pids
 
     def _spawn_rank(self, place: Place) -> int:

@@ -173,7 +173,9 @@ def _preload(room: _Room, modules: Sequence[str]) -> None:
             if name == package:
                 failures[package] = f"{type(error).__name__}: {error}"
         if reason := unclean():
-            room.culprit = Retry(f"importing {package} makes a process unsafe to fork: {reason}", package=package)
+            room.culprit = Retry(
+                f"importing {package} makes a process unsafe to fork: {reason}", package=package
+            )
     room.failures.update(failures)
     gc.collect()
     gc.freeze()

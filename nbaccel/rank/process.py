@@ -11,7 +11,14 @@ import signal
 import sys
 from collections.abc import Iterator
 
-__all__ = ["become_subreaper", "descendants", "device_files", "die_with_parent", "kill_descendants", "unclean"]
+__all__ = [
+    "become_subreaper",
+    "descendants",
+    "device_files",
+    "die_with_parent",
+    "kill_descendants",
+    "unclean",
+]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36

@@ -48,7 +48,13 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> None:
     local = {"127.0.0.1", "localhost", "::1", "0.0.0.0", socket.gethostname()}
 
     def create(
-        hostname: str, port: int, rank_in_group: int, world_size: int, timeout: timedelta, *args: Any, **options: Any
+        hostname: str,
+        port: int,
+        rank_in_group: int,
+        world_size: int,
+        timeout: timedelta,
+        *args: Any,
+        **options: Any,
     ) -> Any:
         if hostname not in local or os.getpid() != owner:
             return original(hostname, port, rank_in_group, world_size, timeout, *args, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nbaccel.config import RUN_CONFIG_VARIABLE
@@ -23,7 +23,10 @@ class RunSpec:
     threads: int
     """Threads each rank computes with."""
     environ: Mapping[str, str]
-    """The whole environment of the ranks, but for what `rank_environ` adds."""
+    """The notebook's environment at the launch; the server that serves it must have been started with
+    the same values of what libraries read when they load."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What the launch adds to it in the ranks."""
     cwd: str
     sys_path: tuple[str, ...]
     argv: tuple[str, ...]
@@ -66,8 +69,8 @@ def rank_environ(spec: RunSpec, rank: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_MAX_RESTARTS": 0,
         "TORCHELASTIC_USE_AGENT_STORE": True,
-        "OMP_NUM_THREADS": spec.threads,
         RUN_CONFIG_VARIABLE: spec.config,
+        **spec.variables,
     }
     # With an odd hostname gloo would listen on whatever it resolves to; NCCL bootstraps on the first interface.
     loopback = "lo0" if sys.platform == "darwin" else "lo"

@@ -43,7 +43,10 @@ class Ending:
                 self.reason = reason
             self.began = now
             grace = {"returned": _EXIT_HANDLERS, "killed": 0.0}.get(reason, self._grace)
-            self._due = [_Due(now + grace, signal.SIGTERM), _Due(now + grace + _AFTER_SIGTERM, signal.SIGKILL)]
+            self._due = [
+                _Due(now + grace, signal.SIGTERM),
+                _Due(now + grace + _AFTER_SIGTERM, signal.SIGKILL),
+            ]
             if reason == "killed":
                 self._due = [_Due(now, signal.SIGKILL)]
             elif reason in ("interrupted", "timeout"):

@@ -22,10 +22,10 @@ import termios
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from nbaccel.engines.base import Engine, Exited, Failed, Opening, Ports, Retry, Started
 from nbaccel.errors import LaunchError, NbaccelError, RunTimeout
@@ -78,6 +78,7 @@ class Relay:
         spec: the run.
         delivery: the call; the relay closes its descriptor.
         sinks: fed with every event on the relay's thread; the relay closes them.
+        say: tells the person one sentence about how the ranks came to be.
         label: what the front end calls a file a cell was compiled from.
         folder: the run's folder, for messages.
     """
@@ -90,11 +91,12 @@ class Relay:
         sinks: Sequence[Sink],
         *,
         limits: Limits,
+        say: Callable[[str], None],
         label: CellLabel = lambda _: None,
         folder: str | None = None,
     ) -> None:
         self.future: Future[Results] = Future()
-        self.notes: list[str] = []
+        self._say = say
         self._engine, self._spec, self._delivery, self._sinks = engine, spec, delivery, sinks
         self._limits, self._label, self._folder = limits, label, folder
         self._state = new_state(spec.num_processes, time.time())
@@ -111,7 +113,7 @@ class Relay:
         self._commands, self._command_write = os.pipe()
         os.set_blocking(self._command_write, False)
         self._ports = engine.start(spec, delivery.parcel, delivery.fd)
-        self.notes += self._ports.notes
+        self._tell()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._commands, selectors.EVENT_READ, self._on_command)
         self._watch(self._ports)
@@ -137,6 +139,10 @@ class Relay:
     def join(self) -> None:
         """Wait for the thread's last line, after the future is resolved."""
         self._thread.join()
+
+    def _tell(self) -> None:
+        for note in self._ports.notes:
+            self._say(note)
 
     def _command(self, what: bytes) -> None:
         try:
@@ -183,8 +189,12 @@ class Relay:
         self._selector.register(ports.control, read, self._on_control)
         for rank, channel in enumerate(ports.channels):
             self._selector.register(channel, read, lambda rank=rank: self._on_channel(rank))
-            self._selector.register(ports.stdouts[rank], read, lambda rank=rank: self._on_output(rank, "stdout"))
-            self._selector.register(ports.stderrs[rank], read, lambda rank=rank: self._on_output(rank, "stderr"))
+            self._selector.register(
+                ports.stdouts[rank], read, lambda rank=rank: self._on_output(rank, "stdout")
+            )
+            self._selector.register(
+                ports.stderrs[rank], read, lambda rank=rank: self._on_output(rank, "stderr")
+            )
 
     # ── what comes in ─────────────────────────────────────────────────────────────────────────────
 
@@ -203,10 +213,15 @@ class Relay:
                 return
             elif isinstance(message, Failed):
                 text = "\n".join(render(message.info, self._label, title="the ranks' parent", colour=False))
-                self._give_up(LaunchError(f"the function or its arguments could not be opened in the ranks.\n{text}"))
+                self._give_up(
+                    LaunchError(f"the function or its arguments could not be opened in the ranks.\n{text}")
+                )
             elif isinstance(message, Started):
-                for rank, pid in enumerate(message.pids):
-                    self._fold(Status(rank=rank, state="starting", pid=pid))
+                for known, pid in zip(self._state.ranks, message.pids, strict=True):
+                    if (
+                        known.state == "starting"
+                    ):  # a quick rank has said "idle" before its parent says it exists
+                        self._fold(Status(rank=known.rank, state="starting", pid=pid))
             elif isinstance(message, Exited):
                 self._on_exit(message)
         if self._ports.control.eof:
@@ -221,14 +236,16 @@ class Relay:
         self._ports = self._engine.start(
             self._spec, self._delivery.parcel, self._delivery.fd, after=tuple(self._retries)
         )
-        self.notes += self._ports.notes
+        self._tell()
         self._watch(self._ports)
 
     def _on_lost_parent(self) -> None:
         """Whoever made the ranks is gone, and so are they."""
         if self._startup_error is None and self._phase == "starting":
             log = self._engine.log()
-            self._startup_error = LaunchError(f"the process that makes the ranks ended before they were there.\n{log}")
+            self._startup_error = LaunchError(
+                f"the process that makes the ranks ended before they were there.\n{log}"
+            )
         for rank in range(self._spec.num_processes):
             if rank not in self._values and rank not in self._failures:
                 self._on_exit(Exited(rank, -signal.SIGKILL, "the process that made it is gone"))
@@ -362,7 +379,9 @@ class Relay:
             return LaunchError(
                 f"the server that makes ranks was not ready in {_SERVER_START:g} s.\n{self._engine.log()}"
             )
-        states = "\n".join(f"  rank {known.rank}: {known.state} {known.detail}" for known in self._state.ranks)
+        states = "\n".join(
+            f"  rank {known.rank}: {known.state} {known.detail}" for known in self._state.ranks
+        )
         return LaunchError(
             f"not all ranks were ready in {self._limits.start:g} s (start_timeout):\n{states}\n"
             "Opening the arguments or setting up the device takes longer: give start_timeout=… more seconds."
@@ -417,7 +436,9 @@ class Relay:
             if rank in self._values:
                 text = "had returned"
             elif isinstance(event, Raised) and event.info.frames:
-                frame = next((f for f in reversed(event.info.frames) if self._label(f.filename)), event.info.frames[-1])
+                frame = next(
+                    (f for f in reversed(event.info.frames) if self._label(f.filename)), event.info.frames[-1]
+                )
                 place = self._label(frame.filename) or frame.filename
                 text = f"was at {place}, line {frame.lineno}, in {frame.function}"
             elif rank in self._signalled:
@@ -425,7 +446,9 @@ class Relay:
             else:
                 text = "was not running"
             places.setdefault(text, []).append(rank)
-        return "; ".join(f"rank{'s' if len(r) > 1 else ''} {rank_ranges(r)} {text}" for text, r in places.items())
+        return "; ".join(
+            f"rank{'s' if len(r) > 1 else ''} {rank_ranges(r)} {text}" for text, r in places.items()
+        )
 
     def _worker_error(self) -> BaseException:
         outcome = Outcome(

@@ -13,7 +13,7 @@ from nbaccel.wire.events import Died, ExceptionInfo, Raised
 
 __all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "worker_error"]
 
-CellLabel = Callable[[str], Union[str, None]]
+CellLabel = Callable[[str], str | None]
 """From a file name to what the front end calls it ("Cell In[3]"); None for an ordinary file."""
 
 Failure = Union[Raised, Died]
@@ -113,7 +113,7 @@ def _fate(outcome: Outcome, rank: int) -> str:
         return f"raised after it: {last[:200]}"
     if rank in outcome.ended_by_us:
         name = outcome.ended_by_us[rank].name
-        return f"did not end in the {outcome.grace:g} s given and was ended by {name}"
+        return f"did not end in the {outcome.grace:g} s given: ended by {name}"
     if isinstance(event, Died):
         return explain_exit(event.exitcode)
     return "had returned" if rank in outcome.returned else "ended by itself"

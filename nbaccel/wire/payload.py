@@ -160,7 +160,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return _typed, (self._storage(obj._untyped_storage), obj.dtype)
             if kind is torch.UntypedStorage:
                 return _untyped, (self._storage(obj),)
-            if not self._outward and isinstance(obj, torch.nn.Module) and (inner := _inner_module(obj)) is not None:
+            if (
+                not self._outward
+                and isinstance(obj, torch.nn.Module)
+                and (inner := _inner_module(obj)) is not None
+            ):
                 return _same, (inner,)
         if isinstance(obj, type) and not self._outward and obj in _known:
             return _notebook_class, (_known[obj], obj.__qualname__)
@@ -260,7 +264,9 @@ def _notebook_class(identity: str, name: str) -> type:
     try:
         return _sent[identity]
     except KeyError:
-        raise pickle.UnpicklingError(f"the notebook's class {name} is gone: it was deleted or redefined") from None
+        raise pickle.UnpicklingError(
+            f"the notebook's class {name} is gone: it was deleted or redefined"
+        ) from None
 
 
 @final

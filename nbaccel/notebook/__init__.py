@@ -1,0 +1,1 @@
+"""Floor 5: the notebook. The only place that knows IPython."""

@@ -1,0 +1,49 @@
+"""What nbaccel asks of IPython and its kernel, and what it does between cells."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from nbaccel.engines import forkserver
+from nbaccel.errors import LaunchError
+from nbaccel.wire.channel import ChannelClosed
+
+__all__ = ["cell_label", "cell_source", "prepare"]
+
+
+def _shell() -> Any:
+    get = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get() if get is not None else None
+
+
+def prepare() -> None:
+    """In a kernel: warm the server up now, and let it follow what cells import."""
+    shell = _shell()
+    if shell is None or "IPKernelApp" not in shell.config or not sys.platform.startswith("linux"):
+        return
+    _follow()
+    shell.events.register("post_run_cell", _follow)
+
+
+def _follow(*_: Any) -> None:
+    """Keep the warm server fit for the next launch; a failure here shows at that launch, not in this cell."""
+    try:
+        forkserver.server_for(os.environ, "fork")[0].preload()
+    except (LaunchError, ChannelClosed):
+        forkserver.shut_down()
+
+
+def cell_label(filename: str) -> str | None:
+    """What IPython calls the cell that was compiled from this file name: "Cell In[3]"; None for a real file."""
+    shell = _shell()
+    name = getattr(getattr(shell, "compile", None), "format_code_name", lambda _: None)(filename)
+    return f"{name[0]} {name[1]}" if name else None
+
+
+def cell_source() -> str | None:
+    """The text of the cell that runs now."""
+    shell = _shell()
+    history = getattr(shell, "user_ns", {}).get("In") if shell is not None else None
+    return str(history[-1]) if history else None

@@ -1,0 +1,124 @@
+"""A run as its caller sees it: a future of the ranks' values that can be watched and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import Any, final
+
+from nbaccel.errors import ConfigError
+from nbaccel.session.interrupts import Presses
+from nbaccel.session.relay import Relay
+from nbaccel.session.results import Results, rank_ranges
+from nbaccel.session.state import RunState
+
+__all__ = ["Run"]
+
+
+@final
+class Run:
+    """A function running, or having run, on N ranks. Made by `nbaccel.launch`.
+
+    It can be awaited: `values = await run`.
+    """
+
+    def __init__(self, relay: Relay, *, name: str, folder: Path | None) -> None:
+        self.name = name
+        self.folder = folder
+        """Where the run's files are; None when no run folder was wanted."""
+        self._relay = relay
+
+    def result(self, timeout: float | None = None) -> Results:
+        """The ranks' values, in rank order.
+
+        While this waits in the main thread, ■ (SIGINT) interrupts the ranks, and a second one kills them.
+
+        Args:
+            timeout: seconds; when they pass TimeoutError is raised and the run goes on.
+
+        Raises:
+            WorkerError: a rank failed; its own exception is the `__cause__`.
+            LaunchError: the ranks could not be brought up.
+            RunTimeout: it took longer than `max_time`.
+            KeyboardInterrupt: the run was interrupted or killed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        future = self._relay.future
+        with Presses() as presses:
+            future.add_done_callback(lambda _: presses.done())
+            while not future.done():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on")
+                if presses.wait(left) == "press":
+                    self._relay.interrupt()
+            self._relay.join()
+        return future.result()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not; no process of it is left then."""
+        return self._relay.future.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `result` would raise; None when it would return."""
+        try:
+            return self._relay.future.exception(timeout)
+        except (FutureTimeout, CancelledError):
+            raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on") from None
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in every rank; a second call kills them."""
+        self._relay.interrupt()
+
+    def kill(self) -> None:
+        """End every rank and what it started, at once."""
+        self._relay.kill()
+
+    def logs(self, rank: int) -> str:
+        """What a rank has printed so far, stdout and stderr in the order they came.
+
+        From the run folder; without one, the last lines that were kept in memory.
+
+        Raises:
+            ConfigError: there is no such rank.
+        """
+        known = self._relay.state.ranks
+        if not 0 <= rank < len(known):
+            raise ConfigError(f"there is no rank {rank}: this run has ranks 0 to {len(known) - 1}")
+        if self.folder is not None:
+            try:
+                return (self.folder / f"rank-{rank}.log").read_text(errors="replace")
+            except FileNotFoundError:
+                pass  # it has printed nothing yet, or the folder could not be written
+        return "\n".join(known[rank].last_lines(1000))
+
+    @property
+    def state(self) -> RunState:
+        """What is known of every rank now."""
+        return self._relay.state
+
+    def __await__(self) -> Generator[Any, None, Results]:
+        async def wait() -> Results:
+            loop = asyncio.get_running_loop()
+            done = asyncio.Event()
+            wake: Callable[..., Any] = lambda _: loop.call_soon_threadsafe(done.set)  # noqa: E731
+            self._relay.future.add_done_callback(wake)
+            try:
+                await done.wait()
+            except asyncio.CancelledError:
+                self._relay.interrupt()
+                raise
+            return self._relay.future.result()
+
+        return wait().__await__()
+
+    def __repr__(self) -> str:
+        states: dict[str, list[int]] = {}
+        for known in self._relay.state.ranks:
+            states.setdefault(known.state, []).append(known.rank)
+        text = ", ".join(f"{state}: {rank_ranges(ranks)}" for state, ranks in states.items())
+        return f"<Run {self.name!r}, ranks {text}>"

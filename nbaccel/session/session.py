@@ -1,0 +1,115 @@
+"""From a function and what was asked to a run: everything that is checked and decided before a process starts."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nbaccel.config import RunConfig
+from nbaccel.engines.local import LocalEngine
+from nbaccel.errors import ConfigError
+from nbaccel.rank.spec import RunSpec
+from nbaccel.session.relay import Delivery, Limits, Relay
+from nbaccel.session.report import CellLabel
+from nbaccel.session.resolve import Plan
+from nbaccel.session.run import Run
+from nbaccel.session.sinks.base import Sink
+from nbaccel.wire import payload
+
+__all__ = ["Task", "check_call", "start_run"]
+
+Returns = Literal["all", "rank0", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The function to run and how its run is called."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any]
+    name: str
+    returns: Returns = "all"
+
+
+def check_call(task: Task) -> None:
+    """That the function takes these arguments.
+
+    Raises:
+        ConfigError: it is not callable, or would raise TypeError for its arguments in every rank.
+    """
+    if not callable(task.function):
+        raise ConfigError(
+            f"the first argument must be a function to run on every rank, not {type(task.function).__name__}"
+        )
+    try:
+        signature = inspect.signature(task.function)
+    except (TypeError, ValueError):
+        return  # some builtins have none: the call itself will tell
+    try:
+        signature.bind(*task.args, **task.kwargs)
+    except TypeError as error:
+        given = f"args={task.args!r:.200}" + (f", kwargs={dict(task.kwargs)!r:.200}" if task.kwargs else "")
+        raise ConfigError(f"{task.name}{signature} cannot be called with {given}: {error}") from None
+
+
+def start_run(
+    task: Task,
+    *,
+    config: RunConfig,
+    plan: Plan,
+    limits: Limits,
+    env: Mapping[str, str],
+    sinks: Callable[[str, Path | None], Sequence[Sink]],
+    folder: Path | None,
+    say: Callable[[str], None],
+    label: CellLabel,
+) -> Run:
+    """Start the ranks `plan` describes and hand them the task; returns at once.
+
+    Args:
+        env: variables for the ranks on top of this process's.
+        sinks: makes the run's sinks from its id and folder.
+
+    Raises:
+        PayloadError: the function or an argument cannot travel; the message names it.
+        LaunchError: the process that makes ranks cannot be started.
+    """
+    environ = {**os.environ, **env}
+    run_id = uuid.uuid4().hex[:12]
+    spec = RunSpec(
+        run_id=run_id,
+        num_processes=plan.num_processes,
+        device=plan.device,
+        threads=plan.threads,
+        environ=environ,
+        variables={k: v for k, v in plan.variables.items() if k not in env},
+        cwd=os.getcwd(),
+        sys_path=tuple(os.path.abspath(entry) if entry == "" else entry for entry in sys.path),
+        argv=tuple(sys.argv),
+        config=config.to_json(),
+        collective_timeout=config.collective_timeout,
+    )
+    parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
+    relay = Relay(
+        LocalEngine(config.start_method or default_start_method()),
+        spec,
+        Delivery(parcel=parcel, fd=fd, returns=task.returns),
+        sinks(run_id, folder),
+        limits=limits,
+        say=say,
+        label=label,
+        folder=str(folder) if folder else None,
+    )
+    return Run(relay, name=task.name, folder=folder)
+
+
+def default_start_method() -> str:
+    """Forking a process that has loaded macOS's own frameworks is not safe; Linux is where it is."""
+    return "fork" if sys.platform == "linux" else "spawn"
