@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def run_notebook(path: Path, *, out: Path | None) -> bool:
-    """Execute one notebook, show its outputs as they come; keep them in folder `out` or, without one, in place.
+    """Execute one notebook, show its outputs as they come, keep them in folder `out` (None: in place).
 
     Returns:
         Whether every cell ran (a cell tagged `raises-exception` is meant to fail). With a failed cell the
@@ -54,6 +54,7 @@ def run_notebook(path: Path, *, out: Path | None) -> bool:
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_executed=show_cell,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that its loopback port is not encrypted
     )
     try:
         client.execute()
