@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, final
 
 from nbaccel.session.lines import Lines, fit, visible
-from nbaccel.session.sinks.held import Held, Line, Stream
+from nbaccel.session.sinks.held import Block, Held, Stream
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Died, Event, Output, Raised, Returned
 
@@ -107,9 +107,9 @@ class TextSink:
     def close(self, state: RunState) -> None:
         for rank in sorted({rank for rank, _ in self._splitters}):
             self._end_lines(rank)
-        lines = self._held.take(self._clock(), everything=True)
-        if lines:
-            self._print(lines)
+        blocks = self._held.take(self._clock(), everything=True)
+        if blocks:
+            self._print(blocks)
         if self._bar is not None:
             self._write(_wipe(self._bar), self._bar.stream)
             self._bar = None
@@ -130,12 +130,12 @@ class TextSink:
 
     def _flush(self, now: float) -> None:
         self._due = now + _BATCH_SECONDS
-        lines = self._held.take(now)
-        if lines:
-            self._print(lines)
+        blocks = self._held.take(now)
+        if blocks:
+            self._print(blocks)
 
-    def _print(self, lines: list[Line]) -> None:
-        runs = self._labelled(lines)
+    def _print(self, blocks: list[Block]) -> None:
+        runs = self._labelled(blocks)
         bar, self._bar = self._bar, None
         if bar is not None:
             if runs[0][0] == bar.stream:
@@ -151,27 +151,22 @@ class TextSink:
         for stream, text in runs:
             self._write(text, stream)
 
-    def _labelled(self, lines: list[Line]) -> list[tuple[Stream, str]]:
-        """The text of `lines`, cut where the stream changes."""
+    def _labelled(self, blocks: list[Block]) -> list[tuple[Stream, str]]:
+        """The text of `blocks`, cut where the stream changes."""
         runs: list[tuple[Stream, str]] = []
         parts: list[str] = []
-        current = self._open[1] if self._open else lines[0][2]
-        label, previous = "", -1
-        for text, ranks, stream in lines:
+        current = self._open[1] if self._open else blocks[0].stream
+        for block in blocks:
             goes_on = False
             if self._open is not None:
-                goes_on = self._open == (ranks, stream)
+                goes_on = self._open == (block.ranks, block.stream)
                 if not goes_on:
                     parts.append("\n")  # another line comes between: what the piece continued ends here
-                self._open = None
-            if stream != current:
+            if block.stream != current:
                 runs.append((current, "".join(parts)))
-                parts, current = [], stream
-            if ranks != previous:
-                label, previous = self._label(ranks), ranks
-            parts.append(text if goes_on else label + text)
-            if text[-1] != "\n":
-                self._open = ranks, stream
+                parts, current = [], block.stream
+            parts.append(_joined(block.texts, self._label(block.ranks), goes_on))
+            self._open = None if parts[-1].endswith("\n") else (block.ranks, block.stream)
         runs.append((current, "".join(parts)))
         return runs
 
@@ -217,6 +212,20 @@ class TextSink:
 
 def _wipe(bar: _Bar) -> str:
     return "\r" + " " * bar.width + "\r"
+
+
+def _joined(texts: list[str], label: str, goes_on: bool) -> str:
+    """`texts`, each with the label unless it continues the one before it (the first: if `goes_on`)."""
+    plain = "".join(texts)
+    if not label:
+        return plain
+    if plain.count("\n") == len(texts) and not goes_on:
+        return label + label.join(texts)
+    parts = []
+    for text in texts:
+        parts.append(text if goes_on else label + text)
+        goes_on = not text.endswith("\n")
+    return "".join(parts)
 
 
 @lru_cache(maxsize=4096)
