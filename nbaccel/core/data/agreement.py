@@ -42,6 +42,11 @@ def make_layout(
                 f"split_batches=True divides batch_size={source.batch_size} over {size} ranks: some would "
                 f"have nothing. Give a batch_size of at least {size}, or leave split_batches out."
             )
+        if even_batches and source.batch_size % size:
+            raise ConfigError(
+                f"even_batches=True with split_batches=True needs a batch_size ({source.batch_size}) that {size} "
+                "ranks can share equally"
+            )
         batch = source.batch_size
     else:
         batch = (source.batch_size or 1) * size
