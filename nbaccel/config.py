@@ -102,7 +102,9 @@ class RunConfig:
         if self.collective_timeout is not None:
             _require_seconds(self._where("collective_timeout"), self.collective_timeout)
         if isinstance(self.devices, str) and self.devices != "free":
-            raise ConfigError(f"{self._where('devices')} is {self.devices!r}: give indices ([4, 5]) or 'free'")
+            raise ConfigError(
+                f"{self._where('devices')} is {self.devices!r}: give indices ([4, 5]) or 'free'"
+            )
         for name in ("save_every", "stop_after"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -134,8 +136,15 @@ class RunConfig:
 
     def to_json(self) -> str:
         """One line of JSON with what was asked, for the environment variable and the run folder."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, {})}
+        values = {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, {})
+        }
         return json.dumps(values, sort_keys=True)
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """The names of all options."""
+        return frozenset(f.name for f in fields(cls))
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
@@ -145,13 +154,17 @@ class RunConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, place: str = "") -> RunConfig:
         """A RunConfig from plain values; an unknown key is an error with the nearest name."""
-        known = {f.name for f in fields(cls)}
+        known = cls.names()
         for key in values:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"unknown option {key!r}{f' in {place}' if place else ''}{hint}")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(plain.get("collective_timeout"), str):
+            plain["collective_timeout"] = duration_seconds(
+                plain["collective_timeout"], what="collective_timeout"
+            )
         if isinstance(plain.get("log_with"), str):
             plain["log_with"] = (plain["log_with"],)
         if place and "sources" not in plain:

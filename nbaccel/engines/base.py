@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal as _signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Union
+from typing import Protocol
 
 from nbaccel.rank.spec import RunSpec
 from nbaccel.wire.channel import Channel
@@ -56,7 +56,7 @@ class Exited:
     detail: str = ""
 
 
-Control = Union[Opening, Retry, Failed, Started, Exited]
+Control = Opening | Retry | Failed | Started | Exited
 
 
 @dataclass(slots=True, kw_only=True)

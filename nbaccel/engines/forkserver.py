@@ -212,7 +212,7 @@ def _worth_preloading(name: str) -> bool:
         return False
     spec = getattr(sys.modules.get(name), "__spec__", None)
     origin = getattr(spec, "origin", None)
-    return bool(origin) and spec.name == name and str(origin).startswith(_site_folders())
+    return bool(origin) and getattr(spec, "name", None) == name and str(origin).startswith(_site_folders())
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def run(
         _see_through(channel, pids)
     except ChannelClosed:
         pass  # the notebook ended the run
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # the notebook shows it
         try:
             channel.send(Failed(describe(error)))
         except ChannelClosed:
@@ -122,7 +122,7 @@ class _Places:
                 stdout=stdout,
                 stderr=stderr,
                 stores=self._stores[rank][1].fileno(),
-                payload=fd,
+                content=fd,
                 parcel=parcel,
             )
             for rank, (channel, stdout, stderr) in enumerate(ranks)
@@ -162,8 +162,8 @@ class _Places:
     def _spawn_rank(self, place: Place) -> int:
         ours, theirs = pair()
         fds = [place.channel, place.stdout, place.stderr, place.stores, theirs.fileno()]
-        if place.payload is not None:
-            fds.append(place.payload)
+        if place.content is not None:
+            fds.append(place.content)
         pid = _python(f"from nbaccel.rank import worker; worker.main({theirs.fileno()})", fds)
         theirs.close()
         boot = Channel(ours)

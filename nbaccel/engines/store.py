@@ -47,7 +47,7 @@ def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
     asked: Counter[Key] = Counter()
 
     def open_store(key: Key, sock: socket.socket) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         ports[key] = sock.getsockname()[1]
         stores[key] = TCPStore(
@@ -71,7 +71,7 @@ def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
                 world, number, rank = key
                 if asked[key] >= world:  # all have left the group before this one
                     stores.pop((world, number - 1, rank), None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # the end of this process: its last words go to rank 0's stderr
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(1)

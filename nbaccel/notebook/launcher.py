@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, d
 from nbaccel.errors import ConfigError
 from nbaccel.notebook.kernel import cell_label
 from nbaccel.session.arguments import foreign_arguments
+from nbaccel.session.ending import Limits
 from nbaccel.session.environment import Environment, probe
-from nbaccel.session.relay import Limits
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
@@ -23,7 +24,22 @@ from nbaccel.session.sinks.text import Mode, TextSink
 
 __all__ = ["last_run", "launch", "notebook_launcher"]
 
-_last: list[Run] = []
+# For the nearest name, when one is misspelt.
+_OWN_NAMES = frozenset(
+    {
+        "args",
+        "env",
+        "folder",
+        "grace",
+        "inline",
+        "kwargs",
+        "max_time",
+        "name",
+        "output",
+        "returns",
+        "start_timeout",
+    }
+)
 
 
 def notebook_launcher(
@@ -33,11 +49,13 @@ def notebook_launcher(
     mixed_precision: Precision | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    inline: bool = False,
     **options: Any,
 ) -> Results:
     """Run `function(*args, **kwargs)` on `num_processes` ranks and return their values, in rank order.
 
-    Blocks until no process of the run is left; `launch` takes the same options and does not block.
+    Blocks until no process of the run is left; `launch` takes the same options and does not block. In a
+    process that torchrun or another launcher started as a rank, the function runs right there.
 
     Args:
         function: any function, also a lambda or closure defined in the notebook.
@@ -45,6 +63,7 @@ def notebook_launcher(
         num_processes: ranks; None is every accelerator, or on the CPU every core this process may use.
         mixed_precision: "no", "fp16", "bf16" or "auto", for the `Accelerator` the function makes.
         kwargs: its keyword arguments.
+        inline: run one rank in this very process, for a debugger.
         **options: as `launch`.
 
     Raises:
@@ -56,18 +75,13 @@ def notebook_launcher(
     """
     if not isinstance(args, (tuple, list)):
         raise ConfigError(f"args must be a tuple, not {type(args).__name__}: write args=({args!r:.60},)")
-    if options.get("inline"):
-        return _run_inline(function, tuple(args), kwargs or {}, num_processes, options)
-    run = launch(
-        function,
-        *args,
-        num_processes=num_processes,
-        kwargs=kwargs,
-        mixed_precision=mixed_precision,
-        **options,
-    )
-    if isinstance(run, Results):
-        return run
+    options = {**options, "num_processes": num_processes, "mixed_precision": mixed_precision}
+    if inline:
+        return _run_inline(_task(function, tuple(args), kwargs), options)
+    request = _request(function, tuple(args), kwargs, **options)
+    if request.plan.in_place:
+        return Results([request.task.function(*request.task.args, **request.task.kwargs)])
+    run = _start(request)
     try:
         return run.result()
     finally:
@@ -120,48 +134,36 @@ def launch(
     Raises:
         ConfigError: something asked cannot be done; nothing was started.
     """
-    accepted, notes = foreign_arguments(foreign, own=_OWN)
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
-    task = Task(
-        function=function,
-        args=args,
-        kwargs=dict(kwargs or {}),
-        name=name or getattr(function, "__name__", type(function).__name__),
-        returns=_one_of("returns", returns, ("all", "rank0", "none")),
+    request = _request(
+        function,
+        args,
+        kwargs,
+        num_processes=num_processes,
+        mixed_precision=mixed_precision,
+        device=device,
+        devices=devices,
+        strategy=strategy,
+        config=config,
+        returns=returns,
+        output=output,
+        max_time=max_time,
+        collective_timeout=collective_timeout,
+        start_timeout=start_timeout,
+        grace=grace,
+        env=env,
+        name=name,
+        start_method=start_method,
+        folder=folder,
+        **foreign,
     )
-    check_call(task)
-    asked = RunConfig.from_mapping(
-        {
-            "num_processes": num_processes,
-            "mixed_precision": mixed_precision,
-            "device": device,
-            "devices": devices if devices is None or isinstance(devices, str) else tuple(devices),
-            "strategy": strategy,
-            "start_method": start_method,
-            "collective_timeout": None
-            if collective_timeout is None
-            else duration_seconds(collective_timeout),
-        },
-        place="the launch",
-    )
-    limits = Limits(
-        start=duration_seconds(start_timeout, what="start_timeout"),
-        grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
-        run=None if max_time is None else duration_seconds(max_time, what="max_time"),
-    )
-    layers = [asked, RunConfig.from_mapping(accepted, place="the launch's other arguments")]
-    if config is not None:
-        layers.append(
-            config if isinstance(config, RunConfig) else RunConfig.from_mapping(config, place="config")
+    if request.plan.in_place:
+        raise ConfigError(
+            "launch() in a process that already is a rank (RANK and WORLD_SIZE are set): call the function itself"
         )
-    resolved = combine(*layers)
-    environment = probe()
-    plan = resolve(resolved, environment)
-    return _start(task, resolved, plan, environment, limits, env or {}, output, folder)
+    return _start(request)
 
 
-_OWN = tuple(launch.__kwdefaults__ or ()) + ("args", "inline")
+_last: list[Run] = []
 
 
 def last_run() -> Run | None:
@@ -169,17 +171,84 @@ def last_run() -> Run | None:
     return _last[-1] if _last else None
 
 
-def _start(
-    task: Task,
-    config: RunConfig,
-    plan: Plan,
-    environment: Environment,
-    limits: Limits,
-    env: Mapping[str, str],
-    output: Mode,
-    folder: str | Path | bool | None,
-) -> Run:
-    terminal = environment.kernel != "ipykernel"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """A launch that has been checked and resolved."""
+
+    task: Task
+    config: RunConfig
+    environment: Environment
+    plan: Plan
+    limits: Limits
+    env: Mapping[str, str]
+    output: Mode
+    folder: str | Path | bool | None
+
+
+def _task(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    name: str | None = None,
+    returns: Literal["all", "rank0", "none"] = "all",
+) -> Task:
+    called = name or getattr(function, "__name__", None) or type(function).__name__
+    task = Task(function=function, args=args, kwargs=dict(kwargs or {}), name=called, returns=returns)
+    check_call(task)
+    return task
+
+
+def _request(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    config: RunConfig | Mapping[str, Any] | None = None,
+    returns: Any = "all",
+    output: Any = "auto",
+    max_time: float | str | None = None,
+    start_timeout: float | str = 60,
+    grace: float = 1.0,
+    env: Mapping[str, str] | None = None,
+    name: str | None = None,
+    folder: str | Path | bool | None = None,
+    **options: Any,
+) -> _Request:
+    """Everything that can be found wrong before a process starts is found here."""
+    known = RunConfig.names() - {"sources"}
+    accepted, idle = foreign_arguments(
+        {k: v for k, v in options.items() if k not in known}, own=_OWN_NAMES | known
+    )
+    for note in idle:
+        warnings.warn(note, stacklevel=4)
+    task = _task(function, args, kwargs, name, _one_of("returns", returns, ("all", "rank0", "none")))
+    asked = RunConfig.from_mapping({k: v for k, v in options.items() if k in known}, place="the launch")
+    layers = [asked, RunConfig.from_mapping(accepted, place="the launch's other arguments")]
+    if isinstance(config, RunConfig):
+        layers.append(config)
+    elif config is not None:
+        layers.append(RunConfig.from_mapping(config, place="config"))
+    combined = combine(*layers)
+    environment = probe()
+    return _Request(
+        task=task,
+        config=combined,
+        environment=environment,
+        plan=resolve(combined, environment),
+        limits=Limits(
+            start=duration_seconds(start_timeout, what="start_timeout"),
+            grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
+            run=None if max_time is None else duration_seconds(max_time, what="max_time"),
+        ),
+        env={key: str(value) for key, value in (env or {}).items()},
+        output=_one_of("output", output, ("auto", "all", "rank0", "none")),
+        folder=folder,
+    )
+
+
+def _start(request: _Request) -> Run:
+    """The run, with its sinks chosen by the front end."""
+    environment, plan = request.environment, request.plan
     # taken now: a later cell may have redirected them
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
 
@@ -189,26 +258,24 @@ def _start(
     def say(note: str) -> None:
         write(f"nbaccel: {note}\n", "stderr")
 
+    def sinks(folder: Path | None) -> list[Sink]:
+        text = TextSink(
+            write,
+            num_ranks=plan.num_processes,
+            mode=request.output,
+            label="short" if environment.kernel == "ipykernel" else "long",
+            transient=environment.live or environment.is_tty,
+        )
+        return [text]
+
     for note in plan.notes:
         say(note)
-
-    def sinks(run_id: str, place: Path | None) -> list[Sink]:
-        return [
-            TextSink(
-                write,
-                num_ranks=plan.num_processes,
-                mode=output,
-                label="long" if terminal else "short",
-                transient=environment.live or environment.is_tty,
-            )
-        ]
-
     run = start_run(
-        task,
-        config=config,
+        request.task,
+        config=request.config,
         plan=plan,
-        limits=limits,
-        env=env,
+        limits=request.limits,
+        env=request.env,
         sinks=sinks,
         folder=None,
         say=say,
@@ -218,22 +285,13 @@ def _start(
     return run
 
 
-def _run_inline(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    num_processes: int | None,
-    options: Mapping[str, Any],
-) -> Results:
-    """One rank in this very process, for a debugger."""
-    others = sorted(name for name, value in options.items() if name != "inline" and value is not None)
-    if num_processes not in (None, 1) or others:
-        what = f"num_processes={num_processes}" if num_processes not in (None, 1) else ", ".join(others)
+def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:
+    """One rank in this very process."""
+    asked = {name: value for name, value in options.items() if value is not None}
+    if asked.pop("num_processes", 1) != 1 or asked:
+        what = ", ".join(sorted(asked)) or f"num_processes={options['num_processes']}"
         raise ConfigError(f"inline=True runs one rank in this process: leave out {what}")
-    check_call(
-        Task(function=function, args=args, kwargs=kwargs, name=getattr(function, "__name__", "function"))
-    )
-    return Results([function(*args, **kwargs)])
+    return Results([task.function(*task.args, **task.kwargs)])
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:

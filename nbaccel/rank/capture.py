@@ -25,9 +25,11 @@ def redirect(stdout: int, stderr: int, *, rank: int) -> None:
     for fd in {nowhere, stdout, stderr}:
         if fd > 2:
             os.close(fd)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115  # lives as long as the process
-    sys.stdout = sys.__stdout__ = _unbuffered(1)
-    sys.stderr = sys.__stderr__ = _unbuffered(2)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # lives as long as the process
+    sys.stdout = _unbuffered(1)
+    sys.stderr = _unbuffered(2)
+    # some libraries print to the originals
+    vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
     _buffer_c_stdout_by_line()
     builtins.input = _refuse_input(rank)
 

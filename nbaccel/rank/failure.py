@@ -11,7 +11,9 @@ from nbaccel.wire.events import ExceptionInfo, Frame
 
 __all__ = ["describe"]
 
-_OURS = os.path.dirname(os.path.abspath(__file__))
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# What stands around the user's call; the training core is part of what they called.
+_OURS = {os.path.join(_HOME, room) for room in ("rank", "wire")}
 _MAX_FRAMES = 60
 _MAX_CHAIN = 5
 
@@ -40,7 +42,7 @@ def _frames(tb: TracebackType | None) -> tuple[Frame, ...]:
     found = []
     for frame, lineno in traceback.walk_tb(tb):
         code = frame.f_code
-        if os.path.dirname(code.co_filename) == _OURS:
+        if os.path.dirname(code.co_filename) in _OURS:
             continue
         source = linecache.getline(code.co_filename, lineno, frame.f_globals).strip()
         found.append(Frame(code.co_filename, lineno, getattr(code, "co_qualname", code.co_name), source))

@@ -18,7 +18,7 @@ __all__ = ["by_value_in_main"]
 def by_value_in_main() -> None:
     """Let multiprocessing's pickler send `__main__`'s functions and classes by value from now on."""
     # the C pickler consults a dispatch table for neither functions nor classes, only this method
-    ForkingPickler.reducer_override = _reduce  # type: ignore[attr-defined]
+    setattr(ForkingPickler, "reducer_override", _reduce)  # noqa: B010  # a patch, and mypy should not see a method
 
 
 def _reduce(_pickler: ForkingPickler, obj: Any) -> Any:

@@ -39,7 +39,7 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> None:
     if spec.collective_timeout is not None:
         timeout = timedelta(seconds=spec.collective_timeout)
         c10d.default_pg_timeout = timeout
-        c10d.default_pg_nccl_timeout = timeout
+        c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     original: Callable[..., Any] | None = getattr(rendezvous, "_create_c10d_store", None)
     if original is None:
         return
@@ -64,6 +64,8 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> None:
         key = (world_size, number, rank if world_size == 1 else -1)
         stores.send(key)
         answer, _ = stores.recv(timeout.total_seconds())
-        return dist.TCPStore("127.0.0.1", answer, world_size=world_size, is_master=False, timeout=timeout)
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", answer, world_size=world_size, is_master=False, timeout=timeout
+        )
 
     rendezvous._create_c10d_store = create  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
+from nbaccel.errors import PayloadError
 from nbaccel.rank import capture, rendezvous
 from nbaccel.rank.failure import describe
 from nbaccel.rank.pickling import by_value_in_main
@@ -24,7 +25,7 @@ from nbaccel.rank.process import die_with_parent
 from nbaccel.rank.spec import Call, Exit, RunSpec, rank_environ
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
-from nbaccel.wire.events import Event, Raised, Request, Returned, Status
+from nbaccel.wire.events import Applied, Event, Raised, Request, Returned, Status
 
 __all__ = ["Place", "fresh_main", "main", "start"]
 
@@ -41,7 +42,7 @@ class Place:
     stdout: int
     stderr: int
     stores: int
-    payload: int | None = None
+    content: int | None = None
     """The call's content, when each rank opens it for itself."""
     parcel: payload.Parcel | None = None
 
@@ -77,7 +78,7 @@ def start(spec: RunSpec, place: Place, *, inherited: Any = None) -> NoReturn:
         code = _serve(port, place, inherited)
     except ChannelClosed:
         pass  # the notebook is gone: so are we
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # the notebook shows it
         port.emit(Raised(call=-1, info=describe(error)))
     finally:
         _leave(code)
@@ -149,7 +150,7 @@ def _limit_other_pools(threads: int) -> None:
 def _serve(port: _Port, place: Place, inherited: Any) -> int:
     """Run calls until told to leave; the exit code."""
     while True:
-        command, fds = port.next_command()
+        command, _ = port.next_command()
         if isinstance(command, Exit):
             return 0
         try:
@@ -158,6 +159,7 @@ def _serve(port: _Port, place: Place, inherited: Any) -> int:
                 call = inherited if inherited is not None else _open(place)
                 function, args, kwargs = call
                 value = function(*args, **kwargs)
+                _tell_of_peers()
             finally:
                 _interruptible(False)
             _answer(port, command, value)
@@ -165,14 +167,22 @@ def _serve(port: _Port, place: Place, inherited: Any) -> int:
             if error.code not in (None, 0):
                 return _fail(port, command, error)
             _answer(port, command, None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt too: it is told, then we leave
             return _fail(port, command, error)
+
+
+def _tell_of_peers() -> None:
+    """Hugging Face Accelerate takes the precision we set for it: say so, as our own Accelerator does."""
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    shared = getattr(state, "_shared_state", None)
+    if shared:
+        events.emit(Applied(option="mixed_precision", value=str(shared.get("_mixed_precision"))))
 
 
 def _open(place: Place) -> Any:
     """The call, when it was not opened before the fork."""
     assert place.parcel is not None
-    call, sidecar = payload.unpack(place.parcel, place.payload)
+    call, sidecar = payload.unpack(place.parcel, place.content)
     payload.install(sidecar, sys.modules["__main__"])
     return call
 
@@ -188,7 +198,10 @@ def _answer(port: _Port, call: Call, value: Any) -> None:
     try:
         parcel = None
         if call.returns:
-            parcel, fd = payload.pack(value, outward=False)
+            try:
+                parcel, fd = payload.pack(value, outward=False)
+            except PayloadError as error:
+                raise PayloadError(f"the function's return value cannot be sent back: {error}") from None
         capture.drain()
         port.emit(Returned(call=call.id, value=parcel), () if fd is None else (fd,))
     finally:
@@ -215,7 +228,7 @@ def _leave(code: int) -> NoReturn:
         events.connect(None)
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls to join threads
         atexit._run_exitfuncs()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # nothing may keep this process
         sys.stderr.write(f"an exit handler failed: {error!r}\n")
     finally:
         capture.drain()

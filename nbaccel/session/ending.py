@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass
 from typing import Literal, final
 
-__all__ = ["Ending", "Reason"]
+__all__ = ["Ending", "Limits", "Reason"]
 
 Reason = Literal["returned", "failed", "interrupted", "timeout", "killed"]
 
@@ -14,6 +14,18 @@ Reason = Literal["returned", "failed", "interrupted", "timeout", "killed"]
 _AFTER_SIGTERM = 0.2
 # Exit handlers (a tracker's last upload) get longer than a rank that must not disturb the others' error.
 _EXIT_HANDLERS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long things may take, in seconds."""
+
+    start: float = 60.0
+    """From the run's own process to the last rank being ready."""
+    grace: float = 1.0
+    """For the other ranks after a failure, and for all after an interrupt."""
+    run: float | None = None
+    """For the call; None is for ever."""
 
 
 @dataclass(frozen=True, slots=True)

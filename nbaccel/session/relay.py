@@ -22,42 +22,31 @@ import termios
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from nbaccel.engines.base import Engine, Exited, Failed, Opening, Ports, Retry, Started
-from nbaccel.errors import LaunchError, NbaccelError, RunTimeout
+from nbaccel.errors import LaunchError, NbaccelError
 from nbaccel.rank.spec import Call, Exit, RunSpec
-from nbaccel.session.ending import Ending
-from nbaccel.session.report import CellLabel, Outcome, render, worker_error
-from nbaccel.session.results import Results, rank_ranges
+from nbaccel.session.ending import Ending, Limits, Reason
+from nbaccel.session.outcome import Ended, conclude
+from nbaccel.session.report import CellLabel, render
+from nbaccel.session.results import Results
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.state import RunState, fold, new_state
 from nbaccel.wire import payload
 from nbaccel.wire.channel import ChannelClosed
-from nbaccel.wire.events import Died, Event, Output, Raised, Returned, Status
+from nbaccel.wire.events import Applied, Died, Event, Output, Raised, Returned, Status
 
-__all__ = ["Delivery", "Limits", "Relay"]
+__all__ = ["Delivery", "Relay"]
 
 _READ = 1 << 18
 _TICK = 0.05
 # Importing torch in a cold server, on a slow disk: no fault of the ranks.
 _SERVER_START = 300.0
 _GONE = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How long things may take, in seconds."""
-
-    start: float = 60.0
-    """From the run's own process to the last rank being ready."""
-    grace: float = 1.0
-    """For the other ranks after a failure, and for all after an interrupt."""
-    run: float | None = None
-    """For the call; None is for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +70,7 @@ class Relay:
         say: tells the person one sentence about how the ranks came to be.
         label: what the front end calls a file a cell was compiled from.
         folder: the run's folder, for messages.
+        expected: options some Accelerator must say it applied, with what to tell the person if none does.
     """
 
     def __init__(
@@ -94,9 +84,11 @@ class Relay:
         say: Callable[[str], None],
         label: CellLabel = lambda _: None,
         folder: str | None = None,
+        expected: Mapping[str, str] | None = None,
     ) -> None:
         self.future: Future[Results] = Future()
         self._say = say
+        self._expected = dict(expected or {})
         self._engine, self._spec, self._delivery, self._sinks = engine, spec, delivery, sinks
         self._limits, self._label, self._folder = limits, label, folder
         self._state = new_state(spec.num_processes, time.time())
@@ -159,7 +151,7 @@ class Relay:
                 for key, _ in self._selector.select(self._pause()):
                     key.data()
                 self._on_time(time.monotonic())
-        except BaseException as problem:
+        except BaseException as problem:  # noqa: BLE001  # whoever waits for the run gets it
             error = problem
             traceback.print_exc()
         finally:
@@ -263,7 +255,9 @@ class Relay:
         if isinstance(event, (Returned, Raised)):
             self._drain_output(rank)  # all its output is seen before its result
         self._fold(event)
-        if isinstance(event, Status) and event.state == "idle" and self._phase == "starting":
+        if isinstance(event, Applied):
+            self._expected.pop(event.option, None)
+        elif isinstance(event, Status) and event.state == "idle" and self._phase == "starting":
             if all(known.state == "idle" for known in self._state.ranks):
                 self._call()
         elif isinstance(event, Returned):
@@ -332,7 +326,7 @@ class Relay:
             except ChannelClosed:
                 pass  # it died just now: its exit says so
 
-    def _end(self, reason: Literal["returned", "failed", "interrupted", "timeout", "killed"]) -> None:
+    def _end(self, reason: Reason) -> None:
         if self._phase == "stopping":
             return
         before = self._ending.reason
@@ -403,85 +397,37 @@ class Relay:
             if problem is None:
                 self._drain_output(rank)
         try:
-            outcome: Results | BaseException = problem or self._outcome()
-        except BaseException as error:
+            ended = Ended(
+                num_ranks=self._spec.num_processes,
+                reason=self._ending.reason,
+                startup_error=self._startup_error,
+                failures=self._failures,
+                signalled=self._signalled,
+                values=self._values,
+                errors=self._errors,
+                last_words={known.rank: known.last_lines(20) for known in self._state.ranks},
+                limits=self._limits,
+                folder=self._folder,
+            )
+            outcome: Results | BaseException = problem or conclude(ended, self._label)
+        except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
             outcome = error
         self._close()
         for sink in self._sinks:
             sink.close(self._state)
+        if isinstance(outcome, Results):
+            for complaint in self._expected.values():
+                self._say(complaint)
         if isinstance(outcome, BaseException):
             self.future.set_exception(outcome)
         else:
             self.future.set_result(outcome)
 
-    def _outcome(self) -> Results | BaseException:
-        reason = self._ending.reason
-        if reason in ("interrupted", "killed"):
-            return KeyboardInterrupt(self._where())
-        if self._startup_error is not None:
-            return self._startup_error
-        if reason == "timeout":
-            return RunTimeout(
-                f"the run took longer than max_time={self._limits.run:g} s and was ended.\n{self._where()}"
-            )
-        if reason == "failed":
-            return self._worker_error()
-        return self._results()
-
-    def _where(self) -> str:
-        """Where each rank was when it was interrupted."""
-        places: dict[str, list[int]] = {}
-        for rank in range(self._spec.num_processes):
-            event = self._failures.get(rank)
-            if rank in self._values:
-                text = "had returned"
-            elif isinstance(event, Raised) and event.info.frames:
-                frame = next(
-                    (f for f in reversed(event.info.frames) if self._label(f.filename)), event.info.frames[-1]
-                )
-                place = self._label(frame.filename) or frame.filename
-                text = f"was at {place}, line {frame.lineno}, in {frame.function}"
-            elif rank in self._signalled:
-                text = f"did not react and was ended by {self._signalled[rank].name}"
-            else:
-                text = "was not running"
-            places.setdefault(text, []).append(rank)
-        return "; ".join(
-            f"rank{'s' if len(r) > 1 else ''} {rank_ranges(r)} {text}" for text, r in places.items()
-        )
-
-    def _worker_error(self) -> BaseException:
-        outcome = Outcome(
-            num_ranks=self._spec.num_processes,
-            failures=self._failures,
-            ended_by_us=self._signalled,
-            returned=frozenset(self._values),
-            last_words={known.rank: known.last_lines(20) for known in self._state.ranks},
-            folder=self._folder,
-            grace=self._limits.grace,
-        )
-        error = worker_error(outcome, self._label, None)
-        parcel = self._errors.get(error.ranks[0])
-        if parcel is not None:
-            try:
-                error.__cause__ = payload.unpack(*parcel)[0]
-            except Exception as problem:  # noqa: BLE001  # told in words already; its class needs what is not here
-                error.add_note(f"its exception could not be loaded here: {problem!r}") if hasattr(
-                    error, "add_note"
-                ) else None
-        return error
-
-    def _results(self) -> Results:
-        values = Results([None] * self._spec.num_processes)
-        for rank, (parcel, fd) in self._values.items():
-            if parcel is not None:
-                values[rank] = payload.unpack(parcel, fd)[0]
-        return values
-
     def _unwatch(self) -> None:
         """Let go of the present ports."""
         ports = self._ports
-        for watched in (ports.control, *ports.channels, *ports.stdouts, *ports.stderrs):
+        everything: list[Any] = [ports.control, *ports.channels, *ports.stdouts, *ports.stderrs]
+        for watched in everything:
             if watched in self._selector.get_map():
                 self._selector.unregister(watched)
         ports.control.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Union
 
 from nbaccel.errors import WorkerError
 from nbaccel.session.results import rank_ranges
@@ -16,7 +15,7 @@ __all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "
 CellLabel = Callable[[str], str | None]
 """From a file name to what the front end calls it ("Cell In[3]"); None for an ordinary file."""
 
-Failure = Union[Raised, Died]
+Failure = Raised | Died
 
 # A killed rank's peers notice the broken connection before we hear of the kill.
 _SAME_MOMENT = 1.0
@@ -40,15 +39,13 @@ class Outcome:
     grace: float = 1.0
 
 
-def worker_error(outcome: Outcome, label: CellLabel, cause: BaseException | None) -> WorkerError:
-    """The error the cell shows; `cause` is the first failure's own exception where it could be loaded."""
+def worker_error(outcome: Outcome, label: CellLabel) -> WorkerError:
+    """The error the cell shows."""
     ranks = first_failures(outcome)
     plain = "\n".join(_lines(outcome, ranks, label, colour=False))
     coloured = tuple(_lines(outcome, ranks, label, colour=True))
     codes = {rank: event.exitcode for rank, event in outcome.failures.items() if isinstance(event, Died)}
-    error = WorkerError(plain, ranks=ranks, exitcodes=codes, rendered=coloured)
-    error.__cause__ = cause
-    return error
+    return WorkerError(plain, ranks=ranks, exitcodes=codes, rendered=coloured)
 
 
 def first_failures(outcome: Outcome) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def resolve(config: RunConfig, environment: Environment) -> Plan:
         num_processes,
         threads,
         environment.resources,
-        spawned=config.start_method == "spawn" or environment.system != "linux",
+        spawned=_is_spawned(config, environment),
         asked=f"num_processes={num_processes}{place}",
     )
     return Plan(
@@ -119,7 +119,15 @@ def _choose_number(config: RunConfig, environment: Environment, chosen: Choice) 
         return count, f"ranks: one for each GPU that is free ({said})"
     if chosen.device != "cpu":
         return chosen.count, f"ranks: one for each {LABELS[chosen.device]} device"
-    return default_ranks(environment.resources)
+    return default_ranks(
+        environment.resources,
+        threads=lambda number: _choose_threads(environment, number)[0],
+        spawned=_is_spawned(config, environment),
+    )
+
+
+def _is_spawned(config: RunConfig, environment: Environment) -> bool:
+    return config.start_method == "spawn" or environment.system != "linux"
 
 
 def _listed_number(config: RunConfig) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nbaccel.errors import ConfigError
 from nbaccel.session.resources import Resources
 
@@ -32,18 +34,28 @@ MAX_RANKS = 1024
 _SMALL_SHARED_MEMORY = 256 * MB
 
 
-def default_ranks(resources: Resources) -> tuple[int, str]:
-    """How many ranks to start on the CPU when nobody said, and why."""
+def default_ranks(
+    resources: Resources, *, threads: Callable[[int], int], spawned: bool = False
+) -> tuple[int, str]:
+    """How many ranks to start on the CPU when nobody said, and why.
+
+    Args:
+        resources: what this host lets us use.
+        threads: compute threads of each rank, by the number of ranks.
+        spawned: each rank imports torch for itself.
+    """
     cores, memory = resources.cores, resources.memory
     by_memory = cores if memory is None else memory // RANK_MEMORY
     if by_memory < cores:
-        number = max(1, by_memory)
-        return (
-            number,
-            f"ranks: {cores} cores, but memory for {number} ({_size(memory or 0)}, {resources.memory_by})",
-        )
-    number = min(cores, MAX_RANKS)
-    return number, f"ranks: one for each of {cores} cores ({resources.cores_by or 'of this machine'})"
+        most, by = by_memory, f"memory for {by_memory} ({_size(memory or 0)}, {resources.memory_by})"
+    else:
+        most, by = cores, resources.cores_by or "the cores of this machine"
+    for number in range(min(most, MAX_RANKS), 1, -1):
+        room, limit = _room(threads(number), resources, spawned=spawned)
+        if number <= room:
+            return number, f"ranks: {number}, for {cores} cores ({by})"
+        by = limit
+    return 1, f"ranks: 1, for {cores} cores ({by})"
 
 
 def require_room(
@@ -61,6 +73,17 @@ def require_room(
     Raises:
         ConfigError: names the resource that gives out first, and the number it allows.
     """
+    most, by = _room(threads, resources, spawned=spawned)
+    if num_processes <= most or num_processes == 1:  # one rank is always worth trying
+        return
+    raise ConfigError(
+        f"{asked} is more than this host has room for: {most} ranks, by {by}. Nothing was started. "
+        f"Paste num_processes={max(1, min(resources.cores, most))}."
+    )
+
+
+def _room(threads: int, resources: Resources, *, spawned: bool) -> tuple[int, str]:
+    """The most ranks of so many threads that could come up, and the resource that gives out first."""
     limits = [(MAX_RANKS, f"nbaccel starts at most {MAX_RANKS} on one host")]
     if resources.memory is not None:
         least = _LEAST_MEMORY_SPAWNED if spawned else _LEAST_MEMORY_FORKED
@@ -74,15 +97,8 @@ def require_room(
         limits.append((resources.tasks // each, what))
     if resources.files is not None:
         what = f"{resources.files} open files per process (RLIMIT_NOFILE) at {_FILES_PER_RANK} for a rank"
-        limits.append(((resources.files - _FILES_OTHERWISE) // _FILES_PER_RANK, what))
-    most, by = min(limits)
-    if num_processes <= most or num_processes == 1:  # one rank is always worth trying
-        return
-    usual, _ = default_ranks(resources)
-    raise ConfigError(
-        f"{asked} is more than this host has room for: {max(most, 0)} ranks, by {by}. Nothing was started. "
-        f"Paste num_processes={max(1, min(usual, most))}."
-    )
+        limits.append((max(0, resources.files - _FILES_OTHERWISE) // _FILES_PER_RANK, what))
+    return min(limits)
 
 
 def room_notes(num_processes: int, resources: Resources) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""From a function and what was asked to a run: everything that is checked and decided before a process starts."""
+"""From a function and a plan to a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from nbaccel.config import RunConfig
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError
 from nbaccel.rank.spec import RunSpec
-from nbaccel.session.relay import Delivery, Limits, Relay
+from nbaccel.session.ending import Limits
+from nbaccel.session.relay import Delivery, Relay
 from nbaccel.session.report import CellLabel
 from nbaccel.session.resolve import Plan
 from nbaccel.session.run import Run
@@ -66,7 +67,7 @@ def start_run(
     plan: Plan,
     limits: Limits,
     env: Mapping[str, str],
-    sinks: Callable[[str, Path | None], Sequence[Sink]],
+    sinks: Callable[[Path | None], Sequence[Sink]],
     folder: Path | None,
     say: Callable[[str], None],
     label: CellLabel,
@@ -75,7 +76,7 @@ def start_run(
 
     Args:
         env: variables for the ranks on top of this process's.
-        sinks: makes the run's sinks from its id and folder.
+        sinks: makes the run's sinks, given its folder.
 
     Raises:
         PayloadError: the function or an argument cannot travel; the message names it.
@@ -89,7 +90,7 @@ def start_run(
         device=plan.device,
         threads=plan.threads,
         environ=environ,
-        variables={k: v for k, v in plan.variables.items() if k not in env},
+        variables={k: v for k, v in {**_for_peers(config), **plan.variables}.items() if k not in env},
         cwd=os.getcwd(),
         sys_path=tuple(os.path.abspath(entry) if entry == "" else entry for entry in sys.path),
         argv=tuple(sys.argv),
@@ -101,13 +102,34 @@ def start_run(
         LocalEngine(config.start_method or default_start_method()),
         spec,
         Delivery(parcel=parcel, fd=fd, returns=task.returns),
-        sinks(run_id, folder),
+        sinks(folder),
         limits=limits,
         say=say,
         label=label,
         folder=str(folder) if folder else None,
+        expected=_expectations(config),
     )
     return Run(relay, name=task.name, folder=folder)
+
+
+def _for_peers(config: RunConfig) -> dict[str, str]:
+    """What was asked, in the variables that Hugging Face Accelerate reads, for code that uses it."""
+    found = {}
+    if config.mixed_precision not in (None, "auto"):
+        found["ACCELERATE_MIXED_PRECISION"] = str(config.mixed_precision)
+    if config.device == "cpu":
+        found["ACCELERATE_USE_CPU"] = "true"
+    return found
+
+
+def _expectations(config: RunConfig) -> dict[str, str]:
+    """What to say at the end of a run in which nothing used an option that only an Accelerator can use."""
+    asked = {"mixed_precision": config.mixed_precision, "strategy": config.strategy}
+    return {
+        option: f"{option}={value!r} was asked, but the function made no Accelerator: it ran as it was written"
+        for option, value in asked.items()
+        if value not in (None, "no")
+    }
 
 
 def default_start_method() -> str:

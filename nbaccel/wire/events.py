@@ -11,9 +11,10 @@ from __future__ import annotations
 import time as _time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Union
+from typing import Any, Literal, Protocol
 
 __all__ = [
+    "Applied",
     "Died",
     "Event",
     "ExceptionInfo",
@@ -84,6 +85,14 @@ class Status(_Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Applied(_Event):
+    """An option of the run that the rank's code really uses, and with which value."""
+
+    option: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Returned(_Event):
     """The call ended well. `value` is a `wire.payload.Parcel`, or None when the value was not asked for."""
 
@@ -131,7 +140,7 @@ class Died(_Event):
     detail: str = ""
 
 
-Event = Union[Output, Progress, Metric, Status, Returned, Raised, Died]
+Event = Applied | Output | Progress | Metric | Status | Returned | Raised | Died
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

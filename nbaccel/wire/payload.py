@@ -25,7 +25,10 @@ from typing import Any, final
 
 import cloudpickle
 
-__all__ = ["Parcel", "Sidecar", "pack", "unpack"]
+from nbaccel.errors import PayloadError
+from nbaccel.wire.unpicklable import explain
+
+__all__ = ["Parcel", "Sidecar", "install", "pack", "unpack"]
 
 _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
@@ -74,11 +77,17 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
 
     Returns:
         The parcel, and a descriptor the caller must close (None: everything is inline).
+
+    Raises:
+        PayloadError: a part of it cannot be pickled; the message names it.
     """
     file = _memory_file()
     try:
         pickler = _Pickler(file, outward=outward)
-        pickler.dump(value)
+        try:
+            pickler.dump(value)
+        except Exception as error:  # any __reduce__ may raise anything
+            raise PayloadError(explain(value, error)) from error
         pickler.dump(Sidecar(pickler.names, pickler.classes, pickler.sources))
         file.flush()
         pickled = file.tell()
@@ -231,7 +240,7 @@ def _load_storage(buffer: Any, device: str) -> Any:
 
     view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else None
     if view is None:
-        storage = torch.UntypedStorage(0)
+        storage = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
     else:
         storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
     # without an index: the receiving rank's own device
@@ -241,7 +250,9 @@ def _load_storage(buffer: Any, device: str) -> Any:
 def _typed(storage: Any, dtype: Any) -> Any:
     import torch
 
-    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+    return torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
+        wrap_storage=storage, dtype=dtype, _internal=True
+    )
 
 
 def _untyped(storage: Any) -> Any:
@@ -277,7 +288,7 @@ class _Reader:
         self._view = view
         self._at = 0
 
-    def read(self, size: int) -> memoryview | bytes:
+    def read(self, size: int) -> bytes:
         start, self._at = self._at, min(self._at + size, len(self._view))
         return bytes(self._view[start : self._at])
 

@@ -19,7 +19,7 @@ Label = Literal["short", "long"]
 Write = Callable[[str, Stream], None]
 
 _REPAINT_SECONDS = 0.25
-_BATCH_SECONDS = 0.05
+_BATCH_SECONDS = 0.04
 
 
 class _Bar(NamedTuple):
@@ -100,7 +100,8 @@ class TextSink:
             self._end_lines(event.rank)
 
     def tick(self, now: float) -> None:
-        self._flush(now)
+        if now >= self._due:
+            self._flush(now)
         if self._transient and now - self._painted >= _REPAINT_SECONDS:
             self._repaint(now)
 

@@ -1,0 +1,98 @@
+"""What a run that has ended amounts to: the ranks' values, or the error the cell raises."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
+from nbaccel.session.ending import Limits, Reason
+from nbaccel.session.report import CellLabel, Outcome, worker_error
+from nbaccel.session.results import Results, rank_ranges
+from nbaccel.wire import payload
+from nbaccel.wire.events import Died, Raised
+
+__all__ = ["Ended", "conclude"]
+
+Sent = tuple[payload.Parcel, int | None]
+"""A parcel and the descriptor of its content."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """What the relay knows once no process of the run is left."""
+
+    num_ranks: int
+    reason: Reason | None
+    """What asked for the end first; None when the ranks never came to run."""
+    startup_error: NbaccelError | None
+    failures: Mapping[int, Raised | Died]
+    signalled: Mapping[int, signal.Signals]
+    """The last signal each rank was sent."""
+    values: Mapping[int, tuple[payload.Parcel | None, int | None]]
+    errors: Mapping[int, Sent]
+    """The exceptions themselves, where they could travel."""
+    last_words: Mapping[int, tuple[str, ...]]
+    limits: Limits
+    folder: str | None
+
+
+def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
+    """The values, or what to raise instead."""
+    if ended.reason in ("interrupted", "killed"):
+        return KeyboardInterrupt(_where(ended, label))
+    if ended.startup_error is not None:
+        return ended.startup_error
+    if ended.reason == "timeout":
+        return RunTimeout(
+            f"the run took longer than max_time={ended.limits.run:g} s.\n{_where(ended, label)}"
+        )
+    if ended.failures:
+        return _worker_error(ended, label)
+    values = Results([None] * ended.num_ranks)
+    for rank, (parcel, fd) in ended.values.items():
+        if parcel is not None:
+            values[rank] = payload.unpack(parcel, fd)[0]
+    return values
+
+
+def _where(ended: Ended, label: CellLabel) -> str:
+    """Where each rank was when it was interrupted, ranks at the same place together."""
+    places: dict[str, list[int]] = {}
+    for rank in range(ended.num_ranks):
+        places.setdefault(_place(ended, rank, label), []).append(rank)
+    return "; ".join(f"rank{'s' if len(r) > 1 else ''} {rank_ranges(r)} {text}" for text, r in places.items())
+
+
+def _place(ended: Ended, rank: int, label: CellLabel) -> str:
+    event = ended.failures.get(rank)
+    if rank in ended.values:
+        return "had returned"
+    if isinstance(event, Raised) and event.info.frames:
+        frames = event.info.frames
+        frame = next((f for f in reversed(frames) if label(f.filename)), frames[-1])
+        return f"was at {label(frame.filename) or frame.filename}, line {frame.lineno}, in {frame.function}"
+    if rank in ended.signalled:
+        return f"did not react and was ended by {ended.signalled[rank].name}"
+    return "was not running"
+
+
+def _worker_error(ended: Ended, label: CellLabel) -> WorkerError:
+    outcome = Outcome(
+        num_ranks=ended.num_ranks,
+        failures=ended.failures,
+        ended_by_us=ended.signalled,
+        returned=frozenset(ended.values),
+        last_words=ended.last_words,
+        folder=ended.folder,
+        grace=ended.limits.grace,
+    )
+    error = worker_error(outcome, label)
+    sent = ended.errors.get(error.ranks[0])
+    if sent is not None:
+        try:
+            error.__cause__ = payload.unpack(*sent)[0]
+        except Exception:  # noqa: BLE001  # its class needs what is not here; the report has it in words
+            error.__cause__ = None
+    return error

@@ -1,0 +1,162 @@
+"""What in a value cannot be pickled: the variable, its type, where it is used, what to do instead."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import io
+import linecache
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import cloudpickle
+
+__all__ = ["explain"]
+
+_MAX_STEPS = 2000
+_INSTEAD = {
+    "lock": "create it inside the function",
+    "RLock": "create it inside the function",
+    "_io.": "open it inside the function, or pass its path",
+    "socket": "connect inside the function",
+    "generator": "pass the function that makes it, or list(…) of it",
+    "Connection": "connect inside the function",
+    "cudaStream": "create it inside the function",
+    "Thread": "start it inside the function",
+    "module": "import it inside the function",
+}
+
+
+def explain(value: Any, error: BaseException) -> str:
+    """A sentence that names the innermost part of `value` that does not pickle.
+
+    Args:
+        value: (function, args, kwargs), or a return value.
+        error: what pickling it raised.
+    """
+    found = _innermost(value)
+    if found is None:
+        return f"it cannot be pickled: {error}"
+    path, culprit, where = found
+    kind = type(culprit)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    instead = next((text for key, text in _INSTEAD.items() if key in name), "create it inside the function")
+    return (
+        f"{path} is a {name}, which cannot be sent to another process{where}. Instead, {instead}. ({error})"
+    )
+
+
+def _innermost(value: Any) -> tuple[str, Any, str] | None:
+    """Follow what fails to pickle to a part none of whose own parts fails: (path, part, where it is used)."""
+    path, where, seen = "", "", set()
+    if _pickles(value):
+        return None
+    for _ in range(_MAX_STEPS):
+        seen.add(id(value))
+        for label, part, use in _parts(value, path):
+            if id(part) not in seen and not _pickles(part):
+                path, value, where = label, part, use or where
+                break
+        else:
+            return (path or "the value", value, where)
+    return (path, value, where)
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        cloudpickle.Pickler(_Nowhere(), protocol=5, buffer_callback=lambda _: None).dump(value)
+    except Exception:  # noqa: BLE001  # any __reduce__ may raise anything: the question is only whether it does
+        return False
+    return True
+
+
+class _Nowhere(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _parts(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
+    """The direct parts of a value, each with a path a person understands."""
+    if isinstance(value, types.FunctionType):
+        yield from _parts_of_function(value)
+    elif isinstance(value, types.MethodType):
+        yield f"the object of {value.__qualname__}", value.__self__, ""
+        yield value.__qualname__, value.__func__, ""
+    elif isinstance(value, functools.partial):
+        yield f"the function in {path or 'the partial'}", value.func, ""
+        yield f"the arguments of {path or 'the partial'}", value.args, ""
+        yield f"the arguments of {path or 'the partial'}", value.keywords, ""
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield (f"{path}[{key!r}]" if path else f"argument {key!r}"), part, ""
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for index, part in enumerate(value):
+            yield _item(value, index, part, path), part, ""
+    elif isinstance(value, type):
+        for name, part in vars(value).items():
+            if not name.startswith("__") or isinstance(part, types.FunctionType):
+                yield f"{value.__qualname__}.{name}", part, ""
+    else:
+        for name, part in getattr(value, "__dict__", {}).items():
+            yield f"{path or type(value).__name__}.{name}", part, ""
+        for name in getattr(type(value), "__slots__", ()):
+            if hasattr(value, name):
+                yield f"{path or type(value).__name__}.{name}", getattr(value, name), ""
+        yield f"the class {type(value).__qualname__}", type(value), ""
+
+
+def _item(value: Any, index: int, part: Any, path: str) -> str:
+    """How to call an item; the outermost tuple is the call itself."""
+    if path:
+        return f"{path}[{index}]"
+    if isinstance(value, tuple) and len(value) == 3 and callable(value[0]):
+        return (getattr(part, "__name__", "the function"), "args", "kwargs")[index]
+    return f"item {index}"
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[tuple[str, Any, str]]:
+    name = function.__name__
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield f"the variable {variable!r}", cell.cell_contents, _use(function, variable)
+        except ValueError:
+            continue  # a cell that is still empty
+    for variable in _names(function.__code__):
+        if variable in function.__globals__:
+            yield f"the variable {variable!r}", function.__globals__[variable], _use(function, variable)
+    for index, default in enumerate(function.__defaults__ or ()):
+        yield f"default {index} of {name}()", default, ""
+    for key, default in (function.__kwdefaults__ or {}).items():
+        yield f"the default of {key!r} of {name}()", default, ""
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    return list(dict.fromkeys(name for inner in _codes(code) for name in inner.co_names))
+
+
+def _use(function: types.FunctionType, variable: str) -> str:
+    """ ", used in f(), line 4: `with lock:`" for the first line that uses the variable."""
+    for code in _codes(function.__code__):
+        line = code.co_firstlineno
+        for step in dis.get_instructions(code):
+            line = (
+                step.starts_line
+                if type(step.starts_line) is int
+                else getattr(step, "line_number", None) or line
+            )
+            if step.argval == variable:
+                source = linecache.getline(code.co_filename, line).strip()
+                return f"; it is used in {function.__name__}(), line {line}" + (
+                    f": `{source}`" if source else ""
+                )
+    return f"; it is used in {function.__name__}()"
