@@ -11,9 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
 import nbaccel
+import pytest
 from nbaccel.session.resources import Resources, read_resources
 
 REPOSITORY = Path(nbaccel.__file__).parents[1]
@@ -54,7 +53,9 @@ def test_resources_when_nothing_limits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("allowed", "cores"), [("0", 1), ("0-3", 4), ("0,2,4-7,31", 7), ("0-127", 128)], ids=lambda value: str(value)
+    ("allowed", "cores"),
+    [("0", 1), ("0-3", 4), ("0,2,4-7,31", 7), ("0-127", 128)],
+    ids=lambda value: str(value),
 )
 def test_cores_when_affinity_lists_them(tmp_path: Path, allowed: str, cores: int) -> None:
     status = f"Name:\tpython\nCpus_allowed_list:\t{allowed}\n"
@@ -63,7 +64,13 @@ def test_cores_when_affinity_lists_them(tmp_path: Path, allowed: str, cores: int
 
 @pytest.mark.parametrize(
     ("cpu_max", "cores"),
-    [("max 100000", 16), ("400000 100000", 4), ("390000 100000", 3), ("150000 100000", 1), ("5000 100000", 1)],
+    [
+        ("max 100000", 16),
+        ("400000 100000", 4),
+        ("390000 100000", 3),
+        ("150000 100000", 1),
+        ("5000 100000", 1),
+    ],
 )
 def test_cores_when_cgroup_v2_has_a_quota(tmp_path: Path, cpu_max: str, cores: int) -> None:
     files = {
@@ -101,7 +108,9 @@ def test_cores_when_cgroup_v1_has_a_quota(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/docker/abc", "/../../docker/abc", "/"])
 @pytest.mark.parametrize("mount_root", ["/docker/abc", "/"])
-def test_limits_when_a_container_shows_only_its_own_cgroup(tmp_path: Path, path: str, mount_root: str) -> None:
+def test_limits_when_a_container_shows_only_its_own_cgroup(
+    tmp_path: Path, path: str, mount_root: str
+) -> None:
     files = {
         "proc/self/mountinfo": V1_MOUNTS.format(root=mount_root),
         "proc/self/cgroup": f"5:cpu,cpuacct:{path}\n4:memory:{path}\n",
@@ -186,7 +195,7 @@ def test_resources_when_proc_is_absent(tmp_path: Path) -> None:
 
 
 def own_cgroup(controller: str) -> tuple[Path, bool]:
-    """The folder of the cgroup this process is in, and whether it is of v2. Skips where there is none to use."""
+    """The cgroup this process is in, and whether it is of v2. Skips where there is none to use."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         folder = Path("/sys/fs/cgroup") / controllers / path.lstrip("/")
@@ -199,7 +208,9 @@ def own_cgroup(controller: str) -> tuple[Path, bool]:
 
 
 @contextlib.contextmanager
-def cgroup(controller: str, *, v1: dict[str, str], v2: dict[str, str], nested: bool = False) -> Iterator[Path]:
+def cgroup(
+    controller: str, *, v1: dict[str, str], v2: dict[str, str], nested: bool = False
+) -> Iterator[Path]:
     """A cgroup with these settings, or an unlimited child of it; gone at the end."""
     parent, is_v2 = own_cgroup(controller)
     folder = parent / f"nbaccel-test-{uuid.uuid4().hex[:8]}"
