@@ -27,6 +27,10 @@ _HALF_DONE = (".new-", ".gone-")
 _WEEK = 7 * 86400.0
 
 
+Fate = Literal["running", "done", "failed", "stopped", "lost"]
+_WRITTEN: dict[str, Fate] = {"done": "done", "failed": "failed", "stopped": "stopped"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """What a run folder says about its run."""
@@ -35,7 +39,7 @@ class RunRecord:
     name: str
     started: float
     """Seconds since the epoch."""
-    state: Literal["running", "done", "failed", "stopped", "lost"]
+    state: Fate
     """"stopped": ended before all ranks were done, without a failure; "lost": its process was killed."""
     duration: float | None
     """Seconds; None while it runs and when nobody knows."""
@@ -177,9 +181,8 @@ def _record(folder: Path) -> RunRecord:
     match = _NAME.fullmatch(folder.name)
     assert match is not None  # _folders has seen to it
     run, result = _json(folder / "run.json"), _json(folder / "result.json")
-    state, started, duration = result.get("state"), result.get("started"), result.get("duration")
-    if state not in ("done", "failed", "stopped"):
-        state = "running" if _is_live(folder) else "lost"
+    started, duration = result.get("started"), result.get("duration")
+    state = _WRITTEN.get(str(result.get("state"))) or ("running" if _is_live(folder) else "lost")
     if not isinstance(started, (int, float)):
         started = time.mktime(time.strptime(match["stamp"], "%Y%m%d-%H%M%S"))
     return RunRecord(
@@ -242,9 +245,9 @@ def _delete(root: Path, folder: Path) -> bool:
 def _sweep(root: Path) -> None:
     """Delete what a process left that was killed while making or deleting a folder."""
     for entry in list(_entries(root)):
-        if entry.name.startswith(_HALF_DONE) and entry.is_dir(follow_symlinks=False):
-            if time.time() - _modified(Path(entry.path)) > 3600:
-                shutil.rmtree(entry.path, ignore_errors=True)
+        unfinished = entry.name.startswith(_HALF_DONE) and entry.is_dir(follow_symlinks=False)
+        if unfinished and time.time() - _modified(Path(entry.path)) > 3600:
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _exists(pid: int) -> bool:
