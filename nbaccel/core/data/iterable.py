@@ -35,6 +35,8 @@ class Start:
     """Samples of its stream that were used already."""
     state: Any = None
     """What the data set said when it was there; None: it cannot say, so they are read and dropped."""
+    ended: bool = False
+    """Whether nothing is left: a data set that was at its end may say that it is at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Origin:
     """Samples of that reader's stream up to here."""
     state: Any
     """What the data set said then; None if it cannot say."""
+    ended: bool
+    """Whether that was the end of the reader's stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +92,7 @@ class _Stream:
         if self.count == self._border:
             self._states[self.count] = self._snapshot()
             self._border += self._batch
-        try:
-            sample = self._read()
-        except StopIteration:
-            self._states[self.count] = self._snapshot()
-            raise
+        sample = self._read()
         self.count += 1
         return sample
 
@@ -113,7 +113,7 @@ class _Stream:
         """The data set's state after `cursor` samples, a border; forgets the ones before."""
         for passed in [count for count in self._states if count < cursor]:
             del self._states[passed]
-        return self._states.get(cursor)
+        return self._states.pop(cursor, None)
 
 
 @final
@@ -128,6 +128,8 @@ class StreamReader:
 
     def items(self, epoch: int, start: Start, worker: int = 0) -> Iterator[Item]:
         """The rest of the pass from `start`. With a seed every sample is read under its own."""
+        if start.ended:
+            return
         layout = self._layout
         seeds = None if self._seed is None else (self._seed, epoch, worker)
         stream = _Stream(self._source.dataset, start, layout.global_batch, seeds)
@@ -139,7 +141,7 @@ class StreamReader:
         for share in all_shares(groups, layout, self._ranks):
             batches.append(collate(share.indices[0] if unbatched else share.indices))
             if not shares:
-                origin = Origin(worker, share.cursor, stream.state_at(share.cursor))
+                origin = Origin(worker, share.cursor, stream.state_at(share.cursor), share.last)
             known = None if layout.shard == "none" else share.global_samples
             shares.append(share._replace(indices=(), global_samples=known, origin=origin))
             if len(batches) == len(self._ranks):

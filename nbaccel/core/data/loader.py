@@ -316,8 +316,12 @@ class ShardedLoader:
                 f"which hold its position between them; now there are {workers}. Set num_workers={saved} to "
                 "go on."
             )
-        states, consumed = position.stream["states"], position.stream["consumed"]
-        unknown = sum(count for worker, count in consumed.items() if states.get(worker) is None)
+        stream = position.stream
+        unknown = sum(
+            count
+            for worker, count in stream["consumed"].items()
+            if stream["states"][worker] is None and not stream["ended"][worker]
+        )
         if unknown:
             warnings.warn(
                 f"{where}: its iterable data set cannot say where it is (no state_dict), so {unknown} "
@@ -363,9 +367,10 @@ class ShardedLoader:
         """Keep where an iterable data set stood after the batch that is now in hand."""
         workers = self.dataloader.num_workers
         if self._stream is None:
-            self._stream = {"workers": workers, "next": 0, "consumed": {}, "states": {}}
+            self._stream = {"workers": workers, "next": 0, "consumed": {}, "states": {}, "ended": {}}
         self._stream["consumed"][origin.worker] = origin.consumed
         self._stream["states"][origin.worker] = origin.state
+        self._stream["ended"][origin.worker] = origin.ended
         self._stream["next"] = (origin.worker + 1) % max(1, workers)
         self._cursor = self._samples
 

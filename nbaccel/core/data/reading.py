@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, final
@@ -35,18 +36,21 @@ def _worker_loader(
     """A DataLoader with the user's choices about workers, and nothing of the training loop's randomness."""
     generator = torch.Generator()
     generator.manual_seed(seed)
-    return DataLoader(
-        dataset,
-        num_workers=options.num_workers,
-        pin_memory=pin,
-        timeout=options.timeout,
-        worker_init_fn=options.worker_init_fn,
-        multiprocessing_context=options.multiprocessing_context,
-        prefetch_factor=options.prefetch_factor,
-        persistent_workers=options.persistent_workers,
-        generator=generator,
-        **how,
-    )
+    with warnings.catch_warnings():
+        # The user's own DataLoader has said it already.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(
+            dataset,
+            num_workers=options.num_workers,
+            pin_memory=pin,
+            timeout=options.timeout,
+            worker_init_fn=options.worker_init_fn,
+            multiprocessing_context=options.multiprocessing_context,
+            prefetch_factor=options.prefetch_factor,
+            persistent_workers=options.persistent_workers,
+            generator=generator,
+            **how,
+        )
 
 
 @final
@@ -167,9 +171,9 @@ class StreamBatches:
 
     def read(self, start: Position) -> Iterator[Read]:
         """Batches from `start` on: by the data set's own state, or reading and dropping what was consumed."""
-        stream = start.stream or {"next": 0, "consumed": {}, "states": {}}
+        stream = start.stream or {"next": 0, "consumed": {}, "states": {}, "ended": {}}
         starts = {
-            int(worker): Start(consumed=consumed, state=stream["states"].get(worker))
+            worker: Start(consumed=consumed, state=stream["states"][worker], ended=stream["ended"][worker])
             for worker, consumed in stream["consumed"].items()
         }
         reader = StreamReader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -37,7 +38,8 @@ class Position:
     sampler: dict[str, Any] | None = None
     """The user's sampler as it was when the epoch began."""
     stream: dict[str, Any] | None = None
-    """An iterable data set: {"workers": W, "next": w, "consumed": {w: samples}, "states": {w: state}}."""
+    """An iterable data set: {"workers": W, "next": w, "consumed": {w: samples},
+    "states": {w: state}, "ended": {w: bool}}."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: numbers, strings, dicts, tensors, and whatever the data set's own state is."""
@@ -57,7 +59,8 @@ class Position:
                 f"this is not the state of a loader of this version (format {_FORMAT})"
                 + (f": it lacks {', '.join(missing)}" if missing else "")
             )
-        position = cls(**{name: state[name] for name in names})
+        # Copied: what was given may be loaded once more, here or by another loader.
+        position = cls(**{name: copy.deepcopy(state[name]) for name in names})
         counts = (position.epoch, position.samples, position.cursor)
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
             raise CheckpointError(
