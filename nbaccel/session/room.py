@@ -76,9 +76,10 @@ def require_room(
     most, by = _room(threads, resources, spawned=spawned)
     if num_processes <= most or num_processes == 1:  # one rank is always worth trying
         return
+    usual = min(resources.cores, most if resources.memory is None else resources.memory // RANK_MEMORY)
     raise ConfigError(
         f"{asked} is more than this host has room for: {most} ranks, by {by}. Nothing was started. "
-        f"Paste num_processes={max(1, min(resources.cores, most))}."
+        f"Paste num_processes={max(1, min(usual, most))}."
     )
 
 
