@@ -54,7 +54,7 @@ def run_notebook(path: Path, *, out: Path | None) -> bool:
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_executed=show_cell,
-        extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that its loopback port is not encrypted
+        extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns about its loopback port
     )
     try:
         client.execute()
