@@ -36,7 +36,7 @@ class LoopControl(Protocol):
     """What the owner of the training loop wants to know of its loaders, and to decide."""
 
     def began(self, loader: ShardedLoader) -> None:
-        """A pass over the loader begins."""
+        """A pass over the loader is about to begin; its place may still be set."""
 
     def ended(self, loader: ShardedLoader) -> None:
         """The pass is over: at its end, left early, or by an exception."""
@@ -339,6 +339,8 @@ class ShardedLoader:
     # One pass -----------------------------------------------------------------------------------
 
     def _begin(self) -> Iterator[tuple[Any, Share]]:
+        if self._loop is not None:
+            self._loop.began(self)
         sampler, resume = self._source.sampler, self._resume
         if resume is None:
             self._rewind(self._epoch + self._started)
@@ -353,8 +355,6 @@ class ShardedLoader:
             set_sampler_epoch(sampler, self._epoch)
         if callable(getattr(self.dataset, "set_epoch", None)):
             self.dataset.set_epoch(self._epoch)
-        if self._loop is not None:
-            self._loop.began(self)
         if self._receiver is not None:
             reads = self._received(self._receiver)
         else:
