@@ -20,7 +20,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from nbaccel.engines.server import WARM_UP, Launch, Preload, Preloaded, Template
+from nbaccel.engines.server import WARM_UP, Template
+from nbaccel.engines.template import Launch, Preload, Preloaded
 from nbaccel.errors import LaunchError
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 
@@ -212,7 +213,13 @@ def _worth_preloading(name: str) -> bool:
         return False
     spec = getattr(sys.modules.get(name), "__spec__", None)
     origin = getattr(spec, "origin", None)
-    return bool(origin) and getattr(spec, "name", None) == name and str(origin).startswith(_site_folders())
+    if not origin or getattr(spec, "name", None) != name:
+        return False
+    # debugpy imports copies that lie inside its own folder; a rank would not find those by that name.
+    top = name.partition(".")[0]
+    return str(origin).startswith(
+        tuple(folder + top + end for folder in _site_folders() for end in (os.sep, "."))
+    )
 
 
 @functools.cache
