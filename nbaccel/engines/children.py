@@ -6,7 +6,9 @@ import os
 import select
 import signal
 from collections.abc import Iterator
-from typing import final
+from typing import Any, final
+
+from nbaccel.wire.channel import Channel
 
 __all__ = ["Children"]
 
@@ -23,15 +25,30 @@ class Children:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
-    def wait(self, fd: int) -> bool:
-        """Sleep until `fd` is readable or a child has ended; whether it is the former."""
-        readable = select.select([fd, self._read], [], [])[0]
+    def wait(self, fd: int, timeout: float | None = None) -> bool:
+        """Sleep until `fd` is readable, a child has ended or `timeout` seconds passed; whether it is the first."""
+        readable = select.select([fd, self._read], [], [], timeout)[0]
         if self._read in readable:
             try:
                 os.read(self._read, 4096)
             except BlockingIOError:
                 pass
         return fd in readable
+
+    def next_message(self, channel: Channel, timeout: float | None = None) -> tuple[Any, list[int]]:
+        """The channel's next message; children that end meanwhile are reaped.
+
+        Raises:
+            TimeoutError: `timeout` seconds passed, or a child ended, without one.
+            ChannelClosed: the other end is gone.
+        """
+        while True:
+            for pid in self.ended():
+                self.reap(pid)
+            if self.wait(channel.fileno(), timeout):
+                return channel.recv()
+            if timeout is not None:
+                raise TimeoutError
 
     @staticmethod
     def ended() -> Iterator[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,7 +229,9 @@ def _request(
     elif config is not None:
         layers.append(RunConfig.from_mapping(config, place="config"))
     combined = combine(*layers)
+    for_ranks = {key: str(value) for key, value in (env or {}).items()}
     environment = probe()
+    environment = replace(environment, variables={**environment.variables, **for_ranks})
     return _Request(
         task=task,
         config=combined,
@@ -240,7 +242,7 @@ def _request(
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
             run=None if max_time is None else duration_seconds(max_time, what="max_time"),
         ),
-        env={key: str(value) for key, value in (env or {}).items()},
+        env=for_ranks,
         output=_one_of("output", output, ("auto", "all", "rank0", "none")),
         folder=folder,
     )

@@ -7,18 +7,21 @@ runs in the main thread. `start` is where a forked rank begins, `main` where a s
 from __future__ import annotations
 
 import atexit
+import logging
+import multiprocessing.util
 import os
 import random
 import signal
 import sys
 import threading
 import types
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
 from nbaccel.errors import PayloadError
-from nbaccel.rank import capture, rendezvous
+from nbaccel.rank import capture, rendezvous, threads
 from nbaccel.rank.failure import describe
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.process import die_with_parent
@@ -127,24 +130,28 @@ def _set_up(spec: RunSpec, place: Place) -> None:
     """Random state, threads, device and rendezvous as a fresh process of its own would have them."""
     import torch
 
+    _forget_exit_handlers()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until user code runs there is nothing to interrupt
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
-    torch.set_num_threads(spec.threads)
-    _limit_other_pools(spec.threads)
+    threads.limit(spec.threads)
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(place.rank)
     rendezvous.install(Channel.from_fd(place.stores), spec, place.rank)
     by_value_in_main()
 
 
-def _limit_other_pools(threads: int) -> None:
-    """BLAS and OpenMP pools that are loaded read their variables long ago: tell them directly."""
-    import threadpoolctl
-
-    threadpoolctl.threadpool_limits(threads)
+def _forget_exit_handlers() -> None:
+    """Leave at exit only what this rank registers: what it inherited was registered for the process it was
+    forked from, whose temporary folders are not the rank's to delete. (174 finalizers of torch's took 0.1 s.)
+    """
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
+    atexit._clear()
+    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
 
 
 def _serve(port: _Port, place: Place, inherited: Any) -> int:
@@ -227,6 +234,7 @@ def _leave(code: int) -> NoReturn:
     try:
         events.connect(None)
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls to join threads
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # ends DataLoader workers in order
         atexit._run_exitfuncs()
     except BaseException as error:  # noqa: BLE001  # nothing may keep this process
         sys.stderr.write(f"an exit handler failed: {error!r}\n")

@@ -238,11 +238,9 @@ def _main_globals() -> dict[str, Any]:
 def _load_storage(buffer: Any, device: str) -> Any:
     import torch
 
-    view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else None
-    if view is None:
-        storage = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
-    else:
-        storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+    view = memoryview(buffer)
+    empty = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+    storage = torch.frombuffer(view.cast("B"), dtype=torch.uint8).untyped_storage() if view.nbytes else empty
     # without an index: the receiving rank's own device
     return storage if device == "cpu" else storage.to(device=torch.device(device))
 

@@ -1,0 +1,228 @@
+"""A template: the server's image plus the packages the notebook has imported; runs are forked from it.
+
+A package that leaves it unsafe to fork (a thread, an open device) is named and the template refuses to
+serve; the server, still clean, makes another without that package. Between launches it keeps one fork of
+itself standing by: forking takes time in proportion to the memory of what was imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, final
+
+from nbaccel.engines import parent
+from nbaccel.engines.base import Retry
+from nbaccel.engines.children import Children
+from nbaccel.rank import threads
+from nbaccel.rank.process import die_with_parent, unclean
+from nbaccel.rank.spec import RunSpec
+from nbaccel.wire.channel import Channel, ChannelClosed, pair
+from nbaccel.wire.payload import Parcel
+
+__all__ = ["Launch", "Preload", "Preloaded", "serve"]
+
+# Not at once after a launch: its ranks want the cores now.
+_STAND_BY_AFTER = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """To a template: import these too."""
+
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preloaded:
+    """From a template: packages that could not be imported there, with the reason."""
+
+    failures: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """To a template: fork a run. Descriptors: control, payload if any, then three per rank."""
+
+    spec: RunSpec
+    parcel: Parcel
+    open_in_ranks: bool
+    has_payload: bool
+
+
+def serve(
+    channel: Channel,
+    *,
+    start_method: str,
+    sys_path: Sequence[str],
+    modules: Sequence[str],
+    without: Sequence[str],
+) -> NoReturn:
+    """Be a template until the notebook closes the channel and the last run forked here has ended.
+
+    Args:
+        sys_path: where the notebook finds installed packages.
+        modules: what to import first.
+        without: packages not to import: they made an earlier template unsafe.
+    """
+    own_path = list(sys.path)
+    sys.path[:] = [*sys_path, *(entry for entry in own_path if entry not in sys_path)]
+    room = _Room(channel, start_method, without)
+    try:
+        room.preload(modules)
+        while True:
+            message, fds = room.next_message()
+            if isinstance(message, Preload):
+                room.preload(message.modules)
+            else:
+                room.launch(message, fds)
+                for fd in fds:
+                    os.close(fd)
+    except ChannelClosed:
+        room.dismiss()
+        _outlive_runs()
+        os._exit(0)
+
+
+@final
+class _Room:
+    """A template's state."""
+
+    def __init__(self, channel: Channel, start_method: str, without: Sequence[str]) -> None:
+        self._channel = channel
+        self._start_method = start_method
+        self._skipped = set(without)
+        self._children = Children()
+        self._culprit: Retry | None = None
+        self._standing_by: Channel | None = None
+
+    def next_message(self) -> tuple[Any, list[int]]:
+        """The next thing the notebook wants; while it wants nothing, have a fork stand by."""
+        while True:
+            idle = self._standing_by is None and self._culprit is None and self._start_method == "fork"
+            try:
+                return self._children.next_message(self._channel, timeout=_STAND_BY_AFTER if idle else None)
+            except TimeoutError:
+                self._stand_by()
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Import module after module; stop at the first that makes this process unsafe to fork."""
+        if self._start_method != "fork":
+            return
+        self.dismiss()
+        failures = {}
+        with _torch_state_kept():
+            for name in modules:
+                package = name.partition(".")[0]
+                if self._culprit or package in self._skipped or name in sys.modules:
+                    continue
+                if (why := _import(name)) and name == package:
+                    failures[package] = why
+                    self._skipped.add(package)
+                if reason := unclean():
+                    problem = f"importing {package} makes a process unsafe to fork: {reason}"
+                    self._culprit = Retry(problem, package=package)
+        threads.find_pools()
+        gc.collect()
+        gc.freeze()
+        if failures:
+            self._channel.send(Preloaded(tuple(failures.items())))
+
+    def launch(self, launch: Launch, fds: Sequence[int]) -> None:
+        """Hand the run to the fork that stands by, else to a new one."""
+        if self._culprit is not None:
+            _refuse(self._culprit, fds[0])
+            return
+        if self._standing_by is None:
+            self._stand_by()
+        assert self._standing_by is not None
+        try:
+            self._standing_by.send(launch, fds)
+        except ChannelClosed:  # somebody killed it
+            self._stand_by()
+            self._standing_by.send(launch, fds)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Let go of the fork that stands by: it has its run, or ends."""
+        if self._standing_by is not None:
+            self._standing_by.close()
+            self._standing_by = None
+
+    def _stand_by(self) -> None:
+        ours, theirs = pair()
+        me = os.getpid()
+        if os.fork() == 0:
+            self._channel.close()
+            self._children.forget()
+            ours.close()
+            die_with_parent(me)
+            _await_run(Channel(theirs), self._start_method)
+        theirs.close()
+        self._standing_by = Channel(ours)
+
+
+def _await_run(channel: Channel, start_method: str) -> NoReturn:
+    """Stand by for one run and become its own process."""
+    try:
+        launch, fds = channel.recv()
+    except ChannelClosed:
+        os._exit(0)
+    channel.close()
+    ranks = fds[2 if launch.has_payload else 1 :]
+    parent.run(
+        launch.spec,
+        launch.parcel,
+        control=fds[0],
+        payload=fds[1] if launch.has_payload else None,
+        ranks=[(ranks[i], ranks[i + 1], ranks[i + 2]) for i in range(0, len(ranks), 3)],
+        open_in_ranks=launch.open_in_ranks,
+        start_method=start_method,
+    )
+
+
+def _refuse(culprit: Retry, control: int) -> None:
+    """Tell the run's notebook why not, over its own control channel."""
+    answer = Channel(socket.socket(fileno=os.dup(control)))
+    try:
+        answer.send(culprit)
+    except ChannelClosed:
+        pass  # the notebook gave the launch up meanwhile
+    answer.close()
+
+
+def _import(name: str) -> str | None:
+    """Import a module; why it could not be, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(name)
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  # an import may fail in any way
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@contextmanager
+def _torch_state_kept() -> Iterator[None]:
+    """An import may draw random numbers: ranks start as a fresh process would all the same."""
+    torch = sys.modules.get("torch")
+    state = torch.default_generator.get_state() if torch is not None else None
+    yield
+    if torch is not None and state is not None:
+        torch.default_generator.set_state(state)
+
+
+def _outlive_runs() -> None:
+    """Runs die with the process that forked them, so stay until the last has ended."""
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        return
