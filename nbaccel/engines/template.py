@@ -110,7 +110,8 @@ class _Room:
             try:
                 return self._children.next_message(self._channel, timeout=_STAND_BY_AFTER if idle else None)
             except TimeoutError:
-                self._stand_by()
+                pass  # left before forking: what a rank raises must not carry this as its context
+            self._stand_by()
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import module after module; stop at the first that makes this process unsafe to fork."""
@@ -140,14 +141,8 @@ class _Room:
         if self._culprit is not None:
             _refuse(self._culprit, fds[0])
             return
-        if self._standing_by is None:
-            self._stand_by()
-        assert self._standing_by is not None
-        try:
-            self._standing_by.send(launch, fds)
-        except ChannelClosed:  # somebody killed it
-            self._stand_by()
-            self._standing_by.send(launch, fds)
+        if self._standing_by is None or not _sent(self._standing_by, launch, fds):
+            self._stand_by().send(launch, fds)
         self.dismiss()
 
     def dismiss(self) -> None:
@@ -156,7 +151,7 @@ class _Room:
             self._standing_by.close()
             self._standing_by = None
 
-    def _stand_by(self) -> None:
+    def _stand_by(self) -> Channel:
         ours, theirs = pair()
         me = os.getpid()
         if os.fork() == 0:
@@ -167,6 +162,16 @@ class _Room:
             _await_run(Channel(theirs), self._start_method)
         theirs.close()
         self._standing_by = Channel(ours)
+        return self._standing_by
+
+
+def _sent(channel: Channel, launch: Launch, fds: Sequence[int]) -> bool:
+    """Whether the fork that stands by took the run; somebody may have killed it."""
+    try:
+        channel.send(launch, fds)
+    except ChannelClosed:
+        return False
+    return True
 
 
 def _await_run(channel: Channel, start_method: str) -> NoReturn:
@@ -174,7 +179,7 @@ def _await_run(channel: Channel, start_method: str) -> NoReturn:
     try:
         launch, fds = channel.recv()
     except ChannelClosed:
-        os._exit(0)
+        os._exit(0)  # not needed after all
     channel.close()
     ranks = fds[2 if launch.has_payload else 1 :]
     parent.run(

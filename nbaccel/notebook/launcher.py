@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +13,18 @@ from typing import Any, Literal
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.errors import ConfigError
-from nbaccel.notebook.kernel import cell_label
+from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.session.arguments import foreign_arguments
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import Environment, probe
+from nbaccel.session.facts import run_facts
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
+from nbaccel.session.runs import default_root, new_folder, prune
 from nbaccel.session.session import Task, check_call, start_run
 from nbaccel.session.sinks.base import Sink
+from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode, TextSink
 
 __all__ = ["last_run", "launch", "notebook_launcher"]
@@ -164,6 +169,8 @@ def launch(
 
 
 _last: list[Run] = []
+_launches = itertools.count()
+_PRUNE_EVERY = 20  # it looks at every file of every kept run
 
 
 def last_run() -> Run | None:
@@ -260,18 +267,23 @@ def _start(request: _Request) -> Run:
     def say(note: str) -> None:
         write(f"nbaccel: {note}\n", "stderr")
 
-    def sinks(folder: Path | None) -> list[Sink]:
-        text = TextSink(
+    for note in plan.notes:
+        say(note)
+    folder = _run_folder(request, say)
+    sinks: list[Sink] = [
+        TextSink(
             write,
             num_ranks=plan.num_processes,
             mode=request.output,
             label="short" if environment.kernel == "ipykernel" else "long",
             transient=environment.live or environment.is_tty,
         )
-        return [text]
-
-    for note in plan.notes:
-        say(note)
+    ]
+    if folder is not None:
+        task = request.task
+        facts = run_facts(task.function, task.name, cell_source(), plan, environment)
+        asked = json.loads(request.config.to_json())
+        sinks.append(FolderSink(folder, config=asked, run=facts, report=say))
     run = start_run(
         request.task,
         config=request.config,
@@ -279,12 +291,29 @@ def _start(request: _Request) -> Run:
         limits=request.limits,
         env=request.env,
         sinks=sinks,
-        folder=None,
+        folder=folder,
         say=say,
         label=cell_label,
     )
     _last[:] = [run]
     return run
+
+
+def _run_folder(request: _Request, say: Callable[[str], None]) -> Path | None:
+    """A new folder for the run's files; None when none is wanted or none can be written."""
+    if request.folder is False:
+        return None
+    root = default_root() if request.folder in (None, True) else Path(str(request.folder))
+    try:
+        folder = new_folder(root, request.task.name)
+        if next(_launches) % _PRUNE_EVERY == 0:
+            prune(root)
+    except OSError as error:
+        say(
+            f"no run folder: {root} cannot be written ({error}); give folder=… to place it, folder=False for none"
+        )
+        return None
+    return folder
 
 
 def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:

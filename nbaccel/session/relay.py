@@ -95,6 +95,8 @@ class Relay:
         self._phase: Literal["starting", "running", "ending", "stopping"] = "starting"
         self._ending = Ending(limits.grace)
         self._deadline = time.monotonic() + _SERVER_START
+        # the sinks' own work waits while the ranks come up, unless that takes long
+        self._quiet_until = time.monotonic() + 0.5
         self._opened = False
         self._failures: dict[int, Raised | Died] = {}
         self._values: dict[int, tuple[payload.Parcel | None, int | None]] = {}
@@ -163,8 +165,9 @@ class Relay:
         return max(0.0, min([_TICK, *(at - time.monotonic() for at in due)]))
 
     def _on_time(self, now: float) -> None:
-        for sink in self._sinks:
-            sink.tick(now)
+        if self._phase != "starting" or now > self._quiet_until:
+            for sink in self._sinks:
+                sink.tick(now)
         if due := self._ending.take_due(now):
             self._signal(due)
         if self._phase == "starting" and now > self._deadline:

@@ -14,6 +14,8 @@ from nbaccel.errors import ConfigError
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.relay import Relay
 from nbaccel.session.results import Results, rank_ranges
+from nbaccel.session.sinks.capped import read_log
+from nbaccel.session.sinks.folder import log_path
 from nbaccel.session.state import RunState
 
 __all__ = ["Run"]
@@ -91,7 +93,7 @@ class Run:
             raise ConfigError(f"there is no rank {rank}: this run has ranks 0 to {len(known) - 1}")
         if self.folder is not None:
             try:
-                return (self.folder / f"rank-{rank}.log").read_text(errors="replace")
+                return read_log(log_path(self.folder, rank)).decode(errors="replace")
             except FileNotFoundError:
                 pass  # it has printed nothing yet, or the folder could not be written
         return "\n".join(known[rank].last_lines(1000))

@@ -67,7 +67,7 @@ def start_run(
     plan: Plan,
     limits: Limits,
     env: Mapping[str, str],
-    sinks: Callable[[Path | None], Sequence[Sink]],
+    sinks: Sequence[Sink],
     folder: Path | None,
     say: Callable[[str], None],
     label: CellLabel,
@@ -76,7 +76,7 @@ def start_run(
 
     Args:
         env: variables for the ranks on top of this process's.
-        sinks: makes the run's sinks, given its folder.
+        sinks: what shows and keeps the run; they are closed at its end.
 
     Raises:
         PayloadError: the function or an argument cannot travel; the message names it.
@@ -102,7 +102,7 @@ def start_run(
         LocalEngine(config.start_method or default_start_method()),
         spec,
         Delivery(parcel=parcel, fd=fd, returns=task.returns),
-        sinks(folder),
+        sinks,
         limits=limits,
         say=say,
         label=label,
