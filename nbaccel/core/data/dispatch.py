@@ -214,6 +214,11 @@ class Sender:
         for line in self._lines:
             line.fail(f"{type(error).__name__}: {error}", number)
 
+    def wait(self) -> None:
+        """Until all ranks have what was sent."""
+        for line in self._lines:
+            line.wait()
+
 
 @final
 class Receiver:

@@ -397,20 +397,21 @@ class ShardedLoader:
     def _sent(self, reads: Iterator[tuple[Any, Share]], sender: Sender) -> Iterator[tuple[Any, Share]]:
         number, step, size = self._passes, 0, self.world.size
         try:
-            first = next(reads, None)
-            while first is not None:
+            for first in reads:
                 together = [first, *(next(reads) for _ in range(size - 1))]
                 sender.send([one[0] for one in together], [one[1] for one in together], (number, step))
                 yield first
                 step += 1
                 if first[1].last:
                     return
-                first = next(reads, None)
+            if step == 0:
+                sender.finish((number, 0))
         except Exception as error:
             sender.fail(error, (number, step))
             raise
-        if step == 0:
-            sender.finish((number, 0))
+        finally:
+            # This process may end now: what is under way must have arrived.
+            sender.wait()
 
     def _received(self, receiver: Receiver) -> Iterator[tuple[Any, Share]]:
         step = 0

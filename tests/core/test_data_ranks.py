@@ -1,0 +1,291 @@
+"""ShardedLoader on real ranks: agreement, exactly once over world sizes, dispatch from rank 0."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from nbaccel.core.data import ShardedLoader
+from nbaccel.core.world import join
+from nbaccel.errors import ConfigError, TrustError, WorkerError
+from ranks import run_ranks
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+
+Pair = namedtuple("Pair", "x name")
+
+
+@dataclass
+class Holder:
+    x: torch.Tensor
+    note: str
+
+
+class Numbers(Dataset):
+    def __init__(self, total):
+        self.total = total
+
+    def __len__(self):
+        return self.total
+
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+
+class Stream(IterableDataset):
+    def __init__(self, total):
+        self.total, self.at, self.reads = total, 0, 0
+
+    def __iter__(self):
+        first, self.at = self.at, 0
+        for value in range(first, self.total):
+            self.at = value + 1
+            self.reads += 1
+            yield torch.tensor(value)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def consume(make, state, steps, options):
+    """Real samples of up to `steps` batches on this rank, what the batches were, and the state after."""
+    world = join()
+    torch.manual_seed(world.rank)  # the ranks' own generators differ, as they do in fresh processes
+    loader = ShardedLoader(make(), world=world, **options)
+    if state is not None:
+        loader.load_state_dict(state)
+    seen, counts = [], []
+    for batch in itertools.islice(loader, steps):
+        seen += batch[: loader.batch_samples].flatten().tolist()
+        counts.append(
+            (loader.batch_samples, loader.batch_repeated, loader.global_batch_samples, loader.at_end)
+        )
+    return seen, counts, loader.state_dict()
+
+
+def chain(make, legs, **options):
+    """What all ranks saw over `legs` of (ranks, steps), each going on from the state of the one before."""
+    state, seen = None, []
+    for size, steps in legs:
+        answers = run_ranks(consume, make, state, steps, options, num_processes=size)
+        for mine, _, _ in answers:
+            seen += mine
+        assert len({len(counts) for _, counts, _ in answers}) == 1
+        assert len({(s["samples"], s["cursor"], s["epoch"]) for _, _, s in answers}) == 1
+        state = answers[0][2]
+    return seen, state
+
+
+LEGS = [(4, 3), (2, 2), (3, None)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_sample_is_seen_once_when_four_ranks_go_on_as_two_and_three(workers):
+    seen, state = chain(lambda: DataLoader(Numbers(61), 3, shuffle=True, num_workers=workers), LEGS)
+    assert sorted(seen) == list(range(61))
+    assert (state["epoch"], state["samples"]) == (1, 0)
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_each_sample_of_a_users_sampler_is_seen_once_over_world_sizes(dispatch):
+    def make():
+        # Each rank and each launch gets a generator in another state: rank 0's first one decides.
+        generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
+        return DataLoader(Numbers(61), 3, sampler=SubsetRandomSampler(range(61), generator=generator))
+
+    seen, _ = chain(make, LEGS, dispatch=dispatch)
+    assert sorted(seen) == list(range(61))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(Numbers(61), 3, shuffle=True), lambda: DataLoader(Stream(61), 3)]
+)
+def test_each_sample_is_seen_once_over_world_sizes_when_dispatched(make):
+    seen, _ = chain(make, LEGS, dispatch=True)
+    assert sorted(seen) == list(range(61))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("total", [1, 2, 13])
+def test_dispatch_gives_what_each_rank_would_have_read(total, workers):
+    def make():
+        return DataLoader(Numbers(total), 3, shuffle=True, num_workers=workers)
+
+    own = run_ranks(consume, make, None, None, {"seed": 5})
+    sent = run_ranks(consume, make, None, None, {"seed": 5, "dispatch": True})
+    assert [answer[:2] for answer in sent] == [answer[:2] for answer in own]
+    assert sorted(own[0][0] + own[1][0]) == list(range(total))
+
+
+class Mixed(Dataset):
+    """Samples whose batches change in shape, structure and size from one to the next."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return index
+
+
+def mixed(indices):
+    n = 1 + indices[0] * 37
+    batch = {
+        "f": torch.arange(n, dtype=torch.float64),
+        "h": torch.full((len(indices), n), indices[0], dtype=torch.bfloat16),
+        "b": torch.tensor([i % 2 == 0 for i in indices]),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(indices[0]),
+        "strided": torch.arange(12).reshape(3, 4).t(),
+        "names": [f"sample {i}" for i in indices],
+        "pair": Pair(torch.tensor(indices), "é"),
+        "held": Holder(torch.tensor(indices[0]), "n"),
+        "c": torch.tensor([1 + 2j]),
+    }
+    if indices[0] >= 6:
+        batch["more"] = (torch.ones(2, dtype=torch.uint8), None, 3.5)
+    return batch
+
+
+def dispatched_mixed():
+    world = join()
+    loader = ShardedLoader(DataLoader(Mixed(), 2, collate_fn=mixed), world=world, dispatch=True)
+    plain = ShardedLoader(DataLoader(Mixed(), 2, collate_fn=mixed), world=world)
+    kept = [list(loader) for _ in range(2)]
+    expected = list(plain)
+    return kept[0], kept[1], expected
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Holder):
+        return type(b) is Holder and same([a.x, a.note], [b.x, b.note])
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_dispatch_carries_batches_of_changing_structure_and_the_loop_may_keep_them():
+    for first, second, expected in run_ranks(dispatched_mixed):
+        assert len(expected) == 3
+        assert same(first, expected)
+        assert same(second, expected)
+
+
+def leave_early():
+    world = join()
+    loader = ShardedLoader(DataLoader(Numbers(40), 2), world=world, dispatch=True)
+    return [[batch.tolist() for batch in itertools.islice(loader, steps)] for steps in (3, 1, None)]
+
+
+def test_dispatch_goes_on_with_the_next_pass_when_all_ranks_leave_a_loop_early():
+    zero, one = run_ranks(leave_early)
+    assert zero[:2] == [[[0, 2], [4, 6], [8, 10]], [[0, 2]]]
+    assert one[:2] == [[[1, 3], [5, 7], [9, 11]], [[1, 3]]]
+    assert len(zero[2]) == len(one[2]) == 10
+
+
+def leave_unequally():
+    world = join()
+    loader = ShardedLoader(DataLoader(Numbers(40), 2), world=world, dispatch=True)
+    list(itertools.islice(loader, 2 + world.rank * 0))
+    it = iter(loader)
+    next(it)
+    if world.rank == 0:
+        it.close()
+        it = iter(loader)
+    try:
+        next(it)
+    except TrustError as error:
+        return str(error)
+    return None
+
+
+def test_dispatch_names_the_batches_when_a_rank_left_the_loop_alone():
+    zero, one = run_ranks(leave_unequally)
+    assert zero is None
+    assert "rank 1 asks for batch 1 of pass 2, but rank 0 sends batch 0 of pass 3" in one
+
+
+class Broken(Numbers):
+    def __getitem__(self, index):
+        if index == 9:
+            raise ValueError("sample 9 is broken")
+        return super().__getitem__(index)
+
+
+def read_broken(workers):
+    world = join()
+    loader = ShardedLoader(DataLoader(Broken(40), 2, num_workers=workers), world=world, dispatch=True)
+    try:
+        list(loader)
+    except (ValueError, WorkerError) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_dispatch_tells_the_other_ranks_when_reading_fails_on_rank_0(workers):
+    zero, one = run_ranks(read_broken, workers)
+    assert zero[0] == "ValueError"
+    assert one[0] == "WorkerError"
+    assert "rank 0 failed while reading the data for all ranks: ValueError" in one[1]
+    assert "sample 9 is broken" in one[1]
+
+
+def sparse_batches():
+    world = join()
+    collate = lambda indices: torch.eye(2).to_sparse()  # noqa: E731
+    loader = ShardedLoader(DataLoader(Numbers(4), 2, collate_fn=collate), world=world, dispatch=True)
+    try:
+        list(loader)
+    except (ConfigError, WorkerError) as error:
+        return str(error)
+    return None
+
+
+def test_dispatch_refuses_tensors_it_cannot_send():
+    for text in run_ranks(sparse_batches):
+        assert "dispatch sends dense tensors only" in text
+
+
+def prepare_different(what):
+    world = join()
+    total, batch, seed = 20, 2, None
+    if world.rank == 1:
+        total, batch, seed = {"length": (19, 2, None), "batch_size": (20, 3, None), "seed": (20, 2, 4)}[what]
+    try:
+        ShardedLoader(DataLoader(Numbers(total), batch, shuffle=True), world=world, seed=seed)
+    except TrustError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("what", "values"), [("length", "20 on rank 0 and 19 on rank 1"), ("batch_size", "3"), ("seed", "4")]
+)
+def test_ranks_with_different_loaders_are_told_which_and_how(what, values):
+    for text in run_ranks(prepare_different, what):
+        assert f"different loaders: {what} is" in text
+        assert values in text
+
+
+def own_seeds():
+    world = join()
+    torch.manual_seed(100 + world.rank)
+    loader = ShardedLoader(DataLoader(TensorDataset(torch.arange(30)), 5, shuffle=True), world=world)
+    return loader.seed, torch.cat([batch[0] for batch in loader]).tolist()
+
+
+def test_rank_0s_seed_orders_the_epoch_for_all_when_none_is_given():
+    (first, zero), (second, one) = run_ranks(own_seeds)
+    assert first == second == 100
+    assert sorted(zero + one) == list(range(30))
