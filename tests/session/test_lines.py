@@ -141,3 +141,9 @@ def test_fit_cuts_to_columns_and_keeps_only_colours() -> None:
     assert fit("\x1b[A\x1b[31mhello\x1b[0m", 3) == "\x1b[31mhel\x1b[0m"
     assert fit("hello\x1b[A", 5) == "hello"
     assert visible("\x1b[31mhello\x1b[0m") == 5
+
+
+def test_line_wiped_out_leaves_no_trace_on_the_next_one() -> None:
+    data = b"abc\r\x1b[2K\rdef\nkept  \r\n"
+    assert split(data) == ["def\n", "kept  \n"]
+    assert split(b"abc\r\x1b[2K\r", b"def\n", b"kept  \r\n") == ["def\n", "kept  \n"]
