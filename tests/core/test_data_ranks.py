@@ -24,6 +24,11 @@ class Holder:
     note: str
 
 
+def worked(workers):
+    """Workers forked from the rank: the ranks come from a fork server, and another one takes seconds."""
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+
+
 class Numbers(Dataset):
     def __init__(self, total):
         self.total = total
@@ -87,7 +92,7 @@ LEGS = [(4, 3), (2, 2), (3, None)]
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_sample_is_seen_once_when_four_ranks_go_on_as_two_and_three(workers):
-    seen, state = chain(lambda: DataLoader(Numbers(61), 3, shuffle=True, num_workers=workers), LEGS)
+    seen, state = chain(lambda: DataLoader(Numbers(61), 3, shuffle=True, **worked(workers)), LEGS)
     assert sorted(seen) == list(range(61))
     assert (state["epoch"], state["samples"]) == (1, 0)
 
@@ -115,7 +120,7 @@ def test_each_sample_is_seen_once_over_world_sizes_when_dispatched(make):
 @pytest.mark.parametrize("total", [1, 2, 13])
 def test_dispatch_gives_what_each_rank_would_have_read(total, workers):
     def make():
-        return DataLoader(Numbers(total), 3, shuffle=True, num_workers=workers)
+        return DataLoader(Numbers(total), 3, shuffle=True, **worked(workers))
 
     own = run_ranks(consume, make, None, None, {"seed": 5})
     sent = run_ranks(consume, make, None, None, {"seed": 5, "dispatch": True})
@@ -224,7 +229,7 @@ class Broken(Numbers):
 
 def read_broken(workers):
     world = join()
-    loader = ShardedLoader(DataLoader(Broken(40), 2, num_workers=workers), world=world, dispatch=True)
+    loader = ShardedLoader(DataLoader(Broken(40), 2, **worked(workers)), world=world, dispatch=True)
     try:
         list(loader)
     except (ValueError, WorkerError) as error:
