@@ -213,10 +213,10 @@ def test_full_disk_is_an_error_and_the_old_checkpoint_stays(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB."""
+    """A real file system of 8 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting needs root")
     yield place
@@ -226,7 +226,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_really_full_disk_is_an_error_and_the_old_checkpoint_stays(
     small_disk: Path, checkpoints: Checkpoints
 ) -> None:
-    small, large = Training(single()), Training(single(), width=20_000)
+    small, large = Training(single()), Training(single(), width=200_000)
     checkpoints.save(small_disk / "c_0", small.contents, step=1)
     with pytest.raises(CheckpointError, match="not enough space"):
         checkpoints.save(small_disk / "c_1", large.contents, step=2)
