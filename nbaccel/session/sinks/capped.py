@@ -86,9 +86,19 @@ class CappedLog:
 
 
 def read_log(path: Path) -> bytes:
-    """What a CappedLog at `path` has on disk, closed or not; empty when there is nothing."""
+    """What a CappedLog at `path` has on disk, closed or not.
+
+    Raises:
+        FileNotFoundError: nothing has been flushed to it yet.
+    """
+    parts = [path.read_bytes()]
     newer, older = _turns(path)
-    return b"".join(part.read_bytes() for part in (path, older, newer) if part.exists())
+    for part in (older, newer):
+        try:
+            parts.append(part.read_bytes())
+        except FileNotFoundError:
+            continue  # not in use yet, or just changed places
+    return b"".join(parts)
 
 
 def _turns(path: Path) -> tuple[Path, Path]:

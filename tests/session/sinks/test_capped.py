@@ -22,14 +22,15 @@ def test_log_keeps_both_halves_and_says_what_is_missing(tmp_path: Path, size: in
     log.close()
     gap = f"\n… {size - 100} bytes left out here …\n".encode()
     expected = data if size <= 100 else data[:50] + gap + data[-50:]
-    assert read_log(path) == expected
+    assert not size or read_log(path) == expected
     assert log.dropped == max(0, size - 100)
     assert [p.name for p in tmp_path.iterdir()] == (["rank-0.log"] if size else [])
 
 
 def test_newest_bytes_can_be_read_while_the_log_is_open(tmp_path: Path) -> None:
     path = tmp_path / "rank-0.log"
-    assert read_log(path) == b""
+    with pytest.raises(FileNotFoundError):
+        read_log(path)
     log = CappedLog(path, 100)
     for i in range(40):
         log.write(b"line %4d\n" % i)
