@@ -1,1 +1,8 @@
 """The training core: torch on this rank; knows no notebook, session or engine."""
+
+from nbaccel.core.accelerator import Accelerator
+from nbaccel.core.precision import ScalerOptions
+from nbaccel.core.rng import set_seed
+from nbaccel.core.strategies.ddp import DDPOptions
+
+__all__ = ["Accelerator", "DDPOptions", "ScalerOptions", "set_seed"]

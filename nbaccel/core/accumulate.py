@@ -1,0 +1,145 @@
+"""Accumulation windows: which micro-step synchronises, and what each contributes to the gradient.
+
+A window is the micro-steps of one optimizer step. Its gradient is to be that of the mean over all its
+samples, on all ranks together: micro-step k of rank r, whose loss is a mean over n[r, k] samples, counts
+n[r, k] * R / N, where N is the window's sum of samples and R the number of ranks, by which DDP divides.
+Away from the tail this is 1 / (micro-steps per window).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, final
+
+import torch
+from torch import nn
+
+__all__ = ["BatchInfo", "LossWeighting", "Window"]
+
+LossWeighting = Literal["samples", "equal"]
+
+
+class BatchInfo(Protocol):
+    """What a window asks of the loader whose batch is in hand."""
+
+    @property
+    def at_end(self) -> bool: ...
+    @property
+    def batch_samples(self) -> int: ...
+    @property
+    def batch_repeated(self) -> int: ...
+    @property
+    def global_batch_samples(self) -> int | None: ...
+    @property
+    def total_samples(self) -> int | None: ...
+    @property
+    def total_batch_size(self) -> int | None: ...
+    @property
+    def position(self) -> int: ...
+
+
+@final
+class Window:
+    """The window in progress of one set of models.
+
+    Args:
+        length: micro-steps in a full window.
+        num_ranks: by how many ranks' gradients are averaged.
+    """
+
+    __slots__ = (
+        "_equal",
+        "_planned",
+        "_seen",
+        "begun",
+        "dirty",
+        "factor",
+        "length",
+        "micro",
+        "models",
+        "num_ranks",
+        "sync",
+        "weights",
+    )
+
+    def __init__(
+        self, models: Sequence[nn.Module], *, length: int, num_ranks: int, weighting: LossWeighting
+    ) -> None:
+        self.models = models
+        self.length = length
+        self.num_ranks = num_ranks
+        self.micro = 0
+        """Index of the micro-step within the window."""
+        self.sync = True
+        """Whether the micro-step in progress (or the last one) ends the window."""
+        self.factor = 1.0
+        """What the loss of this micro-step is multiplied with."""
+        self.begun = False
+        """Whether any micro-step has begun: told apart from a loop that never accumulates."""
+        self.dirty = False
+        """Whether this window has gradients already."""
+        self.weights: float | torch.Tensor | None = None
+        """Sum of the explicit weights of this window's losses on this rank."""
+        self._planned = self._seen = 0.0
+        self._equal = weighting == "equal"
+
+    def begin(self, loader: BatchInfo | None) -> None:
+        """A micro-step begins with the loader's batch in hand."""
+        self.begun = True
+        length = self.length
+        last = self.micro + 1 >= length or (loader is not None and loader.at_end)
+        self.sync = last
+        if length == 1:
+            self.factor = 1.0 if self.num_ranks == 1 else self.tail_factor(loader)
+            return
+        mine, everyone, planned = self._samples(loader)
+        if self.micro == 0:
+            self._planned, self._seen = planned, 0.0
+        self._seen += everyone
+        self.factor = mine / self._planned
+        if last and self._seen != self._planned:
+            self._correct(self._planned / self._seen)
+
+    def end(self) -> None:
+        """The micro-step is over."""
+        if self.sync:
+            self.micro, self.dirty, self.weights = 0, False, None
+        else:
+            self.micro += 1
+
+    def tail_factor(self, loader: BatchInfo | None) -> float:
+        """The factor of a window of one micro-step: 1 unless the ranks' batches are unequal."""
+        if loader is None or self._equal:
+            return 1.0
+        everyone = loader.global_batch_samples
+        if not everyone or (loader.batch_repeated and loader.batch_samples):
+            return 1.0
+        return loader.batch_samples * self.num_ranks / everyone
+
+    def _samples(self, loader: BatchInfo | None) -> tuple[float, float, float]:
+        """This micro-step's samples here times R and on all ranks, and the window's as planned at its first.
+
+        In micro-steps instead of samples where samples are not known or not to count.
+        """
+        everyone = None if loader is None or self._equal else loader.global_batch_samples
+        full = None if loader is None else loader.total_batch_size
+        if loader is None or not everyone or not full or (loader.batch_repeated and loader.batch_samples):
+            return 1.0, 1.0, float(self.length)
+        planned = float(self.length * full)
+        total = loader.total_samples
+        if total is not None:
+            # `position` counts the batch in hand as consumed.
+            planned = min(planned, float(total - loader.position + everyone))
+        return float(loader.batch_samples * self.num_ranks), float(everyone), planned
+
+    def _correct(self, ratio: float) -> None:
+        """The window turned out shorter than planned: rescale what it has accumulated and what will come."""
+        self.factor *= ratio
+        self.scale_gradients(ratio)
+
+    @torch.no_grad()
+    def scale_gradients(self, ratio: float | torch.Tensor) -> None:
+        """Multiplies the gradients of this window's models."""
+        grads = [p.grad for m in self.models for p in m.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, ratio)

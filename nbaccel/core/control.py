@@ -1,0 +1,152 @@
+"""Stop and save requests, acted upon at the same optimizer step on every rank.
+
+Requests reach ranks at different moments. So at an optimizer step each rank starts an asynchronous
+reduction of what it has heard, on a group of its own, and reads the result at a later one that all
+derive from the same numbers:
+
+    step      s          s+1 … s+k-1      s+k                       k: about 50 ms of steps, from the
+    rank 0    start -------------------->  read, start, …              slowest rank's step time, which
+    rank 1    start -------------------->  read, start, …              travels in the reduction too
+
+By the time it is read it is done, because to get there the ranks' gradients had to meet: nobody waits
+for it. Nothing is exchanged in one process.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from datetime import timedelta
+from typing import final
+
+import torch
+import torch.distributed as dist
+
+from nbaccel.core.frames import exchange_objects
+from nbaccel.core.world import World
+from nbaccel.wire import events
+
+__all__ = ["Control"]
+
+_INTERVAL = 0.05  # seconds between two exchanges
+_MOST_STEPS = 256
+_ECHO = 2.0  # seconds in which a rank's own copy of a request already acted upon may still arrive
+
+
+@final
+class _Line:
+    """The group exchanges travel on, and how many were started on it by this rank."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self.started = 0
+
+    def start(self, flags: torch.Tensor) -> dist.Work:
+        self.started += 1
+        work: dist.Work | None = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        assert work is not None  # this rank is in the group
+        return work
+
+
+# One line per default process group, made once: it lives as long as that group does.
+_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, _Line] = weakref.WeakKeyDictionary()
+
+
+def _line_of(world: World, agreed: str) -> _Line:
+    """The line of the default group; ranks that left an earlier loop unevenly are brought in step first."""
+    default = dist.group.WORLD
+    assert default is not None
+    line = _lines.get(default)
+    if line is None:
+        line = _lines[default] = _Line()
+    counts = exchange_objects("Accelerator", line.started, world=world, signature=agreed)
+    while line.started < max(counts):
+        line.start(torch.zeros(3, dtype=torch.float64)).wait()
+    return line
+
+
+@final
+class Control:
+    """What the ranks have agreed on: `stopping`, `saving`.
+
+    Making one is collective. `agreed` describes what must be equal on all ranks.
+
+    Args:
+        stop_after: seconds from now after which all ranks stop.
+        save_every: optimizer steps (int) or seconds (float) between saves.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        stop_after: float | None = None,
+        save_every: int | float | None = None,
+        agreed: str = "",
+    ) -> None:
+        self.stopping = False
+        """All ranks leave their loops after this optimizer step."""
+        self.saving = False
+        """All ranks save after this optimizer step."""
+        self._line = _line_of(world, agreed) if world.size > 1 else None
+        now = time.monotonic()
+        self._deadline = None if stop_after is None else now + stop_after
+        self._save_steps = save_every if isinstance(save_every, int) else None
+        self._save_seconds = save_every if isinstance(save_every, float) else None
+        self._saved_at = now
+        self._want_stop = self._want_save = False
+        self._deaf_until = 0.0
+        self._work: dist.Work | None = None
+        self._flags = torch.zeros(3, dtype=torch.float64)
+        self._due = self._ticks = 0
+        self._started_at, self._started_tick = now, 0
+
+    def tick(self, step: int) -> None:
+        """An optimizer step, the `step`-th (from 1), has been made. Called on every rank."""
+        self._ticks += 1
+        if self._save_steps is not None and step % self._save_steps == 0:
+            self.saving = True
+        self._listen()
+        if self._line is None:
+            self.stopping |= self._want_stop
+            self.saving |= self._want_save
+            self._want_save = False
+        elif self._ticks >= self._due and not self.stopping:
+            self._exchange(self._line)
+
+    def saved(self) -> None:
+        """A save asked for by `saving` has been made."""
+        self.saving = False
+        self._saved_at = time.monotonic()
+
+    def _listen(self) -> None:
+        for request in events.requests():
+            if request.kind == "stop":
+                self._want_stop = True
+            elif request.kind == "save" and time.monotonic() >= self._deaf_until:
+                self._want_save = True
+        if self._deadline is None and self._save_seconds is None:
+            return
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            self._want_stop = True
+        if self._save_seconds is not None and now - self._saved_at >= self._save_seconds:
+            self._want_save = True
+
+    def _exchange(self, line: _Line) -> None:
+        if self._work is not None:
+            self._work.wait()
+            stop, save, seconds = self._flags.tolist()
+            self.stopping = stop > 0
+            if save > 0:
+                self.saving, self._want_save = True, False
+                self._deaf_until, self._saved_at = time.monotonic() + _ECHO, time.monotonic()
+            self._due = self._ticks + max(1, min(_MOST_STEPS, int(_INTERVAL / max(seconds, 1e-9))))
+        if self.stopping:
+            self._work = None
+            return
+        now = time.monotonic()
+        pace = (now - self._started_at) / max(1, self._ticks - self._started_tick)
+        self._started_at, self._started_tick = now, self._ticks
+        self._flags = torch.tensor([self._want_stop, self._want_save, pace], dtype=torch.float64)
+        self._work = line.start(self._flags)

@@ -1,0 +1,276 @@
+"""The state of a training loop in progress, which the prepared objects and the Accelerator share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nbaccel.core.accumulate import LossWeighting, Window
+from nbaccel.core.control import Control
+from nbaccel.core.data import ShardedLoader
+from nbaccel.core.precision import Precision
+from nbaccel.core.step_times import Stopwatch
+from nbaccel.core.strategies.base import Strategy
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
+
+__all__ = ["Loop"]
+
+
+class Steppable(Protocol):
+    """What `Loop.optimizer_step` needs of a prepared optimizer."""
+
+    optimizer: torch.optim.Optimizer
+    ran: bool
+
+
+@final
+class Loop:
+    """Which micro-step it is, over which loader, with which scaler; how far the run is.
+
+    It is the loaders' `LoopControl`.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        strategy: Strategy,
+        precision: Precision,
+        control: Control | None,
+        stopwatch: Stopwatch | None,
+        length: int,
+        weighting: LossWeighting,
+    ) -> None:
+        self.world, self.strategy, self.control, self.stopwatch = world, strategy, control, stopwatch
+        self.length, self.weighting = length, weighting
+        self.scaler = precision.make_scaler()
+        self.models: list[nn.Module] = []
+        self.window = self.new_window(self.models)
+        """The window in progress; that of all models together unless `accumulate` named some."""
+        self.windows: dict[tuple[nn.Module, ...], Window] = {(): self.window}
+        self.loaders: list[ShardedLoader] = []
+        """Loaders being iterated, the innermost last."""
+        self.steps = 0
+        """Optimizer steps of the first optimizer."""
+        self.skipped = False
+        """Whether the last optimizer step was skipped by the scaler."""
+        self.plain = control is None and stopwatch is None and self.scaler is None
+        """Nothing but the optimizer's own work is to be done at a step."""
+        self.simple = world.size == 1 and length == 1 and self.scaler is None and stopwatch is None
+        """Nothing but autograd's own work is to be done in a backward."""
+        self.before_pass: Callable[[ShardedLoader], None] = _nothing
+        self.before_batch: Callable[[], None] = _nothing
+        """Called when control asks for a save, at a point where the position is between batches."""
+        self.after_step: tuple[Callable[[], None], ...] = ()
+        self.to_skip: dict[ShardedLoader, tuple[int, Mapping[str, Any]]] = {}
+        """Passes a resumed run has behind it, and where the loader then goes on."""
+        self._trained: set[ShardedLoader] = set()
+        self._unscaled: set[int] = set()
+        self._update_due = False
+        self._weighted: tuple[torch.Tensor, dist.Work | None] | None = None
+
+    def new_window(self, models: list[nn.Module]) -> Window:
+        """A fresh window over `models`."""
+        return Window(models, length=self.length, num_ranks=self.world.size, weighting=self.weighting)
+
+    # What the loaders tell ---------------------------------------------------------------------------
+
+    def began(self, loader: ShardedLoader) -> None:
+        """A pass over `loader` is about to begin."""
+        self.before_pass(loader)
+        if self.stopwatch is not None:
+            self.stopwatch.begin()
+        self.loaders.append(loader)
+
+    def ended(self, loader: ShardedLoader) -> None:
+        """The pass is over."""
+        if loader in self.loaders:
+            self.loaders.remove(loader)
+        passes, state = self.to_skip.pop(loader, (0, {}))
+        if passes > 0:
+            loader.load_state_dict(state)
+            if passes > 1:
+                self.to_skip[loader] = (passes - 1, state)
+
+    def should_stop(self, loader: ShardedLoader) -> bool:
+        """Whether `loader`'s pass ends before its next batch."""
+        if self.to_skip and loader in self.to_skip:
+            return True
+        control = self.control
+        if control is None:
+            return False
+        if control.saving and self.window.micro == 0:
+            self.before_batch()
+        # An evaluation after the stop still gets its batches.
+        return control.stopping and loader in self._trained
+
+    def times(self, loader: ShardedLoader) -> Mapping[str, float] | None:
+        """For the loader's Progress."""
+        return None if self.stopwatch is None else self.stopwatch.since_last()
+
+    @property
+    def loader(self) -> ShardedLoader | None:
+        """The loader whose batch is in hand."""
+        return self.loaders[-1] if self.loaders else None
+
+    # Backward ----------------------------------------------------------------------------------------
+
+    def backward(
+        self, loss: torch.Tensor, weight: float | torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Scaled by the window, by the scaler, timed."""
+        window = self.window
+        if window.length == 1:
+            if not window.begun and self.world.size > 1:
+                window.factor = window.tail_factor(self.loader)
+        elif weight is None:
+            window.dirty = True
+        if weight is not None:
+            self._add_weight(window, weight)
+        else:
+            if window.weights is not None:
+                raise ConfigError(
+                    "backward(weight=...) must be given for every loss of a window, or for none"
+                )
+            if window.factor != 1.0:
+                loss = loss * window.factor
+        scaler = self.scaler
+        if scaler is not None:
+            self._update_scaler(scaler)
+            loss = scaler.scale(loss)
+        if self.stopwatch is None:
+            loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self._timed_backward(self.stopwatch, loss, kwargs)
+        if self._weighted is not None:
+            self._divide_by_weights(window)
+
+    def _timed_backward(self, watch: Stopwatch, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        communicates = self.world.size > 1 and self.window.sync and loss.requires_grad
+        event = watch.device.mark() if watch.device is not None else None
+        started = time.perf_counter()
+        watch.computed_at = 0.0
+        if communicates:
+            loss.register_hook(watch.on_backward_begins)  # type: ignore[no-untyped-call]
+        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+        ended = time.perf_counter()
+        computed = watch.computed_at or ended
+        watch.seconds["backward"] += computed - started
+        watch.seconds["communication"] += ended - computed
+        if watch.device is not None:
+            watch.device.add("backward", event)
+
+    def _add_weight(self, window: Window, weight: float | torch.Tensor) -> None:
+        """Notes a loss that is a sum over `weight` units; at the window's end the ranks add up their weights."""
+        if window.weights is None and window.dirty:
+            raise ConfigError("backward(weight=...) must be given for every loss of a window, or for none")
+        if window.weights is None:
+            window.weights = 0.0
+        window.dirty = True
+        window.weights = window.weights + (weight.detach() if isinstance(weight, torch.Tensor) else weight)
+        if not window.sync:
+            return
+        if self._weighted is not None:
+            raise ConfigError("backward(weight=...) was called twice in the last micro-step of a window")
+        total = torch.as_tensor(
+            window.weights, dtype=torch.float32 if self._is_mps(weight) else torch.float64
+        )
+        total = total.reshape(1).clone()
+        if total.device.type == "cpu":
+            total = total.to(self.world.control_device)
+        # Runs while backward computes.
+        work = dist.all_reduce(total, async_op=True) if self.world.size > 1 else None
+        self._weighted = (total, work)
+
+    @staticmethod
+    def _is_mps(weight: object) -> bool:
+        return isinstance(weight, torch.Tensor) and weight.device.type == "mps"
+
+    def _divide_by_weights(self, window: Window) -> None:
+        assert self._weighted is not None
+        total, work = self._weighted
+        self._weighted = None
+        if work is not None:
+            work.wait()
+        ratio: float | torch.Tensor
+        if total.device.type == "cpu":
+            total_weight = total.item()
+            if total_weight <= 0:
+                raise ConfigError(f"the weights of a window add up to {total_weight}; they must be above 0")
+            ratio = self.world.size / total_weight
+        else:
+            ratio = (self.world.size / total).to(torch.float32).squeeze(0)
+        window.scale_gradients(ratio)
+        if window.length == 1:
+            window.weights, window.dirty = None, False
+
+    # The optimizer -----------------------------------------------------------------------------------
+
+    def optimizer_step(self, prepared: Steppable, closure: Callable[[], Any] | None, *, leads: bool) -> Any:
+        """A step with everything around it that is not free."""
+        if not self.window.begun and self.length > 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps={self.length} needs `with accelerator.accumulate(model):` around "
+                "the micro-step, or accelerator.step(...)"
+            )
+        watch, scaler = self.stopwatch, self.scaler
+        started = time.perf_counter()
+        event = watch.device.mark() if watch is not None and watch.device is not None else None
+        if scaler is None:
+            step = prepared.optimizer.step
+            result = step() if closure is None else step(closure)
+        else:
+            prepared.ran = False
+            result = scaler.step(prepared.optimizer, *([] if closure is None else [closure]))
+            self.skipped = not prepared.ran
+            self._update_due = True
+        if leads:
+            self.steps += not self.skipped
+        if watch is not None:
+            watch.seconds["optimizer"] += time.perf_counter() - started
+            if watch.device is not None:
+                watch.device.add("optimizer", event)
+        if leads:
+            self._tick(watch)
+        return result
+
+    def _tick(self, watch: Stopwatch | None) -> None:
+        if watch is not None:
+            watch.step()
+        if self.loaders:
+            self._trained.add(self.loaders[0])
+        for fn in self.after_step:
+            fn()
+        if self.control is not None:
+            self.control.tick(self.steps)
+
+    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Takes the scaler's scale off the gradients, once per window and optimizer."""
+        if self.scaler is None:
+            return
+        for optimizer in optimizers:
+            if id(optimizer) not in self._unscaled:
+                self.scaler.unscale_(optimizer)
+                self._unscaled.add(id(optimizer))
+
+    def finish_scaler(self) -> None:
+        """The scaler's pending update, so that its state can be saved."""
+        if self.scaler is not None:
+            self._update_scaler(self.scaler)
+
+    def _update_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        # Late, when all optimizers have stepped: an update forgets which gradients were unscaled already.
+        if self._update_due:
+            self._update_due = False
+            self._unscaled.clear()
+            scaler.update()
+
+
+def _nothing(*_: Any) -> None:
+    return None

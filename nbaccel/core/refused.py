@@ -1,0 +1,88 @@
+"""Names of the peer's Accelerator that are refused here, each with our way of doing it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["ARGUMENTS", "ATTRIBUTES", "explain", "refuse_arguments"]
+
+_LATER = "is not built yet; DDP is: leave it out"
+_MESH = "belongs to parallelisms that are not built yet; ranks are in process_index and num_processes"
+
+ATTRIBUTES: Mapping[str, str] = {
+    "context_parallel_rank": _MESH,
+    "data_parallel_rank": "is process_index here: every rank is a data-parallel one",
+    "data_parallel_shard_rank": _MESH,
+    "deepspeed_plugin": "does not exist here; DeepSpeed is not built yet",
+    "deepspeed_ulysses_dl_adapter": "does not exist here; sequence parallelism is not built yet",
+    "fp8_backend": "does not exist here; fp8 is not built yet",
+    "is_composable_parallelism_enabled": _MESH,
+    "is_fsdp2": "does not exist here; FSDP2 is not built yet",
+    "logging_dir": "is project_dir here",
+    "lomo_backward": "does not exist here; LOMO fuses the optimizer into backward: call it yourself",
+    "maybe_context_parallel": "does not exist here; context parallelism is not built yet",
+    "non_blocking": "is always so here: batches are moved to the device asynchronously",
+    "parallelism_config": _MESH,
+    "pipeline_parallel_rank": _MESH,
+    "save": "is torch.save on the main process: `if acc.is_main_process: torch.save(obj, path)`",
+    "save_iteration": "does not exist here; checkpoint folders are numbered by what is there",
+    "save_model": "is not built yet",
+    "init_trackers": "is not built yet",
+    "get_tracker": "is not built yet",
+    "should_save_model": "does not exist here; save_state is called on all ranks, and each writes its part",
+    "skip_first_batches": "does not exist here; loader.load_state_dict goes on in the middle of an epoch "
+    "without reading what it skips",
+    "tensor_parallel_rank": _MESH,
+    "torch_device_mesh": _MESH,
+    "use_seedable_sampler": "is always so here: orders come from (seed, epoch)",
+    "use_stateful_dataloader": "is always so here: every prepared loader has state_dict",
+    "verify_device_map": "does not exist here; models larger than a device are not built yet",
+}
+
+ARGUMENTS: Mapping[str, str] = {
+    "dataloader_config": "is split_batches=, even_batches=, dispatch_batches=, shard= of the Accelerator itself",
+    "deepspeed_plugin": _LATER,
+    "deepspeed_plugins": _LATER,
+    "fsdp_plugin": _LATER,
+    "torch_tp_plugin": _LATER,
+    "megatron_lm_plugin": "is not supported; DDP is",
+    "parallelism_config": _LATER,
+    "rng_types": "is not needed: loaders' orders come from (seed, epoch), equal on all ranks; "
+    "nbaccel.core.rng.synchronize_rng_states does it by hand",
+    "project_config": "is project_dir= and keep=",
+    "gradient_accumulation_plugin": "is gradient_accumulation_steps= and loss_weighting=",
+    "kwargs_handlers": "is ddp=DDPOptions(...) and scaler=ScalerOptions(...)",
+    "dynamo_backend": "is compile=True or a mode of torch.compile",
+    "dynamo_plugin": "is compile=True or a mode of torch.compile",
+}
+
+
+def explain(name: str) -> str:
+    """Why the Accelerator has no attribute `name`, and what to use."""
+    if name in ATTRIBUTES:
+        return f"accelerator.{name} {ATTRIBUTES[name]}"
+    return f"'Accelerator' object has no attribute {name!r}"
+
+
+def refuse_arguments(unknown: Mapping[str, Any]) -> None:
+    """Raises for arguments the Accelerator does not take.
+
+    Raises:
+        ConfigError: naming our way, or the nearest argument.
+    """
+    for name in unknown:
+        if name in ARGUMENTS:
+            raise ConfigError(f"Accelerator(..., {name}=...) {ARGUMENTS[name]}")
+        raise ConfigError(f"Accelerator takes no argument {name!r}{_nearest(name)}")
+
+
+def _nearest(name: str) -> str:
+    from nbaccel.core.accelerator import Accelerator  # at the time of the error only: it imports us
+
+    known = Accelerator.__init__.__code__.co_varnames
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,149 @@
+"""DistributedDataParallel: the whole model on every rank, gradients averaged during backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, cast, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nbaccel.core.collectives import broadcast_module
+from nbaccel.core.strategies.base import Strategy, clip_local_norm, trainable
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
+
+__all__ = ["DDP", "DDPOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DDPOptions:
+    """What DistributedDataParallel is made with."""
+
+    bucket_cap_mb: float | None = None
+    """Size of the buckets gradients are averaged in; None: torch's default."""
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    """The same parameters are used in every step. Cannot go with gradient accumulation."""
+    gradient_as_bucket_view: bool = True
+    """Gradients live in the buckets: no copy, less memory."""
+    broadcast_buffers: bool = True
+    comm_hook: Literal["fp16", "bf16", "power_sgd"] | None = None
+    """Send gradients compressed."""
+    power_sgd_rank: int = 1
+    power_sgd_start: int = 1000
+    """Optimizer steps before PowerSGD begins to compress."""
+
+    def __post_init__(self) -> None:
+        if self.comm_hook not in (None, "fp16", "bf16", "power_sgd"):
+            raise ConfigError(
+                f"comm_hook is {self.comm_hook!r}; it must be 'fp16', 'bf16', 'power_sgd' or None"
+            )
+
+
+@final
+class DDP(Strategy):
+    """Every rank holds the model; backward averages gradients over the ranks."""
+
+    name = "ddp"
+
+    def __init__(self, world: World, *, options: DDPOptions, place: bool, accumulates: bool) -> None:
+        if options.static_graph and accumulates:
+            raise ConfigError(
+                "static_graph=True cannot go with gradient_accumulation_steps above 1: torch fails when the "
+                "first backward does not synchronise. Leave static_graph off."
+            )
+        self._world = world
+        self._options = options
+        self._place = place
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, DistributedDataParallel):
+            return module
+        if self._place:
+            module = module.to(self._world.device)
+        if not trainable(module):
+            broadcast_module(module, world=self._world)
+            return module
+        options = self._options
+        indexed = self._world.device.type != "cpu" and self._place
+        wrapped = DistributedDataParallel(
+            module,
+            device_ids=[self._world.device] if indexed else None,
+            broadcast_buffers=options.broadcast_buffers,
+            bucket_cap_mb=options.bucket_cap_mb,
+            find_unused_parameters=options.find_unused_parameters,
+            static_graph=options.static_graph,
+            gradient_as_bucket_view=options.gradient_as_bucket_view,
+        )
+        _register_hook(wrapped, options)
+        return wrapped
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    def set_sync(self, module: nn.Module, synchronize: bool) -> None:
+        if isinstance(module, DistributedDataParallel):
+            # What DDP.no_sync sets, without making a context manager in every micro-step.
+            module.require_backward_grad_sync = synchronize
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+        if not isinstance(module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        if self._options.static_graph:
+            raise ConfigError("no_sync cannot go with static_graph=True; leave static_graph off")
+        return module.no_sync()
+
+    def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = True
+            module.require_forward_param_sync = True
+            # What DDP's forward does when it expects to synchronise; this one had run without.
+            module.reducer.prepare_for_backward(outputs if self._options.find_unused_parameters else [])
+
+    def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
+        from torch.distributed.algorithms.join import Join
+
+        joinable: list[Any] = [m for m in modules if isinstance(m, DistributedDataParallel)]
+        return Join(joinable) if joinable else contextlib.nullcontext()
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        return clip_local_norm(parameters, max_norm, norm_type)
+
+    def full_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        return self.unwrap(module).state_dict()
+
+
+def _register_hook(module: DistributedDataParallel, options: DDPOptions) -> None:
+    if options.comm_hook in ("fp16", "bf16"):
+        dtype = torch.float16 if options.comm_hook == "fp16" else torch.bfloat16
+        module.register_comm_hook(dtype, _send_as)
+    elif options.comm_hook == "power_sgd":
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+        state = powerSGD_hook.PowerSGDState(
+            process_group=None,
+            matrix_approximation_rank=options.power_sgd_rank,
+            start_powerSGD_iter=max(2, options.power_sgd_start),
+        )
+        module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+# No postponed annotation: DDP compares the hook's with the classes themselves.
+def _send_as(dtype: torch.dtype, bucket):  # type: ignore[no-untyped-def]
+    """Averages a bucket in `dtype`. torch's own bf16 hook wants CUDA; this one serves every backend."""
+    buffer = bucket.buffer()
+    sent = buffer.to(dtype).div_(dist.get_world_size())
+    future = dist.all_reduce(sent, async_op=True).get_future()
+
+    def widen(done: torch.futures.Future[Any]) -> Tensor:
+        value = done.value()
+        buffer.copy_(value[0] if isinstance(value, list) else value)
+        return cast(Tensor, buffer)
+
+    return future.then(widen)

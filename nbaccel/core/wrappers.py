@@ -1,0 +1,235 @@
+"""What `prepare` gives back: the user's own objects, made to obey the accumulation window."""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from nbaccel.core.loop import Loop
+from nbaccel.core.nested import map_tensors
+from nbaccel.core.precision import Precision
+from nbaccel.core.step_times import Stopwatch
+
+__all__ = [
+    "Forward",
+    "PreparedOptimizer",
+    "PreparedScheduler",
+    "is_scheduler",
+    "patch_forward",
+    "restore_forward",
+]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@final
+class Forward:
+    """Stands in for a module's `forward`: computes in the precision, gives float32 back, takes the time."""
+
+    def __init__(
+        self, module: nn.Module, inner: Callable[..., Any], precision: Precision, stopwatch: Stopwatch | None
+    ) -> None:
+        self._module = module
+        self.inner = inner
+        self._converts = precision.dtype is not None
+        # One context reused: making one costs more than entering it.
+        self._autocast = precision.autocast()
+        self._stopwatch = stopwatch
+        self._inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            # A module that calls itself is in the context already.
+            return self.inner(*args, **kwargs)
+        watch = self._stopwatch
+        self._inside = True
+        started = time.perf_counter() if watch is not None else 0.0
+        event = watch.device.mark() if watch is not None and watch.device is not None else None
+        try:
+            if not self._converts:
+                return self.inner(*args, **kwargs)
+            with self._autocast:
+                output = self.inner(*args, **kwargs)
+            if type(output) is torch.Tensor:
+                return output.float() if output.dtype in _HALF else output
+            return map_tensors(lambda t: t.float() if t.dtype in _HALF else t, output)
+        finally:
+            self._inside = False
+            if watch is not None:
+                watch.seconds["forward"] += time.perf_counter() - started
+                if watch.device is not None:
+                    watch.device.add("forward", event)
+
+    def __reduce__(self) -> Any:
+        # A copy or a pickle of the module gets its plain forward back: the copy is not prepared.
+        return types.MethodType, (type(self._module).forward, self._module)
+
+
+def patch_forward(module: nn.Module, precision: Precision, stopwatch: Stopwatch | None) -> None:
+    """Let calls of `module` go through a `Forward`, where there is anything for it to do."""
+    restore_forward(module)
+    if precision.dtype is None and stopwatch is None:
+        return
+    if module._compiled_call_impl is not None:
+        # Around the compiled call: inside it the clock would break the graph.
+        module._compiled_call_impl = Forward(module, module._compiled_call_impl, precision, stopwatch)
+    else:
+        module.forward = Forward(module, module.forward, precision, stopwatch)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Take the `Forward` off again."""
+    if isinstance(module.__dict__.get("forward"), Forward):
+        inner = module.__dict__.pop("forward").inner
+        if getattr(inner, "__func__", None) is not type(module).forward:
+            module.forward = inner
+    compiled: Any = module.__dict__.get("_compiled_call_impl")
+    if isinstance(compiled, Forward):
+        module._compiled_call_impl = compiled.inner
+
+
+@final
+class PreparedOptimizer(torch.optim.Optimizer):
+    """The user's optimizer (`.optimizer`); it steps and zeroes only where the window ends.
+
+    An Optimizer by type only, so that schedulers accept it; everything is the inner one's.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, loop: Loop, *, leads: bool) -> None:
+        # Not Optimizer.__init__: there is one set of parameter groups and state, and the inner one has it.
+        self.optimizer = optimizer
+        self._loop = loop
+        self._leads = leads
+        self._consumed = loop.length == 1
+        self.ran = False
+        """Whether the inner optimizer really stepped in the last `step` (with a scaler only)."""
+        if loop.scaler is not None:
+            optimizer.register_step_post_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.ran = True
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was left out because the scaler found an overflow."""
+        return self._loop.skipped
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The inner optimizer's step, at the end of a window; nothing elsewhere."""
+        loop = self._loop
+        if not loop.window.sync:
+            return None
+        self._consumed = True
+        if not loop.plain:
+            return loop.optimizer_step(self, closure, leads=self._leads)
+        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        if self._leads:
+            loop.steps += 1
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients once per window: after its step, or before its first backward."""
+        if self._consumed or not self._loop.window.dirty:
+            self._consumed = self._loop.window.length == 1
+            self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        return self.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        return self.optimizer.register_step_post_hook(hook)
+
+    def train(self) -> None:
+        """For schedule-free optimizers."""
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """For schedule-free optimizers."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"PreparedOptimizer({self.optimizer!r})"
+
+
+def is_scheduler(value: object) -> bool:
+    """Whether `value` is a learning-rate scheduler, torch's or one that looks like it."""
+    if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+        return True
+    return all(
+        callable(getattr(value, name, None)) for name in ("step", "state_dict", "load_state_dict")
+    ) and (hasattr(value, "get_last_lr") or hasattr(value, "optimizer"))
+
+
+@final
+class PreparedScheduler:
+    """The user's scheduler (`.scheduler`): one step per optimizer step, none when that was skipped.
+
+    Args:
+        repeat: steps per optimizer step; above 1 only for scripts that count on one per rank.
+    """
+
+    def __init__(self, scheduler: Any, loop: Loop, *, follows: bool, repeat: int) -> None:
+        self.scheduler = scheduler
+        self._loop = loop
+        self._follows = follows
+        self._repeat = repeat
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """The inner scheduler's step, where the optimizer has stepped."""
+        loop = self._loop
+        if self._follows and (not loop.window.sync or loop.skipped):
+            return
+        for _ in range(self._repeat):
+            self.scheduler.step(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner scheduler's."""
+        state: dict[str, Any] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inner scheduler's."""
+        self.scheduler.load_state_dict(state_dict)
+
+    def get_last_lr(self) -> list[float]:
+        """The inner scheduler's."""
+        rates: list[float] = self.scheduler.get_last_lr()
+        return rates
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)

@@ -1,0 +1,319 @@
+"""The training loop on one and on several ranks, against plain torch in one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nbaccel.core import Accelerator, DDPOptions
+from nbaccel.errors import ConfigError
+
+PRIME = 67  # samples: no batch size divides it
+
+
+def _data():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(PRIME, 6, generator=generator)
+    return x, (x @ torch.randn(6, 2, generator=generator)).tanh()
+
+
+def _model():
+    torch.manual_seed(11)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def _plain(global_batch, accumulation=1, epochs=2, clip=None):
+    """What the maths says: each window one mean over all its samples."""
+    x, y = _data()
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+    window = global_batch * accumulation
+    for _ in range(epochs):
+        for start in range(0, PRIME, window):
+            loss = nn.functional.mse_loss(model(x[start : start + window]), y[start : start + window])
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return _flat(model), scheduler.get_last_lr()
+
+
+def _flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+
+
+def _train(global_batch, accumulation, clip, short, options):
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, **options)
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+    loader = DataLoader(TensorDataset(*_data()), batch_size=global_batch // acc.num_processes)
+    model, optimizer, loader, scheduler = acc.prepare(model, optimizer, loader, scheduler)
+    steps = 0
+    for _ in range(2):
+        for x, y in loader:
+            if short:
+                acc.step(nn.functional.mse_loss(model(x), y), optimizer, scheduler, clip=clip)
+            else:
+                with acc.accumulate(model):
+                    acc.backward(nn.functional.mse_loss(model(x), y))
+                    if clip:
+                        acc.clip_grad_norm_(model.parameters(), clip)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            steps += acc.sync_gradients
+    assert acc.steps == steps
+    return _flat(acc.unwrap_model(model)), scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("accumulation", "clip", "short"), [(1, None, False), (4, 0.05, False), (3, 0.05, True), (1, 0.05, True)]
+)
+def test_training_when_on_several_ranks_equals_one_process(num_processes, accumulation, clip, short):
+    expected, rate = _plain(8, accumulation, clip=clip)
+    args = (8, accumulation, clip, short, {})
+    values = run_ranks(_train, *args, num_processes=num_processes)
+    for weights, last in values:
+        assert torch.equal(weights, values[0][0])
+        assert (weights - expected).abs().max() <= 1e-6
+        assert last == rate, "one scheduler step per optimizer step"
+
+
+def test_training_when_in_this_process_equals_plain_torch():
+    expected, rate = _plain(8)
+    weights, last = _train(8, 1, None, False, {})
+    assert torch.equal(weights, expected)
+    assert last == rate
+
+
+@pytest.mark.parametrize("hook", ["fp16", "bf16", "power_sgd"])
+def test_training_when_gradients_travel_compressed(hook):
+    expected, _ = _plain(8)
+    options = {"ddp": DDPOptions(comm_hook=hook, power_sgd_start=1000)}
+    rank0, rank1 = run_ranks(_train, 8, 1, None, False, options)
+    assert torch.equal(rank0[0], rank1[0])
+    error = (rank0[0] - expected).abs().max().item()
+    assert error < 0.05
+    assert (error > 1e-6) == (hook != "power_sgd")  # PowerSGD has not begun to compress yet
+
+
+def test_training_when_loss_weighting_is_equal_differs_in_the_tail():
+    expected, _ = _plain(8)
+    rank0, _ = run_ranks(_train, 8, 1, None, False, {"loss_weighting": "equal"})
+    assert (rank0[0] - expected).abs().max() > 1e-5
+
+
+# --- sums over tokens -----------------------------------------------------------------------------------
+
+LENGTHS = [3, 9, 1, 4, 7, 2, 8, 5, 6, 11, 1]
+
+
+def _sequences():
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(n, 6, generator=generator) for n in LENGTHS]
+
+
+def _tokens_plain(window):
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sequences = _sequences()
+    for start in range(0, len(LENGTHS), window):
+        batch = torch.cat(sequences[start : start + window])
+        (model(batch) ** 2).sum(1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _flat(model)
+
+
+def _tokens(accumulation):
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(_sequences(), batch_size=1, collate_fn=lambda batch: batch[0])
+    model, optimizer, loader = acc.prepare(model, optimizer, loader)
+    for sequence in loader:
+        real = loader.batch_samples  # a rank without a sample of its own gets one that counts for nothing
+        with acc.accumulate(model):
+            loss_sum = (model(sequence) ** 2).sum() * real
+            acc.backward(loss_sum, weight=len(sequence) * real)
+            optimizer.step()
+            optimizer.zero_grad()
+    return _flat(acc.unwrap_model(model))
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 4), (2, 2), (2, 1), (4, 1)])
+def test_backward_when_weighted_by_tokens(num_processes, accumulation):
+    expected = _tokens_plain(num_processes * accumulation)
+    for weights in run_ranks(_tokens, accumulation, num_processes=num_processes):
+        assert (weights - expected).abs().max() <= 1e-6
+
+
+# --- preparing ------------------------------------------------------------------------------------------
+
+
+def test_prepare_when_called_twice_or_nested():
+    acc = Accelerator(cpu=True)
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(*_data()), batch_size=4)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    first = acc.prepare([scheduler, {"loader": loader}], (optimizer, model))
+    (prepared_scheduler, mapping), (prepared_optimizer, prepared_model) = first
+    assert prepared_model is model
+    again = acc.prepare(
+        prepared_optimizer, optimizer, mapping["loader"], loader, prepared_scheduler, scheduler
+    )
+    assert again[0] is again[1] is prepared_optimizer
+    assert again[2] is again[3] is mapping["loader"]
+    assert again[4] is again[5] is prepared_scheduler
+    assert prepared_optimizer.param_groups is optimizer.param_groups
+    other = Accelerator(cpu=True)
+    assert other.prepare(prepared_optimizer).optimizer is optimizer
+
+
+def test_prepare_when_given_nothing_or_something_unknown():
+    acc = Accelerator(cpu=True)
+    with pytest.raises(ConfigError, match="given nothing"):
+        acc.prepare()
+    with pytest.raises(ConfigError, match="with a str"):
+        acc.prepare("model")
+
+
+def test_backward_when_loss_is_not_one_number():
+    acc = Accelerator(cpu=True)
+    with pytest.raises(ConfigError, match=r"shape \[3\].*mean"):
+        acc.backward(torch.ones(3, requires_grad=True) * 2)
+
+
+def test_optimizer_when_accumulation_was_asked_but_not_used():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=4, measure=True)
+    model = acc.prepare(_model())
+    optimizer = acc.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    acc.backward(model(torch.ones(1, 6)).sum())
+    with pytest.raises(ConfigError, match="accumulate"):
+        optimizer.step()
+
+
+def test_zero_grad_when_called_first_keeps_what_the_window_has():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = acc.prepare(nn.Linear(1, 1, bias=False))
+    optimizer = acc.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
+    seen = []
+    for value in (1.0, 3.0, 5.0, 7.0):
+        with acc.accumulate(model):
+            optimizer.zero_grad()
+            acc.backward(model(torch.tensor([[value]])).sum())
+            if acc.sync_gradients:
+                seen.append(model.weight.grad.item())
+            optimizer.step()
+    assert seen == [2.0, 6.0]
+
+
+def test_accumulate_when_two_models_have_windows_of_their_own():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    one, two = acc.prepare(nn.Linear(1, 1), nn.Linear(1, 1))
+    synced = []
+    for _ in range(4):
+        for model in (one, two):
+            with acc.accumulate(model):
+                acc.backward(model(torch.ones(1, 1)).sum())
+                synced.append(acc.sync_gradients)
+    assert synced == [False, False, True, True] * 2
+
+
+# --- precision ------------------------------------------------------------------------------------------
+
+
+def _seen_precision(kind):
+    acc = Accelerator(cpu=True, mixed_precision=kind)
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            out = self.layer(x)
+            seen.append(out.dtype)
+            return {"out": out}
+
+    model = acc.prepare(Model())
+    out = model(torch.ones(2, 4))["out"]
+    twin = copy.deepcopy(acc.unwrap_model(model))
+    assert twin(torch.ones(2, 4))["out"].dtype == torch.float32
+    inner = acc.unwrap_model(model)(torch.ones(2, 4))["out"].dtype
+    return seen[0], out.dtype, inner, seen[-1], acc.mixed_precision
+
+
+@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_precision_when_asked_is_what_the_model_computes_in(kind, dtype):
+    for value in [_seen_precision(kind), *run_ranks(_seen_precision, kind)]:
+        assert value == (dtype, torch.float32, torch.float32, dtype, kind)
+
+
+def test_fp16_when_gradients_overflow_skips_optimizer_and_scheduler():
+    acc = Accelerator(cpu=True, mixed_precision="fp16")
+    model = acc.prepare(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    optimizer, scheduler = acc.prepare(optimizer, scheduler)
+    before = model.weight.detach().clone()
+    acc.backward(model(torch.ones(1, 2)).sum() * float("inf"))
+    acc.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    assert acc.optimizer_step_was_skipped
+    assert acc.steps == 0
+    assert torch.equal(model.weight, before)
+    assert scheduler.get_last_lr() == [0.1]
+    acc.backward(model(torch.ones(1, 2)).sum())
+    norm = acc.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step()
+    assert norm.item() == pytest.approx(3**0.5, rel=1e-2)  # of the true gradient, the scale taken off
+    assert not acc.optimizer_step_was_skipped
+    assert acc.steps == 1
+    assert scheduler.get_last_lr() == [0.05]
+
+
+# --- tied to the peer's names ---------------------------------------------------------------------------
+
+
+def test_names_when_the_peer_has_them_are_built_or_refused_by_name():
+    import accelerate
+
+    from nbaccel.core import refused
+
+    acc = Accelerator(cpu=True)
+    for name in dir(accelerate.Accelerator):
+        if name.startswith("_"):
+            continue
+        if name in refused.ATTRIBUTES:
+            with pytest.raises(AttributeError, match=f"accelerator.{name} "):
+                getattr(acc, name)
+        else:
+            assert hasattr(acc, name), name
+
+
+@pytest.mark.parametrize("name", ["fsdp_plugin", "kwargs_handlers", "dataloader_config"])
+def test_arguments_when_the_peers_are_refused_by_name(name):
+    with pytest.raises(ConfigError, match=name):
+        Accelerator(cpu=True, **{name: 1})
+
+
+def test_arguments_when_misspelt_name_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'mixed_precision'"):
+        Accelerator(cpu=True, mixed_precison="bf16")
