@@ -40,8 +40,19 @@ _FROZEN = (
     "PYTHON",
     "CUDA_",
 )
-# Read when a device is first used, not at import: devices=[…] may differ from launch to launch.
-_NOT_FROZEN = ("CUDA_VISIBLE_DEVICES",)
+_NOT_FROZEN = (
+    # Read when a device is first used, which no server does: they may differ from launch to launch.
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "CUDA_VISIBLE_DEVICES",
+    # Libraries set these in the notebook by themselves (torch._dynamo, scikit-learn, joblib, Fabric),
+    # and what reads them does so at use or only warns.
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "TORCHINDUCTOR_CACHE_DIR",
+)
 # The notebook's own machinery: it starts threads and means nothing in a rank.
 _FRONT_END = {"debugpy", "ipykernel", "jupyter_client", "jupyter_core", "nbaccel", "pydevd", "tornado", "zmq"}
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
