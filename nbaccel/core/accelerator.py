@@ -840,7 +840,8 @@ def _make_control(config: RunConfig, world: World, precision: str) -> Control | 
     if not events.active() and every is None and after is None:
         return None
     agreed = f"mixed_precision={precision}, accumulation={config.gradient_accumulation_steps or 1}"
-    return Control(world, stop_after=after, save_every=every, agreed=agreed)
+    saves = config.project_dir is not None and (every or after or config.resume) is not None
+    return Control(world, stop_after=after, save_every=every, save_on_stop=saves, agreed=agreed)
 
 
 def _on(function: Callable[..., Any] | None, wanted: int | None, index: int) -> Any:

@@ -74,6 +74,7 @@ class Control:
     Args:
         stop_after: seconds from now after which all ranks stop.
         save_every: optimizer steps (int) or seconds (float) between saves.
+        save_on_stop: a stop asks for a save too.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Control:
         *,
         stop_after: float | None = None,
         save_every: int | float | None = None,
+        save_on_stop: bool = False,
         agreed: str = "",
     ) -> None:
         self.stopping = False
@@ -89,6 +91,7 @@ class Control:
         self.saving = False
         """All ranks save after this optimizer step."""
         self._line = _line_of(world, agreed) if world.size > 1 else None
+        self._save_on_stop = save_on_stop
         now = time.monotonic()
         self._deadline = None if stop_after is None else now + stop_after
         self._save_steps = save_every if isinstance(save_every, int) else None
@@ -108,11 +111,16 @@ class Control:
             self.saving = True
         self._listen()
         if self._line is None:
-            self.stopping |= self._want_stop
+            if self._want_stop and not self.stopping:
+                self._stop()
             self.saving |= self._want_save
             self._want_save = False
         elif self._ticks >= self._due and not self.stopping:
             self._exchange(self._line)
+
+    def _stop(self) -> None:
+        self.stopping = True
+        self.saving |= self._save_on_stop
 
     def saved(self) -> None:
         """A save asked for by `saving` has been made."""
@@ -137,7 +145,8 @@ class Control:
         if self._work is not None:
             self._work.wait()
             stop, save, seconds = self._flags.tolist()
-            self.stopping = stop > 0
+            if stop > 0:
+                self._stop()
             if save > 0:
                 self.saving, self._want_save = True, False
                 self._deaf_until, self._saved_at = time.monotonic() + _ECHO, time.monotonic()

@@ -105,7 +105,7 @@ class Loop:
         control = self.control
         if control is None:
             return False
-        if control.saving and self.window.micro == 0:
+        if control.saving and self.window.micro == 0 and self.loaders[0] is loader:
             self.before_batch()
         # An evaluation after the stop still gets its batches.
         return control.stopping and loader in self._trained
