@@ -113,6 +113,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
     assert found.Tags()["histograms"] == ["weights"]
     assert "note/text_summary" in found.Tags()["tensors"]
+    assert "_hparams_/session_start_info" in found.summary_metadata
 
 
 def test_trackers_are_imported_only_when_asked_for() -> None:
