@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +15,7 @@ PLAIN = "plain of "
 """Begins the name under which the plain values of a sharded thing stand among the shared states."""
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything that can say what it is and become it again."""
 

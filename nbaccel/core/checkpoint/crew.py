@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError
 
-__all__ = ["Crew"]
+__all__ = ["Crew", "describe_error"]
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(days=7)
@@ -51,7 +51,7 @@ class Crew:
         Raises:
             CheckpointError: with every failing rank and what happened to it.
         """
-        texts = self.gather(None if error is None else _text(error))
+        texts = self.gather(None if error is None else describe_error(error))
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
         if failed:
             raise CheckpointError(f"{doing} failed on {'; '.join(failed)}") from error
@@ -63,7 +63,8 @@ class Crew:
             dist.destroy_process_group(group)
 
 
-def _text(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """An error in words for the other ranks."""
     if isinstance(error, CheckpointError):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, final
 
 from nbaccel.core.checkpoint.contents import Contents
-from nbaccel.core.checkpoint.crew import Crew
+from nbaccel.core.checkpoint.crew import Crew, describe_error
 from nbaccel.core.checkpoint.filesystem import FileSystem, LocalFileSystem
 from nbaccel.core.checkpoint.find import Found, hidden_name
 from nbaccel.core.checkpoint.reader import Loaded, find_newest, load
 from nbaccel.core.checkpoint.shards import Plan, make_plan, sources
 from nbaccel.core.checkpoint.staging import Buffer, State, gather_state
-from nbaccel.core.checkpoint.writer import Job, check_target, discard, space_problem, write
+from nbaccel.core.checkpoint.writer import Job, check_target, discard, free_bytes, space_problem, write
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError, ConfigError
 
@@ -40,6 +40,11 @@ class SaveReport:
     """Seconds the caller waited."""
     total: float
     """Seconds until the checkpoint was complete."""
+
+
+def _size(state: State, plan: Plan) -> int:
+    """Bytes this rank will write."""
+    return state.num_bytes + plan.layout.num_bytes + len(plan.index)
 
 
 @final
@@ -185,34 +190,37 @@ class Checkpoints:
 
     def _gather(self, target: Path, partial: Path, contents: Contents, copy: bool, crew: Crew) -> State:
         """Everything to write, planned and known to fit on every rank; else the hidden folder is gone."""
+        state, error = None, None
         try:
-            state, error = None, None
-            try:
-                state = gather_state(contents, partial, crew.rank, copy=copy)
-            except Exception as caught:  # noqa: BLE001 - a hook's or a state_dict's; every rank must hear of it
-                error = caught
-            crew.agree(error, f"gathering the state for {target}")
-            assert state is not None
-            self._make_room(target, self._plan_for(state, crew), state, crew)
+            state = gather_state(contents, partial, crew.rank, copy=copy)
+        except Exception as caught:  # noqa: BLE001 - a hook's or a state_dict's; every rank must hear of it
+            error = caught
+        try:
+            self._agree(target, state, error, crew)
         except CheckpointError:
             if crew.rank == 0:
                 discard(partial, self._filesystem)
             raise
+        assert state is not None
         return state
 
-    def _plan_for(self, state: State, crew: Crew) -> Plan:
-        """Who writes what; made anew only when some rank's tensors are others than last time."""
-        known = self._plan is not None and self._plan[0] == state.fingerprint
-        if not all(crew.gather(known)):
+    def _agree(self, target: Path, state: State | None, error: BaseException | None, crew: Crew) -> None:
+        """Plans anew if some rank's tensors are others than last time; one round of talk if none are."""
+        kept = self._plan[1] if self._plan and state and self._plan[0] == state.fingerprint else None
+        size = _size(state, kept) if state and kept else None
+        free = free_bytes(target.parent, self._filesystem) if crew.rank == 0 else 0
+        answers = crew.gather((None if error is None else describe_error(error), size, free))
+        failed = [f"rank {rank}: {text}" for rank, (text, _, _) in enumerate(answers) if text is not None]
+        if failed or state is None:
+            raise CheckpointError(
+                f"gathering the state for {target} failed on {'; '.join(failed)}"
+            ) from error
+        sizes = [size for _, size, _ in answers if size is not None]
+        if len(sizes) < crew.size:
             plan = make_plan(state.tensors, state.aliases, state.of_rank_zero, crew)
             self._plan, self._buffer = (state.fingerprint, plan), None
-        assert self._plan is not None
-        return self._plan[1]
-
-    def _make_room(self, target: Path, plan: Plan, state: State, crew: Crew) -> None:
-        sizes = crew.gather(state.num_bytes + plan.layout.num_bytes + len(plan.index))
-        problem = space_problem(target.parent, sum(sizes), self._filesystem) if crew.rank == 0 else ""
-        problem = crew.share(problem)
+            sizes = crew.gather(_size(state, plan))
+        problem = space_problem(target.parent, sum(sizes), answers[0][2])
         if problem:
             raise CheckpointError(problem)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from nbaccel import __version__
-from nbaccel.core.checkpoint.crew import Crew
+from nbaccel.core.checkpoint.crew import Crew, describe_error
 from nbaccel.core.checkpoint.files import layout_of, write_file, write_tensors
 from nbaccel.core.checkpoint.filesystem import FileSystem
 from nbaccel.core.checkpoint.find import hidden_name, is_ours, prune, remove_leftovers
@@ -28,7 +29,7 @@ from nbaccel.core.checkpoint.shards import INDEX, Plan, shard_file
 from nbaccel.core.checkpoint.small import Packed
 from nbaccel.errors import CheckpointError
 
-__all__ = ["Job", "check_target", "discard", "space_problem", "write"]
+__all__ = ["Job", "check_target", "discard", "free_bytes", "space_problem", "write"]
 
 _SPARE = 1 << 20
 """Bytes asked for beyond the files themselves: manifest, folders, the file system's own records."""
@@ -69,12 +70,16 @@ def check_target(target: Path, filesystem: FileSystem) -> None:
         )
 
 
-def space_problem(parent: Path, needed: int, filesystem: FileSystem) -> str:
-    """What to say when `needed` bytes do not fit; empty when they do."""
+def free_bytes(parent: Path, filesystem: FileSystem) -> int:
+    """Free space, or what lets a save begin where the file system does not tell it."""
     try:
-        free = filesystem.free_bytes(parent)
-    except OSError as error:
-        return f"the free space of {parent} cannot be read: {error}"
+        return filesystem.free_bytes(parent)
+    except OSError:
+        return sys.maxsize
+
+
+def space_problem(parent: Path, needed: int, free: int) -> str:
+    """What to say when `needed` bytes do not fit; empty when they do."""
     if free >= needed + _SPARE:
         return ""
     return (
@@ -103,7 +108,7 @@ def write(job: Job, crew: Crew, filesystem: FileSystem, failed: BaseException | 
             records = _write_own(job, crew.rank, filesystem)
         except (OSError, RuntimeError, MemoryError, ValueError) as caught:
             error = caught
-    answers = crew.gather((None if error is None else _reason(error), records))
+    answers = crew.gather((None if error is None else describe_error(error), records))
     problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text is not None]
     outcome = "; ".join(problems)
     if crew.rank == 0:
@@ -118,10 +123,6 @@ def write(job: Job, crew: Crew, filesystem: FileSystem, failed: BaseException | 
         raise CheckpointError(
             f"saving {job.target} failed on {outcome}. Earlier checkpoints are untouched."
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 def _write_own(job: Job, rank: int, filesystem: FileSystem) -> list[FileRecord]:
@@ -152,7 +153,7 @@ def _commit_or_say(job: Job, records: list[FileRecord], world_size: int, filesys
     try:
         _commit(job, records, world_size, filesystem)
     except (OSError, ValueError, CheckpointError) as error:
-        return f"rank 0: {_reason(error)}"
+        return f"rank 0: {describe_error(error)}"
     try:
         if job.keep is not None:
             prune(job.target, job.keep, filesystem)
