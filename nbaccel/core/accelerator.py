@@ -23,16 +23,17 @@ from nbaccel.core.accumulate import LossWeighting, Window
 from nbaccel.core.checkpoint import Loaded
 from nbaccel.core.control import Control
 from nbaccel.core.data import Shard, ShardedLoader
-from nbaccel.core.logbook import Logbook
 from nbaccel.core.loop import Loop
 from nbaccel.core.nested import map_leaves
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
 from nbaccel.core.rng import set_seed
+from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
 from nbaccel.core.step_times import StepTimes, Stopwatch
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.strategies.ddp import DDP, DDPOptions
 from nbaccel.core.strategies.single import Single
+from nbaccel.core.trackers import MetricLog, Tracker, Trackers, open_trackers
 from nbaccel.core.world import World, join, read_environment
 from nbaccel.core.wrappers import (
     PreparedOptimizer,
@@ -112,11 +113,15 @@ class Accelerator:
         check_collectives: collectives.CheckMode = "sampled",
         measure: bool | None = None,
         verify: bool | None = None,
-        log_with: str | Sequence[str] | None = None,
+        log_with: str | Tracker | Sequence[str | Tracker] | None = None,
         **unknown: Any,
     ) -> None:
         refused.refuse_arguments(unknown)
         environment = read_environment()
+        trackers: list[str | Tracker] = (
+            [*log_with] if isinstance(log_with, (list, tuple)) else [log_with] if log_with else []  # type: ignore[list-item]
+        )
+        named = tuple(one for one in trackers if isinstance(one, str))
         asked = {
             "mixed_precision": mixed_precision,
             "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -130,7 +135,7 @@ class Accelerator:
             "resume": resume,
             "keep": keep,
             "verify": verify,
-            "log_with": (log_with,) if isinstance(log_with, str) else log_with and tuple(log_with),
+            "log_with": named or None,
         }
         given = {name: value for name, value in asked.items() if value is not None}
         config = combine(environment.config, RunConfig.from_mapping(given, place=_PLACE))
@@ -155,7 +160,11 @@ class Accelerator:
         )
         self._saving = Saving(self.world, self._loop, project_dir=config.project_dir, keep=config.keep)
         self._check = collectives.MismatchCheck(check_collectives)
-        self._log = Logbook(self.world)
+        self._log = MetricLog(Trackers(), world=self.world)
+        self._log_with: list[str | Tracker] = [
+            *(config.log_with or ()),
+            *(t for t in trackers if not isinstance(t, str)),
+        ]
         self._loader_options: dict[str, Any] = {
             "split_batches": split_batches,
             "even_batches": even_batches,
@@ -169,7 +178,6 @@ class Accelerator:
         self._prepared: dict[int, tuple[Any, Any]] = {}
         self._accumulating = _Accumulating(self._loop)
         self._trigger = False
-        self._trackers: list[Any] = []
         self._resume_from = config.resume
         self._loop.before_pass = self._before_pass
         self._loop.before_batch = self._save_now
@@ -693,9 +701,54 @@ class Accelerator:
 
         With `reduce` they are first reduced over the ranks, and this is to be called on all of them.
         """
-        at = self._loop.steps if step is None else step
-        sinks = self._trackers if self.is_main_process else []
-        self._log.add(values, at, reduce, self._check, sinks)
+        if reduce not in (None, "mean", "sum"):
+            raise ConfigError(f"log(reduce={reduce!r}): it must be 'mean', 'sum' or None")
+        if reduce is not None and self.world.size > 1:
+            values = {**values, **self._reduced(values, reduce)}
+        self._log.log(values, step=self._loop.steps if step is None else step, reduced=reduce)
+
+    def _reduced(self, values: Mapping[str, Any], reduction: Literal["mean", "sum"]) -> Any:
+        numbers = {
+            name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            for name, value in values.items()
+            if isinstance(value, (Tensor, int, float))
+        }
+        return self.reduce(numbers, reduction=reduction)
+
+    def init_trackers(
+        self,
+        project_name: str = "run",
+        config: Mapping[str, Any] | None = None,
+        init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Starts the trackers of `log_with`, on the main process, below `project_dir`.
+
+        Raises:
+            ConfigError: no tracker was asked for, an unknown one, or it has nowhere to write.
+        """
+        if not self._log_with:
+            raise ConfigError("init_trackers needs Accelerator(log_with='jsonl' or 'tensorboard', ...)")
+        if self.project_dir is None and any(isinstance(one, str) for one in self._log_with):
+            raise ConfigError("trackers need a folder to write to: Accelerator(project_dir=...)")
+        folder = Path(self.project_dir or ".")
+        trackers = open_trackers(
+            self._log_with,
+            folder=folder,
+            project=project_name,
+            world=self.world,
+            config=config,
+            options=init_kwargs,
+        )
+        self._log = MetricLog(trackers, world=self.world)
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """The running tracker of that name (its own object with `unwrap`); on the main process only.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        tracker = self._log.trackers.get(name)
+        return tracker.tracker if unwrap else tracker
 
     def step_times(self) -> StepTimes:
         """Where the time has gone so far on this rank.
@@ -754,6 +807,16 @@ class Accelerator:
         """Loads a checkpoint, the newest complete one if no folder is given. Called on all ranks."""
         return self._saving.load(input_dir, strict=strict, allow_pickle=allow_pickle)
 
+    def save_model(
+        self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "10GB"
+    ) -> list[Path]:
+        """Writes the model's weights as safetensors in Hugging Face's layout. Called on all ranks."""
+        files = save_model(
+            self.get_state_dict(model), save_directory, world=self.world, max_shard_size=max_shard_size
+        )
+        self.wait_for_everyone()
+        return files
+
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Saves these objects too; they need state_dict and load_state_dict."""
         self._saving.register(objects)
@@ -770,10 +833,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Waits for saves in the background, hands on the last logged values, closes the trackers."""
-        self._log.flush(self._trackers if self.is_main_process else [])
-        trackers, self._trackers = self._trackers, []
-        for tracker in trackers:
-            tracker.close()
+        self._log.close()
         self._saving.close()
 
     def _before_pass(self, loader: ShardedLoader) -> None:

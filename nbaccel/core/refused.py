@@ -30,9 +30,6 @@ ATTRIBUTES: Mapping[str, str] = {
     "pipeline_parallel_rank": _MESH,
     "save": "is torch.save on the main process: `if acc.is_main_process: torch.save(obj, path)`",
     "save_iteration": "does not exist here; checkpoint folders are numbered by what is there",
-    "save_model": "is not built yet",
-    "init_trackers": "is not built yet",
-    "get_tracker": "is not built yet",
     "should_save_model": "does not exist here; save_state is called on all ranks, and each writes its part",
     "skip_first_batches": "does not exist here; loader.load_state_dict goes on in the middle of an epoch "
     "without reading what it skips",
