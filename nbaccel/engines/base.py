@@ -43,8 +43,6 @@ class Started:
     """The ranks exist."""
 
     pids: tuple[int, ...]
-    shared: bool
-    """Whether they share one opened payload."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import final
 
+from nbaccel.engines.parent import Launch
 from nbaccel.engines.server import WARM_UP, Template
-from nbaccel.engines.template import Launch, Preload, Preloaded
+from nbaccel.engines.template import Preload, Preloaded
 from nbaccel.errors import LaunchError
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 

@@ -10,7 +10,7 @@ from typing import final
 
 from nbaccel.engines.base import Control, Ports, Retry
 from nbaccel.engines.forkserver import ForkServer, server_for
-from nbaccel.engines.template import Launch
+from nbaccel.engines.parent import Launch
 from nbaccel.errors import LaunchError
 from nbaccel.rank.spec import RunSpec
 from nbaccel.wire.channel import Channel, ChannelClosed, pair

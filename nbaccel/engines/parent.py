@@ -1,7 +1,9 @@
-"""A run's own process: opens the payload once, makes the ranks and the store, reaps them.
+"""A run's own process: makes the ranks and the store, reaps them, ends what is left.
 
-Forked from the template for one run. It stays single-threaded and touches no device, so that its ranks
-may be forked from it; what it opened they share copy-on-write.
+It exists before its run: forked from the template it stands by, and with it as many forks of itself as the
+last run had ranks, each waiting for a place. A call that is small goes to these, who open it for
+themselves. A large one, or one that needs modules of the user's, is opened here once and ranks are forked
+from here, so that they share it copy-on-write. This process stays single-threaded and touches no device.
 """
 
 from __future__ import annotations
@@ -13,62 +15,60 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, final
 
 from nbaccel.engines import store
 from nbaccel.engines.base import Exited, Failed, Opening, Retry, Started
 from nbaccel.engines.children import Children
 from nbaccel.rank import worker
 from nbaccel.rank.failure import describe
-from nbaccel.rank.process import become_subreaper, kill_descendants, unclean
-from nbaccel.rank.spec import RunSpec
-from nbaccel.rank.worker import Place
-from nbaccel.wire import payload as payloads
+from nbaccel.rank.process import become_subreaper, die_with_parent, kill_descendants, unclean
+from nbaccel.rank.spec import Place, RunSpec
+from nbaccel.wire import payload
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
-from nbaccel.wire.payload import Parcel
 
-__all__ = ["Kill", "run"]
-
-Kill = tuple[tuple[int, ...], int]
-"""What the notebook sends here: signal these ranks."""
+__all__ = ["Launch", "serve"]
 
 
-def run(
-    spec: RunSpec,
-    parcel: Parcel,
-    *,
-    control: int,
-    payload: int | None,
-    ranks: Sequence[tuple[int, int, int]],
-    open_in_ranks: bool,
-    start_method: str,
-) -> NoReturn:
-    """Make the run's ranks and see them to their end. Never returns.
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A run to be made. Descriptors beside it: control, then the payload's if it has one, then channel,
+    stdout and stderr of each rank."""
+
+    spec: RunSpec
+    parcel: payload.Parcel
+    open_in_ranks: bool
+    has_payload: bool
+
+
+def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
+    """Stand by for one run and see it to its end. Never returns.
 
     Args:
-        control: descriptor of the channel to the notebook; its end ends the run.
-        payload: descriptor of the parcel's content.
-        ranks: channel, stdout and stderr of each rank.
+        orders: a `Launch` comes over it; its end means that none will.
+        ranks: how many ranks to have waiting.
     """
-    channel = Channel.from_fd(control)
+    become_subreaper()
+    maker = _Maker(start_method, orders)
+    if start_method == "fork":
+        maker.prepare(ranks)
     try:
-        become_subreaper()
-        channel.send(Opening())
-        _take_over(spec, ranks[0])
-        places = _Places(spec, ranks, parcel, payload)
-        if start_method == "spawn":
-            pids = places.spawn()
-        else:
-            inherited = None if open_in_ranks or parcel.on_device else _open(channel, parcel, payload)
-            pids = places.fork(inherited, channel)
-        places.close()
-        channel.send(Started(tuple(pids), shared=start_method == "fork" and not open_in_ranks))
-        _see_through(channel, pids)
+        launch, fds = orders.recv()
+    except ChannelClosed:
+        kill_descendants()
+        os._exit(0)  # not needed after all
+    control = Channel.from_fd(fds[0])
+    try:
+        control.send(Opening())
+        pids = _make_ranks(maker, launch, fds, control)
+        control.send(Started(tuple(pids)))
+        _see_through(control, pids)
     except ChannelClosed:
         pass  # the notebook ended the run
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
         try:
-            channel.send(Failed(describe(error)))
+            control.send(Failed(describe(error)))
         except ChannelClosed:
             pass
     finally:
@@ -76,127 +76,145 @@ def run(
         os._exit(0)
 
 
-def _take_over(spec: RunSpec, first: tuple[int, int, int]) -> None:
-    """Take the notebook's environment, folder and import path; what is printed here is rank 0's."""
-    os.environ.clear()
-    os.environ.update(spec.environ)
-    os.chdir(spec.cwd)
-    sys.path[:] = spec.sys_path
-    sys.argv[:] = spec.argv
-    os.dup2(first[1], 1)
-    os.dup2(first[2], 2)
-    worker.fresh_main()
-
-
-def _open(channel: Channel, parcel: Parcel, fd: int | None) -> Any:
-    """The call, opened once for all ranks; gives the run up when that leaves this process unsafe to fork."""
-    gc.disable()  # a million new objects would be traversed again and again
-    call, sidecar = payloads.unpack(parcel, fd)
-    gc.enable()
-    payloads.install(sidecar, sys.modules["__main__"])
-    if reason := unclean():
-        channel.send(
-            Retry(f"opening the arguments makes a process unsafe to fork: {reason}", open_in_ranks=True)
+def _make_ranks(maker: _Maker, launch: Launch, fds: list[int], control: Channel) -> list[int]:
+    """The run's ranks and its store, each in its place; the ranks' process ids."""
+    spec, content = launch.spec, fds[1] if launch.has_payload else None
+    ends = fds[2 if launch.has_payload else 1 :]
+    listening = store.listen()
+    stores = [pair() for _ in range(spec.num_processes)]
+    places = [
+        Place(
+            rank=rank,
+            parent=os.getpid(),
+            port=listening.getsockname()[1],
+            parcel=launch.parcel,
+            fds=(
+                *ends[3 * rank : 3 * rank + 3],
+                stores[rank][1].fileno(),
+                *([content] if content is not None else []),
+            ),
         )
+        for rank in range(spec.num_processes)
+    ]
+    ours = [*fds, listening.fileno(), *(end.fileno() for both in stores for end in both)]
+    if maker.can_fork and not launch.open_in_ranks and _worth_sharing(launch.parcel):
+        call = _open(spec, places[0], control)
+        pids = [maker.fork_rank(spec, place, call, without=ours) for place in places]
+    else:
+        seats = [maker.rank(without=ours) for _ in places]
+        for seat, place in zip(seats, places, strict=True):
+            seat.boot.send((spec, place), place.fds)
+        pids = [seat.pid for seat in seats]
+    maker.store(without=ours).boot.send(
+        os.getpid(), [listening.fileno(), *(end.fileno() for end, _ in stores)]
+    )
+    maker.dismiss()
+    for fd in ours[1:]:  # all but the control channel
+        os.close(fd)
+    for sock in (listening, *(end for both in stores for end in both)):
+        sock.detach()
+    return pids
+
+
+def _worth_sharing(parcel: payload.Parcel) -> bool:
+    """Whether opening the call once for all ranks saves anything: memory, or the import of a module."""
+    if parcel.on_device:
+        return False  # this process must touch no device
+    return parcel.inline is None or any(name not in sys.modules for name in parcel.modules)
+
+
+def _open(spec: RunSpec, first: Place, control: Channel) -> Any:
+    """The call, opened for all ranks; gives the run up when that leaves this process unsafe to fork."""
+    _, stdout, stderr, *_ = first.fds
+    os.dup2(stdout, 1)  # what opening it prints is rank 0's
+    os.dup2(stderr, 2)
+    worker.take_over(spec)
+    gc.disable()  # a million new objects would be traversed again and again
+    call = worker.open_call(first)
+    gc.enable()
+    gc.freeze()  # a collection in a rank would touch, and so copy, every object it shares
+    if reason := unclean():
+        why = f"opening the arguments makes a process unsafe to fork: {reason}"
+        control.send(Retry(why, open_in_ranks=True))
         os._exit(0)
     return call
 
 
-class _Places:
-    """The descriptors of a run while its processes are made."""
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """A process that waits for its place in a run."""
 
-    def __init__(
-        self, spec: RunSpec, ranks: Sequence[tuple[int, int, int]], parcel: Parcel, fd: int | None
-    ) -> None:
-        self._spec = spec
-        self._stores = [pair() for _ in ranks]
-        self._listening = store.listen()
-        self._port = self._listening.getsockname()[1]
-        self._payload = fd
-        self._all = [
-            Place(
-                rank=rank,
-                parent=os.getpid(),
-                port=self._port,
-                channel=channel,
-                stdout=stdout,
-                stderr=stderr,
-                stores=self._stores[rank][1].fileno(),
-                content=fd,
-                parcel=parcel,
-            )
-            for rank, (channel, stdout, stderr) in enumerate(ranks)
-        ]
+    pid: int
+    boot: Channel
 
-    def fork(self, inherited: Any, channel: Channel) -> list[int]:
-        gc.freeze()  # a collection in a rank would touch, and so copy, every object it shares
-        pids = []
-        for place in self._all:
-            pid = os.fork()
-            if pid == 0:
-                channel.close()
-                self._listening.close()
-                self._keep_only(place)
-                worker.start(self._spec, place, inherited=inherited)
-            pids.append(pid)
-        me = os.getpid()
-        if os.fork() == 0:
-            channel.close()
-            mine = [ours.fileno() for ours, _ in self._stores]
-            for place in self._all:
-                _close_all(place.channel, place.stdout, place.stderr, place.stores)
-            os.setpgid(0, 0)
-            store.serve(self._listening, mine, me)
-        return pids
 
-    def spawn(self) -> list[int]:
-        pids = [self._spawn_rank(place) for place in self._all]
-        mine = [ours.fileno() for ours, _ in self._stores]
-        listening = self._listening.fileno()
-        me = os.getpid()
-        _python(
-            f"from nbaccel.engines import store; store.main({listening}, {mine}, {me})", (listening, *mine)
-        )
-        return pids
+@final
+class _Maker:
+    """Makes the processes of a run, some ahead of time.
 
-    def _spawn_rank(self, place: Place) -> int:
-        ours, theirs = pair()
-        fds = [place.channel, place.stdout, place.stderr, place.stores, theirs.fileno()]
-        if place.content is not None:
-            fds.append(place.content)
-        pid = _python(f"from nbaccel.rank import worker; worker.main({theirs.fileno()})", fds)
-        theirs.close()
-        boot = Channel(ours)
-        boot.send((self._spec, place))
-        boot.close()
+    Args:
+        start_method: "fork", or "spawn" for fresh interpreters.
+        orders: a channel of this process, of no concern to its children.
+    """
+
+    def __init__(self, start_method: str, orders: Channel) -> None:
+        self.can_fork = start_method == "fork"
+        self._orders = orders
+        self._ranks: list[_Seat] = []
+        self._stores: list[_Seat] = []
+
+    def prepare(self, ranks: int) -> None:
+        """Have this many ranks and a store waiting."""
+        for _ in range(ranks):
+            self._ranks.append(self._new("worker", ()))
+        self._stores.append(self._new("store", ()))
+
+    def rank(self, *, without: Sequence[int]) -> _Seat:
+        """A process waiting to be a rank. `without`: descriptors one made now must not keep."""
+        return self._ranks.pop() if self._ranks else self._new("worker", without)
+
+    def store(self, *, without: Sequence[int]) -> _Seat:
+        """A process waiting to be the store."""
+        return self._stores.pop() if self._stores else self._new("store", without)
+
+    def fork_rank(self, spec: RunSpec, place: Place, call: Any, *, without: Sequence[int]) -> int:
+        """A rank that shares the opened call; its process id."""
+        pid = os.fork()
+        if pid == 0:
+            self._leave(fd for fd in without if fd not in place.fds)
+            worker.start(spec, place, call)
         return pid
 
-    def _keep_only(self, place: Place) -> None:
-        for ours, theirs in self._stores:
-            ours.close()
-            if theirs.fileno() == place.stores:
-                theirs.detach()
-            else:
-                theirs.close()
-        for other in self._all:
-            if other.rank != place.rank:
-                _close_all(other.channel, other.stdout, other.stderr)
+    def dismiss(self) -> None:
+        """Let go of those that were not needed: they end."""
+        for seat in (*self._ranks, *self._stores):
+            seat.boot.close()
+        self._ranks, self._stores = [], []
 
-    def close(self) -> None:
-        """Forget what the children hold now."""
-        self._listening.close()
-        for ours, theirs in self._stores:
-            ours.close()
-            theirs.close()
-        for place in self._all:
-            _close_all(place.channel, place.stdout, place.stderr)
-        if self._payload is not None:
-            os.close(self._payload)
+    def _new(self, role: str, without: Sequence[int]) -> _Seat:
+        ours, theirs = pair()
+        if not self.can_fork:
+            room = "rank.worker" if role == "worker" else "engines.store"
+            code = f"from nbaccel.{room} import main; main({theirs.fileno()})"
+            pid = _python(code, [theirs.fileno()])
+        else:
+            me = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                self._leave(without)
+                die_with_parent(me)
+                (worker if role == "worker" else store).main(theirs.detach())
+        theirs.close()
+        return _Seat(pid, Channel(ours))
 
-
-def _close_all(*fds: int) -> None:
-    for fd in fds:
-        os.close(fd)
+    def _leave(self, fds: Any) -> None:
+        """In a fork: let go of what is the parent's."""
+        self._orders.close()
+        for seat in (*self._ranks, *self._stores):
+            seat.boot.close()
+        for fd in fds:
+            os.close(fd)
 
 
 def _python(code: str, fds: Sequence[int]) -> int:
@@ -208,7 +226,7 @@ def _python(code: str, fds: Sequence[int]) -> int:
     return process.pid
 
 
-def _see_through(channel: Channel, pids: list[int]) -> None:
+def _see_through(control: Channel, pids: list[int]) -> None:
     """Pass signals on and report exits until the notebook closes the channel."""
     rank_of = {pid: rank for rank, pid in enumerate(pids)}
     children = Children()
@@ -218,9 +236,9 @@ def _see_through(channel: Channel, pids: list[int]) -> None:
                 _signal_group(pid)  # while the zombie holds the number, nobody else can have it
             code = children.reap(pid)
             if pid in rank_of:
-                channel.send(Exited(rank_of.pop(pid), code))
-        if children.wait(channel.fileno()):
-            (ranks, number), _ = channel.recv()
+                control.send(Exited(rank_of.pop(pid), code))
+        if children.wait(control.fileno()):
+            (ranks, number), _ = control.recv()
             for pid, rank in rank_of.items():
                 if rank in ranks:
                     _signal(pid, number)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from nbaccel.rank.process import die_with_parent
 from nbaccel.wire.channel import Channel, ChannelClosed
 
-__all__ = ["listen", "main", "serve"]
+__all__ = ["listen", "main"]
 
 Key = tuple[int, int, int]
 """World size of a group, how many of that size came before it, and the rank for a group of one."""
@@ -29,9 +29,15 @@ def listen() -> socket.socket:
     return sock
 
 
-def main(first: int, ranks: list[int], parent: int) -> NoReturn:
-    """Where a spawned store process begins."""
-    serve(socket.socket(fileno=first), ranks, parent)
+def main(boot: int) -> NoReturn:
+    """Wait on this descriptor for the run's sockets, then serve."""
+    channel = Channel.from_fd(boot)
+    try:
+        parent, fds = channel.recv()
+    except ChannelClosed:
+        os._exit(0)  # the run was not to be
+    channel.close()
+    serve(socket.socket(fileno=fds[0]), fds[1:], parent)
 
 
 def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:

@@ -1,8 +1,9 @@
 """A template: the server's image plus the packages the notebook has imported; runs are forked from it.
 
 A package that leaves it unsafe to fork (a thread, an open device) is named and the template refuses to
-serve; the server, still clean, makes another without that package. Between launches it keeps one fork of
-itself standing by: forking takes time in proportion to the memory of what was imported.
+serve; the server, still clean, makes another without that package. Between launches it keeps a run's own
+process and ranks standing by (`engines.parent`): forking takes time in proportion to the memory of what was
+imported.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from nbaccel.engines.base import Retry
 from nbaccel.engines.children import Children
 from nbaccel.rank import threads
 from nbaccel.rank.process import die_with_parent, unclean
-from nbaccel.rank.spec import RunSpec
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
-from nbaccel.wire.payload import Parcel
 
-__all__ = ["Launch", "Preload", "Preloaded", "serve"]
+__all__ = ["Preload", "Preloaded", "serve"]
 
 # Not at once after a launch: its ranks want the cores now.
 _STAND_BY_AFTER = 0.5
+# A waiting fork costs about 1 MB of page tables.
+_MOST_RANKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,6 @@ class Preloaded:
     """From a template: packages that could not be imported there, with the reason."""
 
     failures: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """To a template: fork a run. Descriptors: control, payload if any, then three per rank."""
-
-    spec: RunSpec
-    parcel: Parcel
-    open_in_ranks: bool
-    has_payload: bool
 
 
 def serve(
@@ -102,6 +93,9 @@ class _Room:
         self._children = Children()
         self._culprit: Retry | None = None
         self._standing_by: Channel | None = None
+        self._ranks = min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, _MOST_RANKS
+        )
 
     def next_message(self) -> tuple[Any, list[int]]:
         """The next thing the notebook wants; while it wants nothing, have a fork stand by."""
@@ -111,7 +105,7 @@ class _Room:
                 return self._children.next_message(self._channel, timeout=_STAND_BY_AFTER if idle else None)
             except TimeoutError:
                 pass  # left before forking: what a rank raises must not carry this as its context
-            self._stand_by()
+            self._stand_by(self._ranks)
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import module after module; stop at the first that makes this process unsafe to fork."""
@@ -136,13 +130,14 @@ class _Room:
         if failures:
             self._channel.send(Preloaded(tuple(failures.items())))
 
-    def launch(self, launch: Launch, fds: Sequence[int]) -> None:
+    def launch(self, launch: parent.Launch, fds: Sequence[int]) -> None:
         """Hand the run to the fork that stands by, else to a new one."""
         if self._culprit is not None:
             _refuse(self._culprit, fds[0])
             return
         if self._standing_by is None or not _sent(self._standing_by, launch, fds):
-            self._stand_by().send(launch, fds)
+            self._stand_by(ranks=0).send(launch, fds)  # it makes them when it knows which
+        self._ranks = min(launch.spec.num_processes, _MOST_RANKS)
         self.dismiss()
 
     def dismiss(self) -> None:
@@ -151,7 +146,7 @@ class _Room:
             self._standing_by.close()
             self._standing_by = None
 
-    def _stand_by(self) -> Channel:
+    def _stand_by(self, ranks: int) -> Channel:
         ours, theirs = pair()
         me = os.getpid()
         if os.fork() == 0:
@@ -159,38 +154,19 @@ class _Room:
             self._children.forget()
             ours.close()
             die_with_parent(me)
-            _await_run(Channel(theirs), self._start_method)
+            parent.serve(Channel(theirs), start_method=self._start_method, ranks=ranks)
         theirs.close()
         self._standing_by = Channel(ours)
         return self._standing_by
 
 
-def _sent(channel: Channel, launch: Launch, fds: Sequence[int]) -> bool:
+def _sent(channel: Channel, launch: parent.Launch, fds: Sequence[int]) -> bool:
     """Whether the fork that stands by took the run; somebody may have killed it."""
     try:
         channel.send(launch, fds)
     except ChannelClosed:
         return False
     return True
-
-
-def _await_run(channel: Channel, start_method: str) -> NoReturn:
-    """Stand by for one run and become its own process."""
-    try:
-        launch, fds = channel.recv()
-    except ChannelClosed:
-        os._exit(0)  # not needed after all
-    channel.close()
-    ranks = fds[2 if launch.has_payload else 1 :]
-    parent.run(
-        launch.spec,
-        launch.parcel,
-        control=fds[0],
-        payload=fds[1] if launch.has_payload else None,
-        ranks=[(ranks[i], ranks[i + 1], ranks[i + 2]) for i in range(0, len(ranks), 3)],
-        open_in_ranks=launch.open_in_ranks,
-        start_method=start_method,
-    )
 
 
 def _refuse(culprit: Retry, control: int) -> None:

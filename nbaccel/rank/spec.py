@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbaccel.config import RUN_CONFIG_VARIABLE
+from nbaccel.wire.payload import Parcel
 
-__all__ = ["Call", "Exit", "RunSpec", "rank_environ"]
+__all__ = ["Call", "Exit", "Place", "RunSpec", "rank_environ"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,21 @@ class RunSpec:
     """The RunConfig as JSON."""
     collective_timeout: float | None = None
     """Seconds; None is torch's own default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A rank's place in its run."""
+
+    rank: int
+    parent: int
+    """The process that ends it and reports its end."""
+    port: int
+    """Port of the first process group's store on 127.0.0.1."""
+    parcel: Parcel
+    """The call."""
+    fds: tuple[int, ...]
+    """Channel, stdout, stderr, the store's, and the call's content when it has any."""
 
 
 @dataclass(frozen=True, slots=True)

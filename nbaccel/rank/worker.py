@@ -1,7 +1,8 @@
 """A rank from its first line to its last: set up, serve calls, leave.
 
 The notebook's process sends `Call` and `Exit` over the channel; the rank answers with events. User code
-runs in the main thread. `start` is where a forked rank begins, `main` where a spawned one does.
+runs in the main thread. `main` is where a rank begins that was made ahead of its run or spawned, `start`
+where one does that was forked with its call already opened.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NoReturn, final
 
 from nbaccel.errors import PayloadError
@@ -25,74 +26,73 @@ from nbaccel.rank import capture, rendezvous, threads
 from nbaccel.rank.failure import describe
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.process import die_with_parent
-from nbaccel.rank.spec import Call, Exit, RunSpec, rank_environ
+from nbaccel.rank.spec import Call, Exit, Place, RunSpec, rank_environ
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Applied, Event, Raised, Request, Returned, Status
 
-__all__ = ["Place", "fresh_main", "main", "start"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a rank finds its ends of everything: descriptors, and who made it."""
-
-    rank: int
-    parent: int
-    port: int
-    """Port of the first process group's store on 127.0.0.1."""
-    channel: int
-    stdout: int
-    stderr: int
-    stores: int
-    content: int | None = None
-    """The call's content, when each rank opens it for itself."""
-    parcel: payload.Parcel | None = None
+__all__ = ["main", "open_call", "start", "take_over"]
 
 
 def main(boot: int) -> NoReturn:
-    """Where a spawned rank begins: one message over this descriptor says the rest."""
+    """Wait on this descriptor for a place, then be that rank: where one that was made ahead begins."""
     channel = Channel.from_fd(boot)
-    (spec, place), _ = channel.recv()
+    try:
+        (spec, place), fds = channel.recv()
+    except ChannelClosed:
+        os._exit(0)  # not needed after all
     channel.close()
+    take_over(spec)
+    start(spec, replace(place, fds=tuple(fds)))
+
+
+def take_over(spec: RunSpec) -> None:
+    """Take the notebook's environment, folder, import path and arguments, and an empty `__main__`."""
+    os.environ.clear()
+    os.environ.update(spec.environ)
+    os.chdir(spec.cwd)
     sys.path[:] = spec.sys_path
-    fresh_main()
-    start(spec, place)
+    sys.argv[:] = spec.argv
+    main_module = types.ModuleType("__main__")
+    main_module.__dict__["__builtins__"] = __builtins__
+    sys.modules["__main__"] = main_module
 
 
-def start(spec: RunSpec, place: Place, *, inherited: Any = None) -> NoReturn:
+def open_call(place: Place) -> Any:
+    """(function, args, kwargs), with the notebook's definitions in `__main__`."""
+    content = place.fds[4] if len(place.fds) > 4 else None
+    call, sidecar = payload.unpack(place.parcel, content)
+    payload.install(sidecar, sys.modules["__main__"])
+    return call
+
+
+def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
     """Become rank `place.rank` and serve until told to leave. Never returns.
 
     Args:
-        inherited: (function, args, kwargs) opened before the fork; None when the rank opens it itself.
+        call: (function, args, kwargs) when it was opened before the fork.
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # its own group: a kill of the group reaches what the rank started
     die_with_parent(place.parent)
-    capture.redirect(place.stdout, place.stderr, rank=place.rank)
+    channel, stdout, stderr, stores, *_ = place.fds
+    capture.redirect(stdout, stderr, rank=place.rank)
     os.environ.update(rank_environ(spec, place.rank, place.port))
-    port = _Port(Channel.from_fd(place.channel))
+    port = _Port(Channel.from_fd(channel))
     code = 1
     try:
-        _set_up(spec, place)
+        _set_up(spec, place.rank, Channel.from_fd(stores))
+        call = call or open_call(place)
         events.connect(port)
         os.register_at_fork(after_in_child=lambda: events.connect(None))
         events.emit(Status(state="idle", pid=os.getpid()))
-        code = _serve(port, place, inherited)
+        code = _serve(port, call)
     except ChannelClosed:
         pass  # the notebook is gone: so are we
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
         port.emit(Raised(call=-1, info=describe(error)))
     finally:
         _leave(code)
-
-
-def fresh_main() -> types.ModuleType:
-    """A new `__main__`, where the notebook's functions and classes will live."""
-    module = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = module
-    return module
 
 
 @final
@@ -126,7 +126,7 @@ class _Port:
         return self._commands.popleft()
 
 
-def _set_up(spec: RunSpec, place: Place) -> None:
+def _set_up(spec: RunSpec, rank: int, stores: Channel) -> None:
     """Random state, threads, device and rendezvous as a fresh process of its own would have them."""
     import torch
 
@@ -138,8 +138,8 @@ def _set_up(spec: RunSpec, place: Place) -> None:
         sys.modules["numpy"].random.seed()
     threads.limit(spec.threads)
     if spec.device in ("cuda", "xpu"):
-        getattr(torch, spec.device).set_device(place.rank)
-    rendezvous.install(Channel.from_fd(place.stores), spec, place.rank)
+        getattr(torch, spec.device).set_device(rank)
+    rendezvous.install(stores, spec, rank)
     by_value_in_main()
 
 
@@ -154,7 +154,7 @@ def _forget_exit_handlers() -> None:
     atexit.register(logging.shutdown)
 
 
-def _serve(port: _Port, place: Place, inherited: Any) -> int:
+def _serve(port: _Port, call: Any) -> int:
     """Run calls until told to leave; the exit code."""
     while True:
         command, _ = port.next_command()
@@ -163,7 +163,6 @@ def _serve(port: _Port, place: Place, inherited: Any) -> int:
         try:
             _interruptible(True)
             try:
-                call = inherited if inherited is not None else _open(place)
                 function, args, kwargs = call
                 value = function(*args, **kwargs)
                 _tell_of_peers()
@@ -184,14 +183,6 @@ def _tell_of_peers() -> None:
     shared = getattr(state, "_shared_state", None)
     if shared:
         events.emit(Applied(option="mixed_precision", value=str(shared.get("_mixed_precision"))))
-
-
-def _open(place: Place) -> Any:
-    """The call, when it was not opened before the fork."""
-    assert place.parcel is not None
-    call, sidecar = payload.unpack(place.parcel, place.content)
-    payload.install(sidecar, sys.modules["__main__"])
-    return call
 
 
 def _interruptible(on: bool) -> None:

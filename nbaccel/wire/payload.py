@@ -45,6 +45,8 @@ class Parcel:
     """(offset, size) in bytes of each out-of-band buffer in the content."""
     inline: bytes | None = None
     """The content itself when it is small."""
+    modules: tuple[str, ...] = ()
+    """Modules that opening it will import, unless they are imported already."""
     on_device: bool = False
     """Whether opening it needs an accelerator: then each rank opens it for itself."""
 
@@ -98,9 +100,15 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
             _write_at(file.fileno(), raw, offset)
             buffers.append((offset, raw.nbytes))
             end = offset + raw.nbytes
-        parcel = Parcel(pickled, tuple(buffers), on_device=pickler.on_device)
-        if end <= _INLINE:
-            return Parcel(pickled, tuple(buffers), os.pread(file.fileno(), end, 0), pickler.on_device), None
+        parcel = Parcel(
+            pickled,
+            tuple(buffers),
+            inline=os.pread(file.fileno(), end, 0) if end <= _INLINE else None,
+            modules=tuple(sorted(pickler.modules)),
+            on_device=pickler.on_device,
+        )
+        if parcel.inline is not None:
+            return parcel, None
         fd = os.dup(file.fileno())
     finally:
         file.close()
@@ -146,6 +154,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.names: dict[str, Any] = {}
         self.classes: dict[str, type] = {}
         self.sources: dict[str, str] = {}
+        self.modules: set[str] = set()
         self.on_device = False
         self._outward = outward
         self._storages: dict[int, _Storage] = {}
@@ -178,6 +187,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, type) and not self._outward and obj in _known:
             return _notebook_class, (_known[obj], obj.__qualname__)
         reduced = super().reducer_override(obj)
+        if isinstance(obj, types.ModuleType):
+            self.modules.add(obj.__name__)
+        elif reduced is NotImplemented and isinstance(obj, (type, types.FunctionType)):
+            self.modules.add(obj.__module__)  # goes by name
         if isinstance(reduced, tuple) and isinstance(obj, (type, types.FunctionType)):
             self._note(obj)
         return reduced
