@@ -11,7 +11,7 @@ import select
 import sys
 from typing import NoReturn
 
-from nbaccel.rank.process import become_subreaper, kill_descendants
+from nbaccel.rank.process import become_subreaper, call_process, kill_descendants
 
 __all__ = ["main"]
 
@@ -26,6 +26,7 @@ def main(control: int, lifeline: int, notebook: int, log: int, start_method: str
         start_method: "fork" warms the server up with torch; "spawn" keeps it bare.
     """
     become_subreaper()
+    call_process("nb-guardian")
     os.dup2(log, 1)
     os.dup2(log, 2)
     me = os.getpid()

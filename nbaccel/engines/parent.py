@@ -23,7 +23,7 @@ from nbaccel.engines.base import Exited, Failed, Opening, Retry, Started
 from nbaccel.engines.children import Children
 from nbaccel.rank import worker
 from nbaccel.rank.failure import describe
-from nbaccel.rank.process import become_subreaper, die_with_parent, kill_descendants, unclean
+from nbaccel.rank.process import become_subreaper, call_process, die_with_parent, kill_descendants, unclean
 from nbaccel.rank.spec import Place, RunSpec
 from nbaccel.wire import payload
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
@@ -50,6 +50,7 @@ def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
         ranks: how many ranks to have waiting.
     """
     become_subreaper()
+    call_process("nb-waiting")
     maker = _Maker(start_method, orders)
     if start_method == "fork":
         maker.prepare(ranks)
@@ -59,6 +60,7 @@ def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
         kill_descendants()
         os._exit(0)  # not needed after all
     control = Channel.from_fd(fds[0])
+    call_process("nb-run")
     try:
         control.send(Opening())
         pids = _make_ranks(maker, launch, fds, control)

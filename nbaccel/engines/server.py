@@ -18,7 +18,7 @@ from typing import NoReturn
 from nbaccel.engines import template
 from nbaccel.engines.children import Children
 from nbaccel.rank import threads
-from nbaccel.rank.process import die_with_parent
+from nbaccel.rank.process import call_process, die_with_parent
 from nbaccel.wire.channel import Channel, ChannelClosed
 
 __all__ = ["WARM_UP", "Template", "serve"]
@@ -51,6 +51,7 @@ class Template:
 def serve(control: int, *, guardian: int, start_method: str) -> NoReturn:
     """Be the server until the notebook closes the channel."""
     die_with_parent(guardian)
+    call_process("nb-server")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel.from_fd(control)
     if start_method == "fork":

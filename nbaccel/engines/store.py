@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from typing import Any, NoReturn
 
-from nbaccel.rank.process import die_with_parent
+from nbaccel.rank.process import call_process, die_with_parent
 from nbaccel.wire.channel import Channel, ChannelClosed
 
 __all__ = ["listen", "main"]
@@ -48,6 +48,7 @@ def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
         ranks: descriptors, one per rank.
     """
     die_with_parent(parent)
+    call_process("nb-store")
     stores: dict[Key, Any] = {}
     ports: dict[Key, int] = {}
     asked: Counter[Key] = Counter()

@@ -23,7 +23,7 @@ from nbaccel.engines import parent
 from nbaccel.engines.base import Retry
 from nbaccel.engines.children import Children
 from nbaccel.rank import threads
-from nbaccel.rank.process import die_with_parent, unclean
+from nbaccel.rank.process import call_process, die_with_parent, unclean
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 
 __all__ = ["Preload", "Preloaded", "serve"]
@@ -63,6 +63,7 @@ def serve(
         modules: what to import first.
         without: packages not to import: they made an earlier template unsafe.
     """
+    call_process("nb-template")
     own_path = list(sys.path)
     sys.path[:] = [*sys_path, *(entry for entry in own_path if entry not in sys_path)]
     room = _Room(channel, start_method, without)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 __all__ = [
     "become_subreaper",
+    "call_process",
     "descendants",
     "device_files",
     "die_with_parent",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -36,6 +38,12 @@ def die_with_parent(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def call_process(name: str) -> None:
+    """What `top` and `ps` call this process, up to 15 characters. Nothing outside Linux."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
 def become_subreaper() -> None:

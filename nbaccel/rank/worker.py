@@ -25,7 +25,7 @@ from nbaccel.errors import PayloadError
 from nbaccel.rank import capture, rendezvous, threads
 from nbaccel.rank.failure import describe
 from nbaccel.rank.pickling import by_value_in_main
-from nbaccel.rank.process import die_with_parent
+from nbaccel.rank.process import call_process, die_with_parent
 from nbaccel.rank.spec import Call, Exit, Place, RunSpec, rank_environ
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
@@ -75,6 +75,7 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # its own group: a kill of the group reaches what the rank started
     die_with_parent(place.parent)
+    call_process(f"nb-rank-{place.rank}")
     channel, stdout, stderr, stores, *_ = place.fds
     capture.redirect(stdout, stderr, rank=place.rank)
     os.environ.update(rank_environ(spec, place.rank, place.port))
