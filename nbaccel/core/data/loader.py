@@ -403,15 +403,16 @@ class ShardedLoader:
                 yield first
                 step += 1
                 if first[1].last:
-                    return
+                    break
             if step == 0:
                 sender.finish((number, 0))
+            sender.wait()  # the process may end now: what is under way must have arrived
+        except GeneratorExit:  # the loop was left early
+            sender.wait()
+            raise
         except Exception as error:
             sender.fail(error, (number, step))
             raise
-        finally:
-            # This process may end now: what is under way must have arrived.
-            sender.wait()
 
     def _received(self, receiver: Receiver) -> Iterator[tuple[Any, Share]]:
         step = 0
