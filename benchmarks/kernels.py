@@ -45,7 +45,7 @@ class Kernel:
         self._manager = manager
         self._client = client
 
-    def execute(self, source: str, *, timeout: float = 300) -> Cell:
+    def execute(self, source: str, *, timeout: float = 120) -> Cell:
         """Run one cell to its end.
 
         Raises:
@@ -59,7 +59,7 @@ class Kernel:
         sent = time.monotonic()
         return self._client.execute(source), sent
 
-    def finish(self, message: str, sent: float, *, timeout: float = 300) -> Cell:
+    def finish(self, message: str, sent: float, *, timeout: float = 120) -> Cell:
         """Wait for the end of a cell that `send` sent."""
         text: list[str] = []
         failure = ""
@@ -87,8 +87,7 @@ class Kernel:
 
     def processes(self) -> list[psutil.Process]:
         """The kernel's process and every descendant of it."""
-        kernel = psutil.Process(self._manager.provisioner.pid)  # type: ignore[union-attr]
-        return [kernel, *kernel.children(recursive=True)]
+        return _tree(self._manager)
 
 
 @contextmanager
@@ -105,15 +104,15 @@ def running_kernel(*, env: Mapping[str, str] | None = None) -> Iterator[Kernel]:
     client.start_channels()
     try:
         client.wait_for_ready(timeout=60)
-        kernel = Kernel(manager, client)
-        yield kernel
+        yield Kernel(manager, client)
     finally:
         client.stop_channels()
-        left = _descendants(manager)
-        manager.shutdown_kernel(now=True)
-        manager.cleanup_resources()
-        for process in psutil.wait_procs(left, timeout=5)[1]:
+        # Killed, not asked: this also runs when the benchmark itself is being ended.
+        tree = _tree(manager)
+        for process in tree:
             process.kill()
+        psutil.wait_procs(tree, timeout=5)
+        manager.cleanup_resources()
 
 
 def pss_bytes(processes: list[psutil.Process]) -> int:
@@ -128,8 +127,9 @@ def pss_bytes(processes: list[psutil.Process]) -> int:
     return total
 
 
-def _descendants(manager: KernelManager) -> list[psutil.Process]:
+def _tree(manager: KernelManager) -> list[psutil.Process]:
     try:
-        return list(psutil.Process(manager.provisioner.pid).children(recursive=True))  # type: ignore[union-attr]
+        kernel = psutil.Process(manager.provisioner.pid)  # type: ignore[union-attr]
+        return [kernel, *kernel.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []

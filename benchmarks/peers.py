@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def measured(folder, make_group):
     import json, os
     import torch
     import torch.distributed as dist
+    given = dist.is_initialized()
     make_group()
     grouped = time.monotonic()
     assert dist.get_world_size() > 1, "not distributed"
@@ -35,7 +37,8 @@ def measured(folder, make_group):
         json.dump(marks, file)
     os.rename(f"{{folder}}/{{rank}}.tmp", f"{{folder}}/{{rank}}.json")
     dist.barrier()
-    dist.destroy_process_group()
+    if not given:
+        dist.destroy_process_group()
 
 
 def nothing():
@@ -93,8 +96,10 @@ class Peer:
         return "\n".join([self.imports, HEAVY_IMPORTS if heavy else "", work])
 
     def call(self, function: str, args: str, n: int) -> str:
-        """The cell that launches `function` on n ranks; `args` is the source of its arguments."""
-        return self.launch.format(function=function, args=args, n=n)
+        """The cell that launches `function` on n ranks; `args` is the source of its arguments, with a last comma."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        return self.launch.format(function=function, args=args, n=n, port=port)
 
 
 _INIT = """
@@ -115,7 +120,8 @@ ACCELERATE = Peer(
     name="accelerate",
     imports="import torch\nfrom accelerate import Accelerator, notebook_launcher",
     group="def make_group():\n    Accelerator(cpu=True)\n",
-    launch="notebook_launcher({function}, args=({args}), num_processes={n})",
+    # A port each: its store of one launch can still hold the default one at the next.
+    launch="notebook_launcher({function}, args=({args}), num_processes={n}, use_port='{port}')",
 )
 # The first DistributedDataParallel of a process imports torch._dynamo: with it in the kernel the forks inherit it.
 ACCELERATE_DYNAMO = Peer(
@@ -140,16 +146,16 @@ SPAWN = Peer(
     name="`torch.multiprocessing.spawn`",
     imports="import torch, torch.multiprocessing",
     group=_INIT,
-    launch="torch.multiprocessing.spawn(enter, args=({n}, {function}, {args}), nprocs={n})",
+    launch="torch.multiprocessing.spawn(enter, args=({n}, {port}, {function}, {args}), nprocs={n})",
     every=3,
     in_file=True,
 )
 PEERS = (NBACCEL, ACCELERATE, ACCELERATE_DYNAMO, FABRIC, SPAWN)
 
 SPAWNED_ENTRY = """
-def enter(rank, n, function, *args):
+def enter(rank, n, port, function, *args):
     import os
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK=str(rank), WORLD_SIZE=str(n))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(n))
     os.environ.update(LOCAL_RANK=str(rank))
     function(*args)
 """
