@@ -86,9 +86,9 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
         yield f"the object of {value.__qualname__}", value.__self__, ""
         yield value.__qualname__, value.__func__, ""
     elif isinstance(value, functools.partial):
-        yield f"the function in {path or 'the partial'}", value.func, ""
-        yield f"the arguments of {path or 'the partial'}", value.args, ""
-        yield f"the arguments of {path or 'the partial'}", value.keywords, ""
+        yield "the partial's function", value.func, ""
+        yield "the partial's arguments", value.args, ""
+        yield "the partial's arguments", value.keywords, ""
     elif isinstance(value, dict):
         for key, part in value.items():
             yield (f"{path}[{key!r}]" if path else f"argument {key!r}"), part, ""

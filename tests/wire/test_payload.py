@@ -1,0 +1,252 @@
+"""What is packed arrives: values, sharing, the notebook's definitions; what cannot be is named."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbaccel.errors import PayloadError
+from nbaccel.wire.payload import Parcel, Sidecar, install, pack, unpack
+
+
+def round_trip(value: Any, *, outward: bool = True) -> Any:
+    return opened(value, outward=outward)[0]
+
+
+def opened(value: Any, *, outward: bool = True) -> tuple[Any, Sidecar, Parcel]:
+    parcel, fd = pack(value, outward=outward)
+    try:
+        return (*unpack(parcel, fd), parcel)
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+@pytest.fixture
+def main() -> Iterator[types.ModuleType]:
+    """A `__main__` of our own, as a notebook has one."""
+    before = sys.modules["__main__"]
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    yield module
+    sys.modules["__main__"] = before
+
+
+def define(main: types.ModuleType, source: str) -> None:
+    exec(compile(source, "<cell 1>", "exec"), main.__dict__)
+
+
+def test_small_value_travels_inline() -> None:
+    parcel, fd = pack((len, ("x",), {}), outward=True)
+    assert fd is None
+    assert parcel.inline is not None
+    assert unpack(parcel)[0] == (len, ("x",), {})
+
+
+def test_large_tensor_is_not_in_the_pickle() -> None:
+    tensor = torch.arange(1_000_000, dtype=torch.float32)
+    back, _, parcel = opened(tensor)
+    assert parcel.pickled < 10_000
+    assert [size for _, size in parcel.buffers] == [4_000_000]
+    assert torch.equal(back, tensor)
+
+
+def test_buffers_are_aligned_for_kernels() -> None:
+    tensors = [torch.rand(20_000 + n) for n in range(5)]
+    back, _, parcel = opened(tensors)
+    assert len(parcel.buffers) == 5
+    assert all(offset % 64 == 0 for offset, _ in parcel.buffers)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in back)
+
+
+def test_views_and_ties_stay_shared() -> None:
+    base = torch.zeros(50_000)
+    layer = torch.nn.Linear(200, 200)
+    first, view, tied, weight = round_trip((base, base[10:20], layer, layer.weight))
+    first[10] = 7
+    assert view[0] == 7
+    assert tied.weight is weight
+
+
+def test_received_tensor_is_writable_and_private() -> None:
+    tensor = torch.zeros(100_000)
+    parcel, fd = pack(tensor, outward=True)
+    assert fd is not None
+    one, other = unpack(parcel, fd)[0], unpack(parcel, fd)[0]
+    one += 1
+    assert other.sum() == 0
+    assert tensor.sum() == 0
+    os.close(fd)
+
+
+def test_memory_file_is_sealed() -> None:
+    parcel, fd = pack(torch.zeros(100_000), outward=True)
+    assert fd is not None
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(0),
+        torch.tensor(3),
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.randn(4, 5).t(),
+        torch.randn(300, 300).to_sparse(),
+        torch.ones(70_000, dtype=torch.bool),
+        torch.nn.Parameter(torch.randn(3)),
+        torch.randn(3, requires_grad=True) * 2,
+    ],
+    ids=["empty", "scalar", "bf16", "transposed", "sparse", "bool", "parameter", "non-leaf"],
+)
+def test_tensor_of_any_kind_arrives(tensor: torch.Tensor) -> None:
+    back = round_trip(tensor)
+    assert type(back) is type(tensor)
+    assert back.dtype == tensor.dtype
+    assert back.requires_grad == tensor.requires_grad
+    assert torch.equal(back.to_dense(), tensor.to_dense()) if tensor.is_sparse else torch.equal(back, tensor)
+
+
+def test_numpy_array_is_out_of_band_and_writable() -> None:
+    array = np.arange(100_000)
+    back, _, parcel = opened(array)
+    assert len(parcel.buffers) == 1
+    back[0] = 5
+    assert array[0] == 0
+
+
+def test_notebook_functions_share_one_namespace(main: types.ModuleType) -> None:
+    define(
+        main,
+        "counter = 1\ndef bump():\n    global counter\n    counter += 1\ndef read():\n    return counter",
+    )
+    parcel, _ = pack((main.bump, main.read), outward=True)
+    receiver = sys.modules["__main__"] = types.ModuleType("__main__")
+    (bump, read), _ = unpack(parcel)
+    bump()
+    assert read() == 2
+    assert receiver.__dict__["counter"] == 2
+    assert main.counter == 1
+
+
+def test_notebook_class_is_found_by_plain_pickle(main: types.ModuleType) -> None:
+    define(main, "class Sample:\n    def __init__(self):\n        self.x = 1")
+    parcel, _ = pack(main.Sample(), outward=True)
+    receiver = sys.modules["__main__"] = types.ModuleType("__main__")
+    value, sidecar = unpack(parcel)
+    install(sidecar, receiver)
+    assert pickle.loads(pickle.dumps(value)).x == 1
+
+
+def test_instance_comes_back_as_the_notebooks_own_class(main: types.ModuleType) -> None:
+    define(main, "class Sample:\n    pass")
+    original = main.Sample
+    parcel, _ = pack(original(), outward=True)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    there, _ = unpack(parcel)
+    answer, _ = pack(there, outward=False)
+    sys.modules["__main__"] = main
+    back, _ = unpack(answer)
+    assert type(back) is original
+
+
+def test_returned_function_leaves_the_notebooks_variables_alone(main: types.ModuleType) -> None:
+    define(main, "rate = 1\ndef f():\n    return rate")
+    answer, _ = pack(main.f, outward=False)
+    main.rate = 2
+    f, _ = unpack(answer)
+    assert main.rate == 2
+    assert f() == 1
+
+
+def test_wrapped_module_comes_back_plain() -> None:
+    compiled = torch.compile(torch.nn.Linear(3, 3))
+    back = round_trip({"model": compiled}, outward=False)["model"]
+    assert type(back) is torch.nn.Linear
+    assert torch.equal(back.weight, compiled.weight)
+
+
+def test_modules_that_opening_imports_are_told() -> None:
+    import colorsys
+
+    _, _, by_module = opened(lambda: colorsys.rgb_to_hls)
+    _, _, by_function = opened(colorsys.rgb_to_hls)
+    assert "colorsys" in by_module.modules
+    assert "colorsys" in by_function.modules
+
+
+lock = threading.Lock()
+
+
+def uses_lock() -> None:
+    with lock:
+        pass
+
+
+def closure_over(value: Any) -> Any:
+    def inner() -> Any:
+        return value
+
+    return inner
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.connection = threading.Lock()
+
+
+def by_value(function: Any) -> Any:
+    """The function as a notebook's: pickled by value."""
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__module__ = "__main__"
+    copy.__qualname__ = "not_to_be_found." + function.__name__
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            (by_value(uses_lock), (), {}),
+            ["variable 'lock'", "_thread.lock", "uses_lock(), line", "with lock:"],
+        ),
+        ((closure_over(lock), (), {}), ["variable 'value'", "_thread.lock", "inner()"]),
+        ((len, ({"a": [1, (n for n in "x")]},), {}), ["args[0]['a'][1]", "generator", "list("]),
+        ((len, (), {"deep": Holder()}), ["kwargs['deep'].connection", "_thread.lock"]),
+        ((functools.partial(len, lock), (), {}), ["partial", "_thread.lock"]),
+        ((Holder().__init__, (), {}), ["_thread.lock"]),
+    ],
+    ids=["global", "closure", "argument", "attribute", "partial", "method"],
+)
+def test_what_cannot_be_pickled_is_named(value: Any, words: list[str]) -> None:
+    with pytest.raises(PayloadError) as caught:
+        pack(value, outward=True)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_failed_pack_leaves_no_descriptor() -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        with pytest.raises(PayloadError):
+            pack([torch.zeros(100_000), lock], outward=True)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
