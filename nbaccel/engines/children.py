@@ -27,7 +27,10 @@ class Children:
 
     def wait(self, fd: int, timeout: float | None = None) -> bool:
         """Sleep until `fd` is readable, a child has ended or `timeout` seconds passed; whether it is the first."""
-        readable = select.select([fd, self._read], [], [], timeout)[0]
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(self._read, select.POLLIN)
+        readable = {number for number, _ in poll.poll(None if timeout is None else timeout * 1000)}
         if self._read in readable:
             try:
                 os.read(self._read, 4096)

@@ -6,7 +6,7 @@ It outlives every rank, so a rank that returns early takes nobody's store with i
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import socket
 import sys
 from collections import Counter
@@ -64,14 +64,19 @@ def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
     try:
         open_store((len(ranks), 0, -1), first)
         channels = {fd: Channel.from_fd(fd) for fd in ranks}
+        selector = selectors.DefaultSelector()
+        for fd in ranks:
+            selector.register(fd, selectors.EVENT_READ, fd)
         while channels:
-            for fd in select.select(list(channels), [], [])[0]:
+            for ready, _ in selector.select():
+                fd = ready.data
                 try:
                     key, _ = channels[fd].recv()
                     if key not in ports:
                         open_store(key, listen())
                     channels[fd].send(ports[key])
                 except ChannelClosed:
+                    selector.unregister(fd)
                     channels.pop(fd).close()
                     continue
                 asked[key] += 1

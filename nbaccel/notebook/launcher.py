@@ -265,7 +265,10 @@ def _start(request: _Request) -> Run:
         streams[stream].write(text)
 
     def say(note: str) -> None:
-        write(f"nbaccel: {note}\n", "stderr")
+        try:
+            write(f"nbaccel: {note}\n", "stderr")
+        except (OSError, ValueError):
+            pass  # the stream is closed: nobody is there to be told
 
     for note in plan.notes:
         say(note)

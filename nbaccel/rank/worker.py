@@ -42,7 +42,6 @@ def main(boot: int) -> NoReturn:
     except ChannelClosed:
         os._exit(0)  # not needed after all
     channel.close()
-    take_over(spec)
     start(spec, replace(place, fds=tuple(fds)))
 
 
@@ -78,10 +77,12 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
     call_process(f"nb-rank-{place.rank}")
     channel, stdout, stderr, stores, *_ = place.fds
     capture.redirect(stdout, stderr, rank=place.rank)
-    os.environ.update(rank_environ(spec, place.rank, place.port))
     port = _Port(Channel.from_fd(channel))
     code = 1
     try:
+        if call is None:
+            take_over(spec)
+        os.environ.update(rank_environ(spec, place.rank, place.port))
         _set_up(spec, place.rank, Channel.from_fd(stores))
         call = call or open_call(place)
         events.connect(port)

@@ -21,7 +21,6 @@ import struct
 import termios
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from nbaccel.errors import LaunchError, NbaccelError
 from nbaccel.rank.spec import Call, Exit, RunSpec
 from nbaccel.session.ending import Ending, Limits, Reason
 from nbaccel.session.outcome import Ended, conclude
-from nbaccel.session.report import CellLabel, render
+from nbaccel.session.report import CellLabel, explain_exit, render
 from nbaccel.session.results import Results
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.state import RunState, fold, new_state
@@ -89,7 +88,7 @@ class Relay:
         self.future: Future[Results] = Future()
         self._say = say
         self._expected = dict(expected or {})
-        self._engine, self._spec, self._delivery, self._sinks = engine, spec, delivery, sinks
+        self._engine, self._spec, self._delivery, self._sinks = engine, spec, delivery, list(sinks)
         self._limits, self._label, self._folder = limits, label, folder
         self._state = new_state(spec.num_processes, time.time())
         self._phase: Literal["starting", "running", "ending", "stopping"] = "starting"
@@ -149,13 +148,13 @@ class Relay:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            while self._phase != "stopping" or not self._ports.control.eof:
+            # before the run's own process exists there is nothing to wait for: it will find us gone
+            while self._phase != "stopping" or (self._opened and not self._ports.control.eof):
                 for key, _ in self._selector.select(self._pause()):
                     key.data()
                 self._on_time(time.monotonic())
         except BaseException as problem:  # noqa: BLE001  # whoever waits for the run gets it
             error = problem
-            traceback.print_exc()
         finally:
             self._finish(error)
 
@@ -166,8 +165,7 @@ class Relay:
 
     def _on_time(self, now: float) -> None:
         if self._phase != "starting" or now > self._quiet_until:
-            for sink in self._sinks:
-                sink.tick(now)
+            self._tell_sinks(lambda sink: sink.tick(now))
         if due := self._ending.take_due(now):
             self._signal(due)
         if self._phase == "starting" and now > self._deadline:
@@ -280,7 +278,9 @@ class Relay:
         answered = rank in self._values or rank in self._failures
         died = Died(rank=rank, exitcode=exited.exitcode, detail=exited.detail)
         self._fold(died)
-        if not answered or (exited.exitcode != 0 and rank in self._values and rank not in self._signalled):
+        if answered and exited.exitcode != 0 and rank in self._values:
+            self._say(f"rank {rank} had returned, then {explain_exit(exited.exitcode)} while it was leaving")
+        if not answered:
             self._failures.setdefault(rank, died)
             if self._ending.reason in (None, "returned"):
                 self._end("failed")
@@ -309,8 +309,16 @@ class Relay:
 
     def _fold(self, event: Event) -> None:
         self._state = fold(self._state, event)
-        for sink in self._sinks:
-            sink.handle(event, self._state)
+        self._tell_sinks(lambda sink: sink.handle(event, self._state))
+
+    def _tell_sinks(self, tell: Callable[[Sink], None]) -> None:
+        """A display that fails is dropped, with a word; the ranks' work goes on."""
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except Exception as error:  # noqa: BLE001  # whatever a display or a disk may raise
+                self._sinks.remove(sink)
+                self._say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")
 
     # ── what goes out ─────────────────────────────────────────────────────────────────────────────
 
@@ -334,9 +342,6 @@ class Relay:
             return
         before = self._ending.reason
         self._ending.begin(reason, time.monotonic())
-        if before is None and reason in ("interrupted", "killed", "timeout"):
-            for sink in self._sinks:
-                sink.tick(time.monotonic())
         if self._phase == "starting" and reason != "failed":
             self._startup_error = self._startup_error or LaunchError("interrupted while the ranks started")
             self._stop()
@@ -345,7 +350,8 @@ class Relay:
             self._startup_error = self._start_failure()
         self._phase = "ending"
         self._deadline = float("inf")
-        if reason == "returned":
+        if before is None:
+            # also after a failure: a rank that has returned must not wait for its grace to pass
             for channel in self._ports.channels:
                 try:
                     channel.send(Exit())
@@ -416,8 +422,7 @@ class Relay:
         except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
             outcome = error
         self._close()
-        for sink in self._sinks:
-            sink.close(self._state)
+        self._tell_sinks(lambda sink: sink.close(self._state))
         if isinstance(outcome, Results):
             for complaint in self._expected.values():
                 self._say(complaint)

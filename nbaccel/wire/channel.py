@@ -38,6 +38,13 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
+def _readable(sock: socket.socket, timeout: float | None) -> bool:
+    """Whether something, or the end, can be read. Not `select`, which ends at descriptor 1023."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
 @final
 class Channel:
     """One end. `send` may be called from several threads; only one may receive.
@@ -109,13 +116,13 @@ class Channel:
                 return value, fds
             if self._eof:
                 raise ChannelClosed("the other end of the channel is gone")
-            if not select.select([self._sock], [], [], timeout)[0]:
+            if not _readable(self._sock, timeout):
                 raise TimeoutError(f"nothing came in {timeout} s")
             self._fill()
 
     def drain(self) -> Iterator[tuple[Any, list[int]]]:
         """Every whole value that can be read without waiting. Check `eof` afterwards."""
-        while not self._eof and select.select([self._sock], [], [], 0)[0]:
+        while not self._eof and _readable(self._sock, 0):
             self._fill()
             yield from self._frames()
         yield from self._frames()

@@ -186,6 +186,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return _same, (inner,)
         if isinstance(obj, type) and not self._outward and obj in _known:
             return _notebook_class, (_known[obj], obj.__qualname__)
+        if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
+            return _exception, (type(obj), obj.args), obj.__dict__ or None
         reduced = super().reducer_override(obj)
         if isinstance(obj, types.ModuleType):
             self.modules.add(obj.__name__)
@@ -272,6 +274,12 @@ def _untyped(storage: Any) -> Any:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """An exception as it was; calling its class would fail when `__init__` wants other arguments than
+    it hands to the base class, or apply what it does to them twice."""
+    return kind.__new__(kind, *args)
 
 
 def _inner_module(module: Any) -> Any | None:

@@ -89,7 +89,7 @@ def test_received_tensor_is_writable_and_private() -> None:
 
 
 def test_memory_file_is_sealed() -> None:
-    parcel, fd = pack(torch.zeros(100_000), outward=True)
+    _parcel, fd = pack(torch.zeros(100_000), outward=True)
     assert fd is not None
     with pytest.raises(PermissionError):
         os.pwrite(fd, b"x", 0)
