@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.world import World, single
 from nbaccel.errors import CheckpointError, ConfigError
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 
 class Stream(IterableDataset):

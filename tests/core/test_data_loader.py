@@ -11,21 +11,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nbaccel.core.data import ShardedLoader
-from nbaccel.core.world import World, single
-from nbaccel.errors import CheckpointError, ConfigError
-from nbaccel.wire import events
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
+
+from nbaccel.core.data import ShardedLoader
+from nbaccel.core.world import World, single
+from nbaccel.errors import CheckpointError, ConfigError
+from nbaccel.wire import events
 
 
 class Numbers(Dataset):
@@ -513,6 +515,43 @@ def test_set_epoch_reaches_samplers_and_datasets_that_ask_for_it():
     assert (dataset.epoch, sampler.epoch) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["order", "sampler", "batches", "stream"])
+def test_skip_batches_begins_the_next_pass_further_on_and_only_that(kind):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.arange(20))
+
+    def make():
+        if kind == "stream":
+            return DataLoader(Stream(), 2)
+        if kind == "batches":
+            return DataLoader(Numbers(20), batch_sampler=[[0], [1, 2, 3], [4, 5], [6, 7, 8], [9]])
+        generator = torch.Generator().manual_seed(4)
+        sampler = SubsetRandomSampler(range(20), generator=generator) if kind == "sampler" else None
+        return DataLoader(Numbers(20), 2, sampler=sampler)
+
+    whole = ranks(2, make)
+    expected = [[[batch.tolist() for batch in loader] for _ in range(2)] for loader in whole]
+    loaders = ranks(2, make)
+    for loader, (first, second) in zip(loaders, expected, strict=True):
+        if kind == "stream":
+            with pytest.warns(UserWarning, match="8 samples will be read and dropped"):
+                loader.skip_batches(2)
+        else:
+            loader.skip_batches(1)
+            loader.skip_batches(1)
+        assert loader.position == {"batches": 9}.get(kind, 8)
+        assert [batch.tolist() for batch in loader] == first[2:]
+        assert [batch.tolist() for batch in loader] == second
+    with pytest.raises(ConfigError, match="at least 0"):
+        loaders[0].skip_batches(-1)
+
+
+def test_in_order_false_is_not_followed_aloud():
+    with pytest.warns(UserWarning, match="in_order=False is not followed"):
+        ShardedLoader(DataLoader(Numbers(4), num_workers=1, in_order=False), world=single())
+
+
 # What is told while it runs --------------------------------------------------------------------------
 
 
@@ -559,6 +598,27 @@ class Control:
 
     def times(self, loader):
         return None
+
+
+def test_a_state_loaded_when_the_pass_is_about_to_begin_is_where_it_begins():
+    cut = ShardedLoader(DataLoader(Numbers(20), 2, shuffle=True), world=single(), seed=1)
+    list(cut)
+    head = [b.tolist() for b in itertools.islice(cut, 3)]
+    state = cut.state_dict()
+
+    class Resuming(Control):
+        def began(self, loader):
+            if not self.heard:
+                loader.load_state_dict(state)
+            super().began(loader)
+
+    loader = ShardedLoader(
+        DataLoader(Numbers(20), 2, shuffle=True), world=single(), seed=1, loop=Resuming(10**6)
+    )
+    whole = ShardedLoader(DataLoader(Numbers(20), 2, shuffle=True), world=single(), seed=1)
+    expected = [[b.tolist() for b in whole] for _ in range(3)]
+    assert head + [b.tolist() for b in loader] == expected[1]
+    assert [b.tolist() for b in loader] == expected[2]
 
 
 def test_a_loop_that_is_stopped_keeps_its_place():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nbaccel.core.data.order import ByNode, Sequential, Shuffled, epoch_order
 from nbaccel.core.data.plan import (
     Layout,

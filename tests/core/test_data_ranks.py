@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ranks import run_ranks
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.world import join
 from nbaccel.errors import ConfigError, TrustError, WorkerError
-from ranks import run_ranks
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 Pair = namedtuple("Pair", "x name")
 

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from nbaccel.core.collectives import gather_object
 from nbaccel.core.data.plan import Layout, Shard
@@ -15,7 +16,7 @@ from nbaccel.core.data.source import Source
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError, TrustError
 
-__all__ = ["agree", "make_layout", "warn_of_tails"]
+__all__ = ["agree", "make_layout", "warn_of_disorder", "warn_of_tails"]
 
 _SHARDS = ("interleaved", "contiguous", "node", "none")
 
@@ -44,8 +45,8 @@ def make_layout(
             )
         if even_batches and source.batch_size % size:
             raise ConfigError(
-                f"even_batches=True with split_batches=True needs a batch_size ({source.batch_size}) that {size} "
-                "ranks can share equally"
+                f"even_batches=True with split_batches=True needs a batch_size ({source.batch_size}) that "
+                f"{size} ranks can share equally"
             )
         batch = source.batch_size
     else:
@@ -153,5 +154,15 @@ def warn_of_tails(source: Source, layout: Layout) -> None:
         warnings.warn(
             f"even_batches=True: the last batch of each epoch repeats {filled - rest} of its {rest} samples, "
             "so that every rank's batch is full; metrics do not count them",
+            stacklevel=3,
+        )
+
+
+def warn_of_disorder(loader: DataLoader[Any]) -> None:
+    """Say that batches come in the order of the plan although the user would take any."""
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        warnings.warn(
+            "in_order=False is not followed: batches come in order, since a position in an epoch means "
+            "nothing otherwise",
             stacklevel=3,
         )

@@ -7,21 +7,20 @@ plan (who reads what) -> reading (here or in workers) -> dispatch, if rank 0 rea
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, final
 
 import torch
 from torch.utils.data import DataLoader
 
-from nbaccel.core.data.agreement import agree, make_layout, warn_of_tails
+from nbaccel.core.data.agreement import agree, make_layout, warn_of_disorder, warn_of_tails
 from nbaccel.core.data.dispatch import Receiver, Sender, dispatch_group
 from nbaccel.core.data.iterable import Origin
 from nbaccel.core.data.plan import Shard, Share, num_batches
 from nbaccel.core.data.reading import MapReader, Reader, StreamBatches
 from nbaccel.core.data.sampling import load_sampler_state, sampler_state, set_sampler_epoch
 from nbaccel.core.data.source import read_dataloader
-from nbaccel.core.data.state import Position
+from nbaccel.core.data.state import Position, skipped
 from nbaccel.core.data.transfer import Transfer
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -121,13 +120,15 @@ class ShardedLoader:
         """Seconds the loop has waited for batches so far."""
         if world.rank == 0:
             warn_of_tails(source, self._layout)
+            warn_of_disorder(dataloader)
 
     # What the loop sees -------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Any]:
-        reads = self._begin()
+        self._passes += 1
         loop, clock, number = self._loop, time.perf_counter, self._passes
         try:
+            reads = self._begin()
             while True:
                 if number != self._passes:
                     raise ConfigError(
@@ -263,7 +264,7 @@ class ShardedLoader:
         position = Position.from_dict(state)
         where = f"loader {self.name!r} on rank {self.world.rank}"
         position.check_fits(self._position(), where=where)
-        self._check_stream(position, where)
+        position.check_stream(self.dataloader.num_workers, where=where)
         self._resume = position
         self.seed = position.seed
         self._epoch, self._samples, self._cursor = position.epoch, position.samples, position.cursor
@@ -279,6 +280,26 @@ class ShardedLoader:
             return
         self._resume = None
         self._rewind(epoch)
+
+    def skip_batches(self, count: int) -> None:
+        """Let the next pass begin `count` batches further on than it would; map-style samples are not read.
+
+        Raises:
+            ConfigError: not a number of batches, or an iterable data set read by loader workers.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ConfigError(f"skip_batches takes a number of batches of at least 0, not {count!r}")
+        if self._resume is None:
+            self._rewind(self._epoch + self._started)
+        before = self._position()
+        if before.kind == "stream" and self.dataloader.num_workers:
+            raise ConfigError(
+                "skip_batches over an iterable data set needs num_workers=0; its state_dict does not"
+            )
+        units = count * self._layout.global_batch
+        if before.total is not None:
+            units = min(units, before.total - before.cursor)
+        self.load_state_dict(skipped(before, units, self._source.sampler).to_dict())
 
     def _rewind(self, epoch: int) -> None:
         self._epoch, self._samples, self._cursor = epoch, 0, 0
@@ -306,30 +327,6 @@ class ShardedLoader:
             stream=self._stream,
         )
 
-    def _check_stream(self, position: Position, where: str) -> None:
-        if position.stream is None:
-            return
-        workers, saved = self.dataloader.num_workers, position.stream["workers"]
-        if workers != saved:
-            raise ConfigError(
-                f"{where}: saved in the middle of an iterable data set read by {saved} loader worker(s), "
-                f"which hold its position between them; now there are {workers}. Set num_workers={saved} to "
-                "go on."
-            )
-        stream = position.stream
-        unknown = sum(
-            count
-            for worker, count in stream["consumed"].items()
-            if stream["states"][worker] is None and not stream["ended"][worker]
-        )
-        if unknown:
-            warnings.warn(
-                f"{where}: its iterable data set cannot say where it is (no state_dict), so {unknown} "
-                "samples will be read and dropped before the first batch. They repeat exactly only if the "
-                "data set yields the same samples again.",
-                stacklevel=3,
-            )
-
     def _make_reader(self) -> Reader:
         kind = StreamBatches if self._source.kind == "stream" else MapReader
         ranks = range(self.world.size) if self._dispatch else (0 if self._per_rank else self.world.rank,)
@@ -349,7 +346,6 @@ class ShardedLoader:
         elif sampler is not None and resume.sampler is not None:
             load_sampler_state(sampler, resume.sampler)
         self._resume, self._started, self._share = None, True, None
-        self._passes += 1
         self._steps = -(-self._cursor // self._layout.global_batch)
         if sampler is not None:
             set_sampler_epoch(sampler, self._epoch)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nbaccel.core.data.order import ORDER_VERSION
+from nbaccel.core.data.sampling import draw, load_sampler_state, sampler_state
 from nbaccel.errors import CheckpointError, ConfigError
 
-__all__ = ["Position"]
+__all__ = ["Position", "skipped"]
 
 _FORMAT = 1
 
@@ -112,3 +114,56 @@ class Position:
                 "augmentation will not continue as it would have.",
                 stacklevel=3,
             )
+
+    def check_stream(self, workers: int, *, where: str) -> None:
+        """Refuse, or say what it costs, to go on in the middle of an iterable data set with `workers`.
+
+        Raises:
+            ConfigError: its position is held by another number of loader workers.
+        """
+        if self.stream is None:
+            return
+        saved = self.stream["workers"]
+        if workers != saved:
+            raise ConfigError(
+                f"{where}: saved in the middle of an iterable data set read by {saved} loader worker(s), "
+                f"which hold its position between them; now there are {workers}. Set num_workers={saved} to "
+                "go on."
+            )
+        stream = self.stream
+        unknown = sum(
+            count
+            for worker, count in stream["consumed"].items()
+            if stream["states"][worker] is None and not stream["ended"][worker]
+        )
+        if unknown:
+            warnings.warn(
+                f"{where}: its iterable data set cannot say where it is (no state_dict), so {unknown} "
+                "samples will be read and dropped before the first batch. They repeat exactly only if the "
+                "data set yields the same samples again.",
+                stacklevel=3,
+            )
+
+
+def skipped(position: Position, units: int, sampler: Any) -> Position:
+    """`position` moved on by `units` of the plan: a batch sampler's batches are drawn to count their samples."""
+    samples, stream = units, position.stream
+    if position.kind == "batch_sampler":
+        before = sampler_state(sampler)
+        load_sampler_state(sampler, position.sampler or {})
+        batches = draw(sampler, seed=position.seed, epoch=position.epoch, skip=position.cursor)
+        samples = sum(len(batch) for batch in itertools.islice(batches, units))
+        load_sampler_state(sampler, before)
+    elif position.kind == "stream":
+        # Without the state of where it will be, the data set is read up to there.
+        consumed = position.cursor + units
+        stream = {
+            "workers": 0,
+            "next": 0,
+            "consumed": {0: consumed},
+            "states": {0: None},
+            "ended": {0: False},
+        }
+    return replace(
+        position, samples=position.samples + samples, cursor=position.cursor + units, stream=stream
+    )
