@@ -10,6 +10,7 @@ __version__ = "0.1.0.dev0"
 
 # The public names and where they live; nothing is imported before it is used.
 _HOMES = {
+    "Accelerator": "nbaccel.core.accelerator",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",
     "last_run": "nbaccel.notebook.launcher",

@@ -35,6 +35,7 @@ WARM_UP = (
     "cloudpickle",
     "threadpoolctl",
     "nbaccel.rank.worker",
+    "nbaccel.core",
 )
 
 
