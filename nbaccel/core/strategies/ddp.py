@@ -75,7 +75,8 @@ class DDP(Strategy):
         wrapped = DistributedDataParallel(
             module,
             device_ids=[self._world.device] if indexed else None,
-            broadcast_buffers=options.broadcast_buffers,
+            # torch 2.13 warns whoever names the option, its default too
+            **({} if options.broadcast_buffers else {"broadcast_buffers": False}),
             bucket_cap_mb=options.bucket_cap_mb,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
