@@ -96,9 +96,10 @@ def output_text(output: Any) -> str:
 
 
 def store(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write the notebook without what changes from machine to machine and is not an output."""
+    """Write the notebook without what differs from machine to machine: Python's version, the home folder."""
     notebook.metadata.get("language_info", {}).pop("version", None)
-    nbformat.write(notebook, path)
+    text = nbformat.writes(notebook).replace(str(Path.home()), "~")
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
