@@ -72,11 +72,14 @@ class DDP(Strategy):
             return module
         options = self._options
         indexed = self._world.device.type != "cpu" and self._place
+        # torch 2.13 warns whoever names the option, its default too
+        rare: dict[str, Any] = {} if options.broadcast_buffers else {"broadcast_buffers": False}
+        # torch 2.13 warns whoever names the option, its default too
+        buffers: dict[str, Any] = {} if options.broadcast_buffers else {"broadcast_buffers": False}
         wrapped = DistributedDataParallel(
             module,
             device_ids=[self._world.device] if indexed else None,
-            # torch 2.13 warns whoever names the option, its default too
-            **({} if options.broadcast_buffers else {"broadcast_buffers": False}),
+            **rare,
             bucket_cap_mb=options.bucket_cap_mb,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
