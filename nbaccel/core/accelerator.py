@@ -34,6 +34,7 @@ from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.strategies.ddp import DDP, DDPOptions
 from nbaccel.core.strategies.single import Single
 from nbaccel.core.trackers import MetricLog, Tracker, Trackers, open_trackers
+from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import World, join, read_environment
 from nbaccel.core.wrappers import (
     PreparedOptimizer,
@@ -148,6 +149,8 @@ class Accelerator:
             set_seed(config.seed)
         self._place = device_placement
         self.strategy = _choose_strategy(config, self.world, ddp or DDPOptions(), device_placement)
+        events.emit(events.Applied(option="mixed_precision", value=self._precision.kind))
+        events.emit(events.Applied(option="strategy", value=self.strategy.name))
         watch = Stopwatch(self.device) if (events.active() if measure is None else measure) else None
         self._loop = Loop(
             world=self.world,
@@ -179,6 +182,8 @@ class Accelerator:
         self._accumulating = _Accumulating(self._loop)
         self._trigger = False
         self._resume_from = config.resume
+        if events.active() if config.verify is None else config.verify:
+            self._loop.watch_steps(TrustChecks(self._loop, self.strategy.unwrap).check)
         self._loop.before_pass = self._before_pass
         self._loop.before_batch = self._save_now
 
@@ -859,20 +864,21 @@ class _Accumulating:
         self._loop = loop
         self.window = loop.window
         self.inside = False
+        self._spread = loop.world.size > 1
 
     def __enter__(self) -> None:
         loop, window = self._loop, self.window
         loop.window = window
         window.begin(loop.loader)
         self.inside = True
-        if not window.sync:
+        if self._spread and not window.sync:
             for model in window.models:
                 loop.strategy.set_sync(model, False)
 
     def __exit__(self, *_: object) -> None:
         window = self.window
         self.inside = False
-        if not window.sync:
+        if self._spread and not window.sync:
             for model in window.models:
                 self._loop.strategy.set_sync(model, True)
         window.end()

@@ -92,6 +92,11 @@ class Window:
         if length == 1:
             self.factor = 1.0 if self.num_ranks == 1 else self.tail_factor(loader)
             return
+        if loader is None or self._equal:
+            self.factor = 1.0 / length
+            if last and self.micro + 1 < length:
+                self._correct(length / (self.micro + 1))
+            return
         mine, everyone, planned = self._samples(loader)
         if self.micro == 0:
             self._planned, self._seen = planned, 0.0
@@ -116,14 +121,13 @@ class Window:
             return 1.0
         return loader.batch_samples * self.num_ranks / everyone
 
-    def _samples(self, loader: BatchInfo | None) -> tuple[float, float, float]:
+    def _samples(self, loader: BatchInfo) -> tuple[float, float, float]:
         """This micro-step's samples here times R and on all ranks, and the window's as planned at its first.
 
-        In micro-steps instead of samples where samples are not known or not to count.
+        In micro-steps instead of samples where samples are not known.
         """
-        everyone = None if loader is None or self._equal else loader.global_batch_samples
-        full = None if loader is None else loader.total_batch_size
-        if loader is None or not everyone or not full or (loader.batch_repeated and loader.batch_samples):
+        everyone, full = loader.global_batch_samples, loader.total_batch_size
+        if not everyone or not full or (loader.batch_repeated and loader.batch_samples):
             return 1.0, 1.0, float(self.length)
         planned = float(self.length * full)
         total = loader.total_samples

@@ -60,14 +60,15 @@ class Loop:
         """Optimizer steps of the first optimizer."""
         self.skipped = False
         """Whether the last optimizer step was skipped by the scaler."""
-        self.plain = control is None and stopwatch is None and self.scaler is None
+        self._bare = control is None and stopwatch is None and self.scaler is None and length == 1
+        self.plain = self._bare
         """Nothing but the optimizer's own work is to be done at a step."""
         self.simple = world.size == 1 and length == 1 and self.scaler is None and stopwatch is None
         """Nothing but autograd's own work is to be done in a backward."""
         self.before_pass: Callable[[ShardedLoader], None] = _nothing
         self.before_batch: Callable[[], None] = _nothing
         """Called when control asks for a save, at a point where the position is between batches."""
-        self.after_step: tuple[Callable[[], None], ...] = ()
+        self._after_step: Callable[[], bool] | None = None
         self.to_skip: dict[ShardedLoader, tuple[int, Mapping[str, Any]]] = {}
         """Passes a resumed run has behind it, and where the loader then goes on."""
         self._trained: set[ShardedLoader] = set()
@@ -78,6 +79,11 @@ class Loop:
     def new_window(self, models: list[nn.Module]) -> Window:
         """A fresh window over `models`."""
         return Window(models, length=self.length, num_ranks=self.world.size, weighting=self.weighting)
+
+    def watch_steps(self, fn: Callable[[], bool] | None) -> None:
+        """Calls `fn` after each optimizer step until it returns False (None: no longer)."""
+        self._after_step = fn
+        self.plain = self._bare and fn is None
 
     # What the loaders tell ---------------------------------------------------------------------------
 
@@ -245,8 +251,8 @@ class Loop:
             watch.step()
         if self.loaders:
             self._trained.add(self.loaders[0])
-        for fn in self.after_step:
-            fn()
+        if self._after_step is not None and not self._after_step():
+            self.watch_steps(None)
         if self.control is not None:
             self.control.tick(self.steps)
 
