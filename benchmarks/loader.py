@@ -3,7 +3,8 @@
     python benchmarks/loader.py [--quick] [--only batch resume dispatch] [--json FILE]
 
 One thread; the loaders take turns within each round, in changing order, so that the machine's moods meet
-all of them. Figures are medians over rounds; "over torch" is the median of the differences within a round.
+all of them. Wall times are medians over rounds, differences and ratios medians of those within a round. CPU time is
+the training process's own, the least of all rounds: other processes' load reaches it little.
 """
 
 from __future__ import annotations
@@ -89,39 +90,46 @@ def wraps() -> dict[str, Wrap]:
     }
 
 
-def epoch_seconds(loader: Iterable[Any]) -> tuple[float, int]:
-    """Seconds and batches of one pass."""
-    started = time.perf_counter()
+def epoch_costs(loader: Iterable[Any]) -> tuple[float, float]:
+    """Microseconds per batch of one pass: on the wall, and of this process's CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
     batches = sum(1 for _ in loader)
-    return time.perf_counter() - started, batches
+    return (time.perf_counter() - wall) / batches * 1e6, (time.process_time() - cpu) / batches * 1e6
 
 
-def in_turns(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds per batch of each loader and round, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in loaders}
+def in_turns(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Costs of each loader and round, after one round that is not counted."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     names = list(loaders)
     for number in range(rounds + 1):
         random.Random(number).shuffle(names)
         for name in names:
-            seconds, batches = epoch_seconds(loaders[name])
+            costs = epoch_costs(loaders[name])
             if number:
-                times[name].append(seconds / batches * 1e6)
+                times[name].append(costs)
     return times
 
 
-def rows_of(case: str, times: dict[str, list[float]], against: str = "torch") -> list[Row]:
+def rows_of(case: str, times: dict[str, list[tuple[float, float]]], against: str = "torch") -> list[Row]:
     """Medians, and the comparison with `against` within each round."""
-    base = times[against]
-    return [
-        {
-            "case": case,
-            "loader": name,
-            "us_per_batch": statistics.median(values),
-            "over_us": statistics.median(a - b for a, b in zip(values, base, strict=True)),
-            "ratio": statistics.median(a / b for a, b in zip(values, base, strict=True)),
-        }
-        for name, values in times.items()
-    ]
+    rows = []
+    for name, values in times.items():
+        pairs = [(mine[0], base[0]) for mine, base in zip(values, times[against], strict=True)]
+        cpu = min(cost[1] for cost in values)
+        base_cpu = min(cost[1] for cost in times[against])
+        rows.append(
+            {
+                "case": case,
+                "loader": name,
+                "us_per_batch": statistics.median(mine for mine, _ in pairs),
+                "over_us": statistics.median(mine - base for mine, base in pairs),
+                "ratio": statistics.median(mine / base for mine, base in pairs),
+                "cpu_us": cpu,
+                "cpu_over_us": cpu - base_cpu,
+                "cpu_ratio": cpu / base_cpu,
+            }
+        )
+    return rows
 
 
 def measure_batch(rounds: int) -> list[Row]:
@@ -258,7 +266,8 @@ def show(rows: list[Row]) -> None:
             else:
                 print(
                     f"  {row['loader']:26} {row['us_per_batch']:9.1f} µs/batch  "
-                    f"{row['over_us']:+8.1f} µs  x{row['ratio']:.2f}"
+                    f"{row['over_us']:+8.1f} µs  x{row['ratio']:<6.2f}  "
+                    f"CPU {row['cpu_us']:8.1f} {row['cpu_over_us']:+8.1f} µs  x{row['cpu_ratio']:.2f}"
                 )
 
 
