@@ -52,14 +52,28 @@ def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 
 def same_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The names whose tensor is the very memory of an earlier one, each with that earlier name."""
-    first: dict[tuple[object, ...], str] = {}
+    first: dict[int, list[str]] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local.numel() == 0 or local.device.type == "meta":
+        address = _local(tensor).data_ptr()
+        if address == 0:  # nothing in it, or on the meta device
             continue
-        key = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)
-        kept = first.setdefault(key, name)
-        if kept != name:
+        seen = first.setdefault(address, [])
+        kept = next((other for other in seen if _congruent(tensor, tensors[other])), None)
+        if kept is None:
+            seen.append(name)
+        else:
             aliases[name] = kept
     return aliases
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _congruent(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors that begin at the same address of one device are the same all through."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    a, b = _local(a), _local(b)
+    return a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from nbaccel.core.checkpoint.faults import FaultyFileSystem
 from nbaccel.core.save_model import byte_count, save_model, split
 from nbaccel.core.world import World, single
 from nbaccel.errors import CheckpointError, ConfigError
-from safetensors.torch import load_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from nbaccel.core.tied import find_tied_parameters, num_parameters, retie_parameters, same_memory
 from torch import nn
+
+from nbaccel.core.tied import find_tied_parameters, num_parameters, retie_parameters, same_memory
 
 
 def tied_model() -> nn.Module:

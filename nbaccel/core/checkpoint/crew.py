@@ -59,8 +59,12 @@ class Crew:
     def close(self) -> None:
         """Gives the group back, unless the whole process group has been taken down already."""
         group, self._group = self._group, None
-        if group is not None and dist.is_initialized():
+        if group is None or not dist.is_initialized():
+            return
+        try:
             dist.destroy_process_group(group)
+        except ValueError:
+            pass  # the process group was made anew since, which took this one down
 
 
 def describe_error(error: BaseException) -> str:

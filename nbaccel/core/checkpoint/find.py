@@ -152,18 +152,25 @@ def prune(newest: Path, keep: int, filesystem: FileSystem) -> list[Path]:
     return gone
 
 
-def remove_leftovers(parent: Path, filesystem: FileSystem, age: float = _FORGOTTEN) -> list[Path]:
-    """Deletes hidden folders whose writer is gone. To be called when a newer checkpoint is complete."""
+def remove_leftovers(
+    parent: Path, filesystem: FileSystem, *, complete: bool, age: float = _FORGOTTEN
+) -> list[Path]:
+    """Deletes hidden folders whose writer is gone.
+
+    Args:
+        complete: also those with a manifest, which may be the newest state there is: only to be asked for
+            when a newer checkpoint is complete.
+        age: seconds after which a folder of another machine counts as abandoned.
+    """
     gone = []
     for name in filesystem.names(parent):
-        match = _HIDDEN.match(name)
-        if match is None:
+        match, path = _HIDDEN.match(name), parent / name
+        if match is None or (not complete and MANIFEST in filesystem.names(path)):
             continue
         here = match["host"] == _host()
-        abandoned = not _alive(int(match["pid"])) if here else filesystem.age(parent / name) > age
-        if abandoned:
-            filesystem.remove(parent / name)
-            gone.append(parent / name)
+        if not _alive(int(match["pid"])) if here else filesystem.age(path) > age:
+            filesystem.remove(path)
+            gone.append(path)
     return gone
 
 

@@ -27,6 +27,8 @@ _LISTED = 6
 
 def canonical_name(model: nn.Module, name: str) -> str:
     """`name` of a parameter or buffer of `model` as it would be without wrappers."""
+    if "module" not in name and not any(part in name for part in _TRANSPARENT):
+        return name
     parts, current = [], model
     for part in name.split("."):
         if not (part in _TRANSPARENT or (part == "module" and isinstance(current, DistributedDataParallel))):

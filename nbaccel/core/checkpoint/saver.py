@@ -18,7 +18,7 @@ from typing import Any, final
 from nbaccel.core.checkpoint.contents import Contents
 from nbaccel.core.checkpoint.crew import Crew, describe_error
 from nbaccel.core.checkpoint.filesystem import FileSystem, LocalFileSystem
-from nbaccel.core.checkpoint.find import Found, hidden_name
+from nbaccel.core.checkpoint.find import Found, hidden_name, remove_leftovers
 from nbaccel.core.checkpoint.reader import Loaded, find_newest, load
 from nbaccel.core.checkpoint.shards import Plan, make_plan, sources
 from nbaccel.core.checkpoint.staging import Buffer, State, gather_state
@@ -180,6 +180,8 @@ class Checkpoints:
             partial = hidden_name(target, "partial", os.urandom(4).hex())
             try:
                 check_target(target, self._filesystem)
+                # What killed runs left unfinished is no use to anyone and may be the space we need.
+                remove_leftovers(target.parent, self._filesystem, complete=False)
                 self._filesystem.make_folder(partial)
             except (OSError, CheckpointError) as error:
                 problem = str(error)
@@ -263,6 +265,8 @@ class Checkpoints:
     def _write_behind(
         self, job: Job, crew: Crew, failed: BaseException | None, start: float, blocked_until: float
     ) -> None:
+        # Gives the interpreter back at once: the caller, still inside start(), must not wait for our first work.
+        time.sleep(0)
         try:
             write(job, crew, self._filesystem, failed)
             self._note(job, start, blocked_until)

@@ -73,11 +73,12 @@ class Layout:
 
 
 def lay_out(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> Layout:
-    """Places tensors one after the other, widest element first so that each is aligned to its elements.
+    """Places tensors one after the other, widest element first so that each is aligned to its elements, and
+    large before small, so that copying the large ones into a buffer of this shape is aligned and fast.
 
     A dtype the format does not know is stored as bytes; its real name stands in the header's metadata.
     """
-    order = tuple(sorted(specs, key=lambda name: -specs[name].dtype.itemsize))
+    order = tuple(sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, -specs[name].num_bytes)))
     header: dict[str, object] = {}
     strange: dict[str, str] = {}
     offsets: dict[str, int] = {}

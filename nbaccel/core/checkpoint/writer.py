@@ -157,7 +157,7 @@ def _commit_or_say(job: Job, records: list[FileRecord], world_size: int, filesys
     try:
         if job.keep is not None:
             prune(job.target, job.keep, filesystem)
-        remove_leftovers(job.target.parent, filesystem)
+        remove_leftovers(job.target.parent, filesystem, complete=True)
     except OSError as error:
         warnings.warn(f"{job.target} is complete, but older ones could not be deleted: {error}", stacklevel=2)
     return ""

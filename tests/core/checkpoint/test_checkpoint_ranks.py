@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+from training import Counter, Training, same
+
 from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState
 from nbaccel.core.checkpoint.faults import FaultyFileSystem
 from nbaccel.core.world import join, single
 from nbaccel.errors import CheckpointError
-from ranks import run_ranks
-from torch import nn
-from training import Counter, Training, same
 
 
 def save_data_parallel(folder: str, asynchronous: bool) -> Any:

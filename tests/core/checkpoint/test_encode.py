@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nbaccel.core.checkpoint.encode import Unencodable, decode, encode
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from training import Counter
+
 from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState, next_folder
 from nbaccel.core.checkpoint.filesystem import LocalFileSystem
 from nbaccel.core.world import join, single
-from torch import nn
-from training import Counter
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"])

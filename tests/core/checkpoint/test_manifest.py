@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from nbaccel.core.checkpoint.files import write_file
 from nbaccel.core.checkpoint.filesystem import LocalFileSystem
 from nbaccel.core.checkpoint.manifest import FileRecord, Manifest, check_bytes, check_sizes, describe

@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from nbaccel.core.checkpoint import ModelState, OptimizerState
-from nbaccel.core.checkpoint.contents import Saved
-from nbaccel.core.world import join
-from nbaccel.errors import CheckpointError
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
+
+from nbaccel.core.checkpoint import ModelState, OptimizerState
+from nbaccel.core.checkpoint.contents import Saved
+from nbaccel.core.world import join
+from nbaccel.errors import CheckpointError
 
 
 def net() -> nn.Sequential:

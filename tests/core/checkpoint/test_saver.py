@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from nbaccel.core.checkpoint import Checkpoints, Contents, next_folder
+from training import Counter, Training, same
+
+from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState, next_folder
 from nbaccel.core.checkpoint.faults import Crash, FaultyFileSystem
 from nbaccel.core.checkpoint.filesystem import LocalFileSystem
 from nbaccel.core.checkpoint.find import hidden_name, remove_leftovers
 from nbaccel.core.world import single
 from nbaccel.errors import CheckpointError, ConfigError
-from training import Counter, Training, same
 
 
 @pytest.fixture
@@ -369,8 +370,10 @@ def test_leftovers_of_dead_writers_are_removed_and_live_ones_kept(tmp_path: Path
     elsewhere = live.with_name(".c.partial-00000000-1-ab")
     for path in (live, dead, elsewhere):
         path.mkdir()
-    assert remove_leftovers(tmp_path, LocalFileSystem()) == [dead]
-    assert remove_leftovers(tmp_path, LocalFileSystem(), age=0.0) == [elsewhere]
+    (dead / "manifest.json").touch()
+    assert remove_leftovers(tmp_path, LocalFileSystem(), complete=False) == []
+    assert remove_leftovers(tmp_path, LocalFileSystem(), complete=True) == [dead]
+    assert remove_leftovers(tmp_path, LocalFileSystem(), complete=False, age=-1.0) == [elsewhere]
     assert visible(tmp_path) == [live.name]
 
 
@@ -423,4 +426,25 @@ def test_meta_tensor_is_refused_by_name(tmp_path: Path, checkpoints: Checkpoints
 
 def test_close_may_be_called_twice(checkpoints: Checkpoints) -> None:
     checkpoints.close()
+    checkpoints.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_device_state_is_saved_as_it_was_and_comes_back(tmp_path: Path, asynchronous: bool) -> None:
+    checkpoints = Checkpoints(world=single("cuda:0"))
+    model = torch.nn.Linear(1000, 1000, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+    contents = Contents(sharded={"model": ModelState(model), "optimizer": OptimizerState(optimizer, [model])})
+    for step in range(3):
+        model(torch.ones(4, 1000, device="cuda")).sum().backward()
+        optimizer.step()
+        wanted = {name: value.clone() for name, value in model.state_dict().items()}
+        checkpoints.save(tmp_path / "c", contents, step=step, asynchronous=asynchronous)
+        with torch.no_grad():
+            model.weight.zero_()
+        checkpoints.load(tmp_path / "c", contents)
+        assert same(dict(model.state_dict()), wanted)
+    assert optimizer.state[model.weight]["exp_avg"].is_cuda
     checkpoints.close()

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from nbaccel.core.checkpoint.files import layout_of, write_tensors
 from nbaccel.core.checkpoint.filesystem import LocalFileSystem
 from nbaccel.core.checkpoint.tensorfile import read_header, read_tensor
-from safetensors import safe_open
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,

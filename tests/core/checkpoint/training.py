@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nbaccel.core.checkpoint import Contents, ModelState, OptimizerState
-from nbaccel.core.world import World, join
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from nbaccel.core.checkpoint import Contents, ModelState, OptimizerState
+from nbaccel.core.world import World, join
 
 
 class Counter:

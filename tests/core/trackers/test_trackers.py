@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nbaccel.core.trackers import MetricLog, Trackers, open_trackers
 from nbaccel.core.trackers.metriclog import Snapshot
 from nbaccel.core.world import World, single
