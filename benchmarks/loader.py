@@ -183,15 +183,17 @@ def measure_resume(rounds: int) -> list[Row]:
     rows: list[Row] = []
     for shuffle in (False, True):
         for name, resume in (("nbaccel", ours), ("accelerate", theirs), ("torch", by_hand)):
-            times, reads = [], 0
-            for _ in range(1 if name == "torch" else max(2, rounds // 3)):
+            times, cpu, reads = [], [], 0
+            for _ in range({"torch": 1, "accelerate": 3}.get(name, rounds)):
                 dataset = Endless(2 * batches)
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 next(iter(resume(dataset, shuffle)))
                 times.append((time.perf_counter() - started) * 1e3)
+                cpu.append((time.process_time() - used) * 1e3)
                 reads = dataset.reads
             case = f"resume at batch 1 000 000{', shuffled' if shuffle else ''}"
-            rows.append({"case": case, "loader": name, "ms": statistics.median(times), "samples_read": reads})
+            row = {"case": case, "loader": name, "samples_read": reads}
+            rows.append(row | {"ms": statistics.median(times), "cpu_ms": min(cpu)})
     return rows
 
 
@@ -262,7 +264,10 @@ def show(rows: list[Row]) -> None:
         print(f"\n{case}")
         for row in group:
             if "ms" in row:
-                print(f"  {row['loader']:26} {row['ms']:10.2f} ms   {row['samples_read']} samples read")
+                print(
+                    f"  {row['loader']:26} {row['ms']:10.2f} ms   CPU {row['cpu_ms']:10.2f} ms   "
+                    f"{row['samples_read']} samples read"
+                )
             else:
                 print(
                     f"  {row['loader']:26} {row['us_per_batch']:9.1f} µs/batch  "
