@@ -109,6 +109,7 @@ def load_newest(folder: Path, way: str) -> int:
     return loaded.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rounds", "size", "way"),
     [
