@@ -1,16 +1,21 @@
 """Multiprocessing inside a rank: the notebook's functions and classes reach spawned workers too.
 
 A DataLoader worker that is spawned or forkserved has a `__main__` of its own without the notebook's
-definitions; plain pickle would send their names and stall or fail there. By value they arrive.
+definitions; plain pickle would send their names and stall or fail there. By value they arrive, and land
+in the worker's `__main__`: what it sends back by name is then the notebook's own class here.
 """
 
 from __future__ import annotations
 
+import io
+import sys
 import types
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import cloudpickle
+
+from nbaccel.wire.payload import MainGlobals
 
 __all__ = ["by_value_in_main"]
 
@@ -23,5 +28,20 @@ def by_value_in_main() -> None:
 
 def _reduce(_pickler: ForkingPickler, obj: Any) -> Any:
     if isinstance(obj, (types.FunctionType, type)) and obj.__module__ == "__main__":
-        return cloudpickle.loads, (cloudpickle.dumps(obj),)
+        return _arrive, (_dumps(obj),)
     return NotImplemented
+
+
+def _dumps(obj: Any) -> bytes:
+    buffer = io.BytesIO()
+    pickler = cloudpickle.Pickler(buffer, protocol=5)
+    # cloudpickle gives all functions with these globals this object for theirs
+    pickler.globals_ref[id(sys.modules["__main__"].__dict__)] = MainGlobals(__name__="__main__")
+    pickler.dump(obj)
+    return buffer.getvalue()
+
+
+def _arrive(data: bytes) -> Any:
+    obj = cloudpickle.loads(data)
+    sys.modules["__main__"].__dict__.setdefault(obj.__qualname__, obj)
+    return obj

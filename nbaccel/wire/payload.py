@@ -28,7 +28,7 @@ import cloudpickle
 from nbaccel.errors import PayloadError
 from nbaccel.wire.unpicklable import explain
 
-__all__ = ["Parcel", "Sidecar", "install", "pack", "unpack"]
+__all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "unpack"]
 
 _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
@@ -162,7 +162,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         main = sys.modules.get("__main__")
         if outward and main is not None:
             # cloudpickle gives all functions with these globals this object for theirs
-            self.globals_ref[id(main.__dict__)] = _MainGlobals(__name__="__main__")
+            self.globals_ref[id(main.__dict__)] = MainGlobals(__name__="__main__")
 
     def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         if buffer.raw().nbytes < _OUT_OF_BAND:
@@ -225,7 +225,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 @final
-class _MainGlobals(dict[str, Any]):
+class MainGlobals(dict[str, Any]):
     """Stands for the notebook's globals in a pickle; becomes the receiver's `__main__` namespace."""
 
     def __reduce__(self) -> tuple[Callable[[], dict[str, Any]], tuple[()]]:
