@@ -62,7 +62,7 @@ def main() -> int:
         if scenario in options.only:
             started = time.monotonic()
             samples += SCENARIOS[scenario](QUICK if options.quick else FULL)
-            print(f"{scenario}: measured in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            _say(f"{scenario}: measured in {time.monotonic() - started:.0f} s")
     text = report(samples)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "launch.md").write_text(text)
@@ -91,16 +91,29 @@ def _measure_warm(plan: Plan, *, scenario: str, heavy: bool) -> list[Sample]:
         time.sleep(IDLE)
         for turn in range(plan.rounds + 1):  # the first is not counted: it warms the file cache
             for peer in PEERS:
-                if (turn - 1) % peer.every:
+                if (turn - 1) % peer.every or peer.name not in kernels:
                     continue
                 for n in plan.sizes if turn else plan.sizes[:1]:
-                    values = _step_times(kernels[peer.name], peer, n)
-                    values["cell"] = kernels[peer.name].execute(peer.call("nothing", "", n)).seconds
+                    try:
+                        values = _warm_times(kernels[peer.name], peer, n)
+                    except (RuntimeError, TimeoutError) as error:
+                        _say(f"{scenario}: {peer.name} on {n} ranks is left out from here on: {error}")
+                        del kernels[peer.name]
+                        break
                     if turn:
                         samples += [
                             Sample(scenario, peer.name, n, what, value) for what, value in values.items()
                         ]
     return samples
+
+
+def _warm_times(kernel: Kernel, peer: Peer, n: int) -> dict[str, float]:
+    times = _step_times(kernel, peer, n)
+    return {**times, "cell": kernel.execute(peer.call("nothing", "", n)).seconds}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def measure_cold(plan: Plan) -> list[Sample]:
@@ -111,9 +124,13 @@ def measure_cold(plan: Plan) -> list[Sample]:
             if turn % peer.every:
                 continue
             for n in plan.sizes:
-                with running_kernel() as kernel, tempfile.TemporaryDirectory() as folder:
-                    before = peer.setup(heavy=False, folder=Path(folder)) + "\n"
-                    values = _step_times(kernel, peer, n, before=before)
+                try:
+                    with running_kernel() as kernel, tempfile.TemporaryDirectory() as folder:
+                        before = peer.setup(heavy=False, folder=Path(folder)) + "\n"
+                        values = _step_times(kernel, peer, n, before=before)
+                except (RuntimeError, TimeoutError) as error:
+                    _say(f"cold: {peer.name} on {n} ranks failed: {error}")
+                    continue
                 samples += [Sample("cold", peer.name, n, what, value) for what, value in values.items()]
     return samples
 

@@ -83,6 +83,8 @@ def _machine() -> str:
 def _times(medians: _Medians, scenario: str) -> str:
     sizes = medians.sizes(scenario)
     columns = [what for what in TIMES if medians.get(scenario, NBACCEL.name, sizes[0], what) is not None]
+    if not columns:
+        return ""  # it was left out
     rows = [
         [
             peer.name,
@@ -146,6 +148,8 @@ def _targets(medians: _Medians) -> str:
         ("Python objects: time", ratio("Python objects", "seconds", bare), 1.3, "accelerate's fork"),
         ("Python objects: PSS", ratio("Python objects", "pss", bare), 1.3, "accelerate's fork"),
     ]
+    if not columns:
+        return ""  # it was left out
     rows = [
         [what, f"{value:.2f}× {beside}", f"≤ {limit}×", "yes" if value <= limit else "**no**"]
         for what, value, limit, beside in wanted
