@@ -1,0 +1,194 @@
+"""The rest of the loop's methods on real ranks: syncing by hand, uneven inputs, saving, compiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nbaccel.core import Accelerator
+from nbaccel.errors import CheckpointError, ConfigError
+
+
+def _linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(2, 1, bias=False)
+
+
+def _syncing():
+    acc = Accelerator(cpu=True)
+    model = acc.prepare(_linear())
+    weight = acc.unwrap_model(model).weight
+    x = torch.full((1, 2), 1.0 + acc.process_index)
+    with acc.no_sync(model):
+        acc.backward(model(x).sum())
+    local = weight.grad[0, 0].item()
+    weight.grad = None
+    with acc.no_sync(model):
+        loss = model(x).sum()
+    with acc.trigger_sync_in_backward(model):
+        acc.backward(loss)
+    return local, weight.grad[0, 0].item()
+
+
+def test_gradients_when_synchronised_by_hand():
+    assert run_ranks(_syncing) == [(1.0, 1.5), (2.0, 1.5)]
+
+
+def _uneven():
+    acc = Accelerator(cpu=True)
+    model = acc.prepare(_linear())
+    optimizer = acc.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    with acc.join_uneven_inputs([model]):
+        for _ in range(3 + 2 * acc.process_index):
+            acc.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+    return acc.unwrap_model(model).weight.tolist()
+
+
+def test_join_uneven_inputs_when_one_rank_has_more():
+    rank0, rank1 = run_ranks(_uneven)
+    assert rank0 == rank1
+
+
+def _save(folder):
+    acc = Accelerator(cpu=True, project_dir=folder, gradient_accumulation_steps=2, keep=2)
+    model = _linear()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model, optimizer = acc.prepare(model, optimizer)
+    box = Counter()
+    acc.register_for_checkpointing(box)
+    seen = []
+    hook = acc.register_save_state_pre_hook(lambda models, path: seen.append((len(models), path.exists())))
+    refusals = 0
+    for _ in range(6):
+        with acc.accumulate(model):
+            acc.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        box.value += 1
+        if acc.sync_gradients:
+            acc.save_state()
+        else:
+            with pytest.raises(ConfigError, match="middle of an accumulation window"):
+                acc.save_state()
+            refusals += 1
+    hook()
+    acc.end_training()
+    return acc.steps, box.value, refusals, seen, acc.unwrap_model(model).weight.detach()
+
+
+class Counter:
+    value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def _load(folder, size):
+    acc = Accelerator(cpu=True, project_dir=folder)
+    torch.manual_seed(9)
+    model = nn.Linear(size, 1, bias=False)
+    model, optimizer = acc.prepare(model, torch.optim.Adam(model.parameters(), lr=0.5))
+    box = Counter()
+    acc.register_for_checkpointing(box)
+    try:
+        loaded = acc.load_state()
+    except CheckpointError as error:
+        return str(error)
+    weight = acc.unwrap_model(model).weight.detach()
+    return acc.steps, box.value, loaded.world_size, optimizer.param_groups[0]["lr"], weight
+
+
+def test_state_when_saved_on_two_and_loaded_on_others(tmp_path):
+    (steps, value, refusals, seen, weight), _ = run_ranks(_save, str(tmp_path))
+    assert (steps, value, refusals) == (3, 6, 3)
+    assert seen == [(1, True)] * 3
+    assert len([p for p in tmp_path.iterdir() if p.is_dir() and not p.name.startswith(".")]) == 2, "keep=2"
+    for num_processes in (1, 3):
+        for loaded in run_ranks(_load, str(tmp_path), 2, num_processes=num_processes):
+            assert loaded[:4] == (3, 6, 2, 0.1)
+            assert torch.equal(loaded[4], weight)
+
+
+def test_load_when_it_is_another_models(tmp_path):
+    run_ranks(_save, str(tmp_path))
+    for text in run_ranks(_load, str(tmp_path), 5):
+        assert "weight is (1, 2) in the checkpoint and (1, 5) in the model" in text
+
+
+def test_load_when_there_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        Accelerator(cpu=True, project_dir=tmp_path).load_state()
+    with pytest.raises(ConfigError, match="project_dir"):
+        Accelerator(cpu=True).save_state()
+
+
+def test_registering_when_it_has_no_state():
+    with pytest.raises(ConfigError, match="a int cannot be registered"):
+        Accelerator(cpu=True).register_for_checkpointing(3)
+
+
+def test_free_memory_when_done():
+    acc = Accelerator(cpu=True, measure=True)
+    model = acc.prepare(_linear())
+    assert "forward" in model.__dict__
+    assert acc.free_memory(model, 1) == [None, None]
+    assert "forward" not in model.__dict__
+    assert acc.prepare(model) is model
+
+
+def _evaluate_inside():
+    """An evaluation in the middle of training gets all its batches and disturbs nothing."""
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model = _linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(torch.arange(44.0).reshape(22, 2) / 44)
+    model, optimizer, loader, inner = acc.prepare(
+        model, optimizer, DataLoader(data, batch_size=2), DataLoader(data, batch_size=4)
+    )
+    seen = []
+    for number, (x,) in enumerate(loader):
+        with acc.accumulate(model):
+            acc.backward(model(x).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        if number == 1:
+            for (y,) in inner:
+                seen += acc.gather_for_metrics(y[:, 0]).tolist()
+    return acc.steps, sorted(seen), acc.unwrap_model(model).weight.tolist()
+
+
+def test_evaluation_when_in_the_middle_of_a_window():
+    rank0, rank1 = run_ranks(_evaluate_inside)
+    assert rank0 == rank1
+    assert rank0[0] == 2  # 6 batches a rank, in windows of 3
+    assert rank0[1] == pytest.approx([i * 2 / 44 for i in range(22)])
+
+
+def _compiled():
+    acc = Accelerator(cpu=True, compile=True, measure=True)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model = acc.prepare(model)
+    plain.load_state_dict(acc.get_state_dict(model))
+    x = torch.randn(3, 4)
+    out, expected = model(x), plain(x)
+    acc.backward(out.sum())
+    expected.sum().backward()
+    assert torch.allclose(out, expected, atol=1e-6)
+    grad = acc.unwrap_model(model)[0].weight.grad
+    assert acc.num_processes > 1 or torch.allclose(grad, plain[0].weight.grad, atol=1e-6)
+    return acc.unwrap_model(model)._compiled_call_impl is not None, acc.step_times().parts["forward"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_compile_when_asked(num_processes):
+    assert run_ranks(_compiled, num_processes=num_processes) == [(True, True)] * num_processes
