@@ -84,22 +84,27 @@ def measure_heavy(plan: Plan) -> list[Sample]:
 def _measure_warm(plan: Plan, *, scenario: str, heavy: bool) -> list[Sample]:
     samples: list[Sample] = []
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        kernels = {}
-        for peer in PEERS:
-            kernels[peer.name] = kernel = stack.enter_context(running_kernel())
+
+        def prepared(peer: Peer) -> Kernel:
+            kernel = stack.enter_context(running_kernel())
             kernel.execute(peer.setup(heavy=heavy, folder=Path(folder)))
+            return kernel
+
+        kernels = {peer.name: prepared(peer) for peer in PEERS}
         time.sleep(IDLE)
         for turn in range(plan.rounds + 1):  # the first is not counted: it warms the file cache
             for peer in PEERS:
-                if (turn - 1) % peer.every or peer.name not in kernels:
+                if (turn - 1) % peer.every:
                     continue
                 for n in plan.sizes if turn else plan.sizes[:1]:
                     try:
                         values = _warm_times(kernels[peer.name], peer, n)
                     except (RuntimeError, TimeoutError) as error:
-                        _say(f"{scenario}: {peer.name} on {n} ranks is left out from here on: {error}")
-                        del kernels[peer.name]
-                        break
+                        _say(f"{scenario}: {peer.name} on {n} ranks, in a fresh kernel from here on: {error}")
+                        samples.append(Sample(scenario, peer.name, n, "failed", 1))
+                        kernels[peer.name] = prepared(peer)
+                        time.sleep(IDLE)
+                        continue
                     if turn:
                         samples += [
                             Sample(scenario, peer.name, n, what, value) for what, value in values.items()
@@ -129,7 +134,8 @@ def measure_cold(plan: Plan) -> list[Sample]:
                         before = peer.setup(heavy=False, folder=Path(folder)) + "\n"
                         values = _step_times(kernel, peer, n, before=before)
                 except (RuntimeError, TimeoutError) as error:
-                    _say(f"cold: {peer.name} on {n} ranks failed: {error}")
+                    _say(f"cold: {peer.name} on {n} ranks: {error}")
+                    samples.append(Sample("cold", peer.name, n, "failed", 1))
                     continue
                 samples += [Sample("cold", peer.name, n, what, value) for what, value in values.items()]
     return samples

@@ -94,7 +94,11 @@ def _times(medians: _Medians, scenario: str) -> str:
         if medians.get(scenario, peer.name, sizes[0], columns[0]) is not None
     ]
     unit = f"Seconds from the cell, n = {' / '.join(map(str, sizes))}"
-    return f"**{TITLES[scenario]}**\n\n" + _table([unit, *(TIMES[c] for c in columns)], rows)
+    text = f"**{TITLES[scenario]}**\n\n" + _table([unit, *(TIMES[c] for c in columns)], rows)
+    for peer in PEERS:
+        if failed := sum(medians.counts.get((scenario, peer.name, n, "failed"), 0) for n in sizes):
+            text += f"\n\n{peer.name}: {failed} launches hung or failed and are not counted."
+    return text
 
 
 def _arguments(medians: _Medians) -> str:
@@ -148,8 +152,6 @@ def _targets(medians: _Medians) -> str:
         ("Python objects: time", ratio("Python objects", "seconds", bare), 1.3, "accelerate's fork"),
         ("Python objects: PSS", ratio("Python objects", "pss", bare), 1.3, "accelerate's fork"),
     ]
-    if not columns:
-        return ""  # it was left out
     rows = [
         [what, f"{value:.2f}× {beside}", f"≤ {limit}×", "yes" if value <= limit else "**no**"]
         for what, value, limit, beside in wanted
