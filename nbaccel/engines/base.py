@@ -19,6 +19,8 @@ __all__ = ["Control", "Engine", "Exited", "Failed", "Opening", "Ports", "Retry",
 class Opening:
     """The run's own process exists and opens the payload: the warm server was there."""
 
+    pid: int
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -66,6 +68,8 @@ class Ports:
     channels: tuple[Channel, ...]
     stdouts: tuple[int, ...]
     stderrs: tuple[int, ...]
+    opening: int | None = None
+    """The run's own process while it opens the payload: it does not listen, so it can only be killed."""
     notes: list[str] = field(default_factory=list)
     """What the person should know about how the ranks came to be."""
 

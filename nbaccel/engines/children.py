@@ -25,10 +25,12 @@ class Children:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
-    def wait(self, fd: int, timeout: float | None = None) -> bool:
-        """Sleep until `fd` is readable, a child has ended or `timeout` seconds passed; whether it is the first."""
+    def wait(self, *fds: int, timeout: float | None = None) -> bool:
+        """Sleep until one of `fds` is readable, a child has ended or `timeout` seconds passed; whether it
+        is the first."""
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
         poll.register(self._read, select.POLLIN)
         readable = {number for number, _ in poll.poll(None if timeout is None else timeout * 1000)}
         if self._read in readable:
@@ -36,7 +38,7 @@ class Children:
                 os.read(self._read, 4096)
             except BlockingIOError:
                 pass
-        return fd in readable
+        return not readable.isdisjoint(fds)
 
     def next_message(self, channel: Channel, timeout: float | None = None) -> tuple[Any, list[int]]:
         """The channel's next message; children that end meanwhile are reaped.
@@ -48,7 +50,7 @@ class Children:
         while True:
             for pid in self.ended():
                 self.reap(pid)
-            if self.wait(channel.fileno(), timeout):
+            if self.wait(channel.fileno(), timeout=timeout):
                 return channel.recv()
             if timeout is not None:
                 raise TimeoutError

@@ -131,8 +131,13 @@ class ForkServer:
 
     def launch(self, launch: Launch, fds: Sequence[int]) -> list[str]:
         """Ask the template for a run; what it had to say meanwhile, for the person to read."""
-        self.preload()
-        self._template.send(launch, fds)
+        try:
+            self.preload()
+            self._template.send(launch, fds)
+        except ChannelClosed:  # somebody killed it: the server makes another
+            self._template.close()
+            self._template = self._new_template()
+            self._template.send(launch, fds)
         notes = []
         for message, _ in self._template.drain():
             assert isinstance(message, Preloaded)
@@ -144,8 +149,20 @@ class ForkServer:
 
     def log(self) -> str:
         """The last lines the processes behind this printed."""
+        if self._log.closed:
+            return ""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")[-4000:].strip()
+
+    def retire(self) -> None:
+        """Take no more runs; end with the last one that is under way."""
+        self._template.close()
+        self._server.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no process of it is left."""
+        return self._guardian.poll() is not None
 
     def close(self) -> None:
         """End the server and everything below it; may be called twice."""
@@ -172,6 +189,7 @@ class ForkServer:
 
 
 _servers: dict[str, ForkServer] = {}
+_retired: list[ForkServer] = []
 _lock = threading.RLock()
 
 
@@ -183,10 +201,15 @@ def server_for(environ: Mapping[str, str], start_method: str) -> tuple[ForkServe
     """
     with _lock:
         notes = []
+        for old in [old for old in _retired if old.ended]:
+            _retired.remove(old)
+            old.close()
         server = _servers.get(start_method)
         if server is not None and (reason := server.outdated(environ)):
             notes.append(f"starting a fresh server for the ranks: {reason}")
-            _servers.pop(start_method).close()
+            old = _servers.pop(start_method)
+            old.retire()  # another launch may be running there
+            _retired.append(old)
             server = None
         if server is None:
             try:
@@ -201,6 +224,8 @@ def shut_down() -> None:
     with _lock:
         while _servers:
             _servers.popitem()[1].close()
+        while _retired:
+            _retired.pop().close()
 
 
 def _abandon_all() -> None:
@@ -208,6 +233,8 @@ def _abandon_all() -> None:
     _lock = threading.RLock()
     while _servers:
         _servers.popitem()[1].abandon()
+    while _retired:
+        _retired.pop().abandon()
 
 
 atexit.register(shut_down)

@@ -7,10 +7,10 @@ and when either ends kills every descendant, DataLoader workers and setsid'ed gr
 from __future__ import annotations
 
 import os
-import select
 import sys
 from typing import NoReturn
 
+from nbaccel.engines.children import Children
 from nbaccel.rank.process import become_subreaper, call_process, kill_descendants
 
 __all__ = ["main"]
@@ -37,9 +37,11 @@ def main(control: int, lifeline: int, notebook: int, log: int, start_method: str
 
         room.serve(control, guardian=me, start_method=start_method)
     os.close(control)
-    watched = [lifeline, *_pidfds(notebook, server)]
-    while not select.select(watched, [], [], None if len(watched) > 1 else 1.0)[0]:
-        if os.waitpid(server, os.WNOHANG)[0]:
+    children = Children()
+    ends = [lifeline, *_pidfds(notebook)]
+    while not children.wait(*ends, timeout=None if len(ends) > 1 else 1.0):
+        # what was orphaned below is ours to reap too
+        if any(children.reap(pid) is not None and pid == server for pid in children.ended()):
             break
     kill_descendants()
     sys.exit(0)

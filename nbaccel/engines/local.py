@@ -8,7 +8,7 @@ import signal as _signal
 from collections.abc import Collection, Sequence
 from typing import final
 
-from nbaccel.engines.base import Control, Ports, Retry
+from nbaccel.engines.base import Control, Opening, Ports, Retry
 from nbaccel.engines.forkserver import ForkServer, server_for
 from nbaccel.engines.parent import Launch
 from nbaccel.errors import LaunchError
@@ -34,6 +34,17 @@ class LocalEngine:
         self._server: ForkServer | None = None
 
     def start(self, spec: RunSpec, parcel: Parcel, fd: int | None, *, after: Sequence[Retry] = ()) -> Ports:
+        try:
+            return self._ask(spec, parcel, fd, after)
+        except ChannelClosed:  # somebody killed it in this moment
+            if self._server is not None:
+                self._server.close()
+        try:
+            return self._ask(spec, parcel, fd, after)
+        except ChannelClosed as error:
+            raise LaunchError(f"the process that makes ranks is gone.\n{self.log()}") from error
+
+    def _ask(self, spec: RunSpec, parcel: Parcel, fd: int | None, after: Sequence[Retry]) -> Ports:
         server, notes = server_for(spec.environ, self._start_method)
         self._server = server
         for retry in after[-1:]:
@@ -48,13 +59,16 @@ class LocalEngine:
             launch = Launch(spec, parcel, open_in_ranks, has_payload=fd is not None)
             fds = [ends.control[1].fileno(), *([] if fd is None else [fd]), *ends.theirs()]
             notes += server.launch(launch, fds)
-        except ChannelClosed as error:
+        except ChannelClosed:
             ends.close()
-            raise LaunchError(f"the process that makes ranks is gone.\n{server.log()}") from error
+            raise
         return ends.keep(notes)
 
     def exits(self, ports: Ports) -> list[Control]:
-        return [message for message, _ in ports.control.drain()]
+        messages: list[Control] = [message for message, _ in ports.control.drain()]
+        for message in messages:
+            ports.opening = message.pid if isinstance(message, Opening) else None
+        return messages
 
     def kill(self, ports: Ports, ranks: Collection[int], signal: _signal.Signals) -> None:
         try:
@@ -64,6 +78,11 @@ class LocalEngine:
 
     def stop(self, ports: Ports) -> None:
         ports.control.shut_sending()
+        if ports.opening is not None and not ports.control.eof:
+            try:
+                os.kill(ports.opening, _signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended by itself
 
     def log(self) -> str:
         return self._server.log() if self._server else ""

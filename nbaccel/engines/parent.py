@@ -62,7 +62,7 @@ def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
     control = Channel.from_fd(fds[0])
     call_process("nb-run")
     try:
-        control.send(Opening())
+        control.send(Opening(os.getpid()))
         pids = _make_ranks(maker, launch, fds, control)
         control.send(Started(tuple(pids)))
         _see_through(control, pids)

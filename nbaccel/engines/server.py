@@ -76,6 +76,7 @@ def serve(control: int, *, guardian: int, start_method: str) -> NoReturn:
                 )
             os.close(fds[0])
     except ChannelClosed:
+        template.outlive_children()  # runs die with the processes above them
         os._exit(0)
 
 

@@ -26,7 +26,7 @@ from nbaccel.rank import threads
 from nbaccel.rank.process import call_process, die_with_parent, unclean
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 
-__all__ = ["Preload", "Preloaded", "serve"]
+__all__ = ["Preload", "Preloaded", "outlive_children", "serve"]
 
 # Not at once after a launch: its ranks want the cores now.
 _STAND_BY_AFTER = 0.5
@@ -79,7 +79,7 @@ def serve(
                     os.close(fd)
     except ChannelClosed:
         room.dismiss()
-        _outlive_runs()
+        outlive_children()
         os._exit(0)
 
 
@@ -201,7 +201,7 @@ def _torch_state_kept() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _outlive_runs() -> None:
+def outlive_children() -> None:
     """Runs die with the process that forked them, so stay until the last has ended."""
     try:
         while True:

@@ -233,8 +233,10 @@ def _request(
     layers = [asked, RunConfig.from_mapping(accepted, place="the launch's other arguments")]
     if isinstance(config, RunConfig):
         layers.append(config)
-    elif config is not None:
+    elif isinstance(config, Mapping):
         layers.append(RunConfig.from_mapping(config, place="config"))
+    elif config is not None:
+        raise ConfigError(f"config must be a RunConfig or a mapping, not {config!r}")
     combined = combine(*layers)
     for_ranks = {key: str(value) for key, value in (env or {}).items()}
     environment = probe()

@@ -1,0 +1,265 @@
+"""A run is watched, waited for, interrupted, killed, and followed by the next."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nbaccel import last_run, launch, notebook_launcher
+from nbaccel.errors import ConfigError, LaunchError, RunTimeout, WorkerError
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def sleep(seconds: float, folder: str | None = None) -> int:
+    if folder is not None:
+        Path(folder, str(rank())).touch()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    return rank()
+
+
+def wait_for(folder: Path, num_ranks: int) -> None:
+    end = time.monotonic() + 60
+    while len(list(folder.iterdir())) < num_ranks:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_result_raises_timeout_and_run_goes_on_when_time_is_short() -> None:
+    run = launch(sleep, 0.5, num_processes=2)
+    with pytest.raises(TimeoutError, match="still running after"):
+        run.result(timeout=0.05)
+    with pytest.raises(TimeoutError):
+        run.exception(timeout=0.05)
+    assert not run.done()
+    assert run.result(timeout=60) == [0, 1]
+    assert run.done()
+    assert run.exception() is None
+    assert run.result() == [0, 1]
+    assert last_run() is run
+
+
+def test_run_can_be_awaited() -> None:
+    async def main() -> Any:
+        first, second = launch(sleep, 0.1, num_processes=1), launch(sleep, 0.1, num_processes=2)
+        return await asyncio.gather(_wait(first), _wait(second))
+
+    async def _wait(run: Any) -> Any:
+        return await run
+
+    assert asyncio.run(main()) == [[0], [0, 1]]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_interrupt_raises_in_ranks_then_here(tmp_path: Path, method: Any) -> None:
+    run = launch(sleep, 60, str(tmp_path), num_processes=2, start_method=method)
+    wait_for(tmp_path, 2)
+    began = time.monotonic()
+    run.interrupt()
+    with pytest.raises(KeyboardInterrupt, match="in sleep"):
+        run.result(timeout=20)
+    assert time.monotonic() - began < 5
+    assert notebook_launcher(rank, num_processes=2, start_method=method) == [0, 1]
+
+
+def test_interrupt_ends_the_run_when_ranks_start(tmp_path: Path) -> None:
+    for delay in (0.0, 0.01, 0.03, 0.1):
+        run = launch(sleep, 60, num_processes=2)
+        time.sleep(delay)
+        run.interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            run.result(timeout=20)
+    assert notebook_launcher(rank, num_processes=2) == [0, 1]
+
+
+def survive(folder: str) -> str:
+    Path(folder, str(rank())).touch()
+    try:
+        sleep(60)
+    except KeyboardInterrupt:
+        Path(folder, f"caught-{rank()}").touch()
+    return "survived"
+
+
+def test_run_is_interrupted_when_function_swallows_the_interrupt(tmp_path: Path) -> None:
+    run = launch(survive, str(tmp_path), num_processes=2, grace=20)
+    wait_for(tmp_path, 2)
+    began = time.monotonic()
+    run.interrupt()
+    with pytest.raises(KeyboardInterrupt, match="had returned"):
+        run.result(timeout=30)
+    assert time.monotonic() - began < 10
+    assert {"caught-0", "caught-1"} <= set(os.listdir(tmp_path))
+
+
+def deaf(folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(folder, str(rank())).touch()
+    while True:
+        time.sleep(1)
+
+
+def test_ranks_are_killed_when_they_ignore_the_interrupt(tmp_path: Path) -> None:
+    run = launch(deaf, str(tmp_path), num_processes=2, grace=0.2)
+    wait_for(tmp_path, 2)
+    run.interrupt()
+    with pytest.raises(KeyboardInterrupt, match="did not react"):
+        run.result(timeout=10)
+
+
+def test_kill_ends_deaf_ranks_at_once(tmp_path: Path) -> None:
+    run = launch(deaf, str(tmp_path), num_processes=2, grace=60)
+    wait_for(tmp_path, 2)
+    run.kill()
+    with pytest.raises(KeyboardInterrupt):
+        run.result(timeout=10)
+    run.kill()
+    run.interrupt()
+    assert notebook_launcher(rank, num_processes=2) == [0, 1]
+
+
+def test_sigint_interrupts_when_the_main_thread_waits(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    run = launch(sleep, 60, str(tmp_path), num_processes=2)
+    wait_for(tmp_path, 2)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run.result(timeout=20)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_run_times_out_when_max_time_passes() -> None:
+    with pytest.raises(RunTimeout, match=r"max_time=0\.5 s") as caught:
+        notebook_launcher(sleep, (60,), num_processes=2, max_time=0.5)
+    assert "in sleep" in str(caught.value)
+
+
+class SlowToOpen:
+    def __reduce__(self) -> Any:
+        return _open_slowly, ()
+
+
+def _open_slowly() -> None:
+    time.sleep(30)
+
+
+def test_launch_error_gives_each_state_when_start_times_out() -> None:
+    with pytest.raises(LaunchError, match="start_timeout") as caught:
+        notebook_launcher(print, (SlowToOpen(), bytes(100_000)), num_processes=2, start_timeout=1)
+    assert "rank 0: " in str(caught.value)
+    assert "rank 1: " in str(caught.value)
+    assert notebook_launcher(rank, num_processes=2) == [0, 1]
+
+
+def wait_in_vain() -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if rank() == 0:
+        dist.all_reduce(torch.ones(1))
+    sleep(60)
+
+
+def test_collective_fails_when_collective_timeout_passes() -> None:
+    with pytest.raises(WorkerError, match=r"(?i)timed? ?out") as caught:
+        notebook_launcher(wait_in_vain, num_processes=2, collective_timeout=1, grace=0.2)
+    assert caught.value.ranks == (0,)
+
+
+def totals() -> tuple[int, int, int]:
+    me = psutil.Process()
+    return len(me.children(recursive=True)), me.num_threads(), me.num_fds()
+
+
+def fail_on(number: int) -> int:
+    if number % 10 == 3:
+        raise ValueError
+    if number % 10 == 7:
+        os._exit(2)
+    return number
+
+
+def test_nothing_grows_when_launched_fifty_times() -> None:
+    def go(number: int) -> None:
+        if number % 10 in (3, 7):
+            with pytest.raises(WorkerError):
+                notebook_launcher(fail_on, (number,), num_processes=2, grace=0.05)
+        else:
+            assert notebook_launcher(fail_on, (number,), num_processes=2) == [number, number]
+
+    for number in range(3):
+        go(number)
+    time.sleep(0.5)
+    before = totals()
+    for number in range(50):
+        go(number)
+    end = time.monotonic() + 5
+    while any(now > then for now, then in zip(totals(), before, strict=True)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert all(now <= then for now, then in zip(totals(), before, strict=True)), (totals(), before)
+
+
+def multiply() -> float:
+    import torch
+
+    return float((torch.ones(600, 600) @ torch.ones(600, 600)).sum())
+
+
+def test_ranks_multiply_when_this_process_has_used_its_thread_pool() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    expected = multiply()
+    assert notebook_launcher(multiply, num_processes=2, max_time=60) == [expected, expected]
+
+
+def meet(value: int) -> int:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    total = torch.tensor([value])
+    dist.all_reduce(total)
+    return int(total)
+
+
+def test_values_do_not_mix_when_threads_launch_at_once() -> None:
+    found: dict[int, Any] = {}
+
+    def go(number: int) -> None:
+        found[number] = [notebook_launcher(meet, (number + n,), num_processes=2) for n in range(3)]
+
+    threads = [threading.Thread(target=go, args=(100 * number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == {base: [[2 * (base + n)] * 2 for n in range(3)] for base in (100, 200, 300)}
+
+
+def test_many_ranks_start_when_there_are_more_than_cores() -> None:
+    assert notebook_launcher(rank, num_processes=12) == list(range(12))
+
+
+def test_logs_hold_what_a_rank_printed() -> None:
+    run = launch(print, "hello", num_processes=2)
+    run.result()
+    assert run.logs(1) == "hello\n"
+    with pytest.raises(ConfigError, match="there is no rank 2"):
+        run.logs(2)
