@@ -11,6 +11,7 @@ All ranks gather everybody's frame, so all see the same disagreement and raise t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pickle
@@ -104,6 +105,7 @@ def caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+@functools.lru_cache(maxsize=4096)
 def digest(text: str) -> int:
     """A 63-bit number that is the same for equal text in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

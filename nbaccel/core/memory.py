@@ -1,0 +1,100 @@
+"""Finding a batch size that fits: when one rank runs out of memory, all of them halve it together."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nbaccel.core.frames import exchange_objects
+from nbaccel.core.world import join
+from nbaccel.errors import ConfigError
+
+__all__ = ["find_executable_batch_size", "is_out_of_memory"]
+
+R = TypeVar("R")
+_KEY = "nbaccel/out-of-memory"
+
+
+def find_executable_batch_size(
+    function: Callable[..., R] | None = None, starting_batch_size: int = 128
+) -> Callable[..., Any]:
+    """Decorator: calls `function(batch_size, ...)` and again with half of it while any rank's memory is short.
+
+    The Accelerator, the model and whatever holds memory are to be made inside the function. A rank that
+    runs out leaves the process group, which frees the others from the collective they wait in; then all
+    form a new one.
+
+    Raises:
+        ConfigError: not even a batch size of 1 fits.
+    """
+    if function is None:
+        return functools.partial(find_executable_batch_size, starting_batch_size=starting_batch_size)
+    inner = function
+
+    @functools.wraps(inner)
+    def search(*args: Any, **kwargs: Any) -> R:
+        size = starting_batch_size
+        while size:
+            try:
+                result = inner(size, *args, **kwargs)
+                _all_fit()
+                return result
+            except (RuntimeError, MemoryError) as error:
+                if not _someone_ran_out(error):
+                    raise
+            # Outside the handler: there the traceback still holds the frames and their tensors.
+            _start_over()
+            size //= 2
+        raise ConfigError(f"no batch size fits, not even 1; began at {starting_batch_size}")
+
+    return search
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory, the device's or the host's, was not enough."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _spread() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_fit() -> None:
+    """Waits until the others have fitted too: one that has not breaks this up."""
+    if _spread():
+        exchange_objects("find_executable_batch_size", None, world=join())
+
+
+def _someone_ran_out(error: BaseException) -> bool:
+    mine = is_out_of_memory(error)
+    if not _spread():
+        return mine
+    if "nccl" in str(dist.get_backend_config()):
+        # The others wait inside a kernel, from which leaving the group does not free them.
+        return False
+    store = dist.distributed_c10d._get_default_store()
+    if mine:
+        store.set(_KEY, "1")
+    return mine or store.check([_KEY])
+
+
+def _start_over() -> None:
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if _spread():
+        rank, size, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
+        # Keys of the old group must not be met again: the new one's live under a name of their own.
+        store = dist.distributed_c10d.PrefixStore(
+            "after-out-of-memory", dist.distributed_c10d._get_default_store()
+        )
+        dist.destroy_process_group()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
