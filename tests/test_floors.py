@@ -1,0 +1,82 @@
+"""Imports go down the floors only; the floors are in the design."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "nbaccel"
+FLOORS = {
+    "errors": -1, "config": 0, "wire": 1, "core": 2, "rank": 2, "engines": 3, "session": 4, "notebook": 5, "cli": 5
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """A file's module, from the package on: "wire.channel"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:
+    """(module, line) of each import statement; those inside functions only if `everywhere`."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else _at_import(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported, but for type checking."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _at_import(child)
+
+
+def floor(module: str) -> str:
+    return module.removeprefix("nbaccel").lstrip(".").partition(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_down_only(path: Path) -> None:
+    mine = floor(name_of(path))
+    for module, line in imports(path, everywhere=True):
+        theirs = floor(module) if module.startswith("nbaccel.") else mine
+        if theirs not in FLOORS or mine not in FLOORS or theirs == mine:
+            continue  # the package's own face, or a name of it
+        assert FLOORS[theirs] < FLOORS[mine], f"{path}:{line}: {mine} imports {theirs}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_torch_is_imported_late_when_it_is_not_the_core(path: Path) -> None:
+    if floor(name_of(path)) in ("core", "rank"):
+        return
+    found = [f"{m}:{line}" for m, line in imports(path, everywhere=False) if m.partition(".")[0] == "torch"]
+    assert not found, f"{path} imports torch when it is imported: {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_front_end_is_known_to_the_notebook_only(path: Path) -> None:
+    if floor(name_of(path)) == "notebook":
+        return
+    known = ("IPython", "ipywidgets", "ipykernel")
+    found = [f"{m}:{line}" for m, line in imports(path, everywhere=True) if m.partition(".")[0] in known]
+    assert not found, f"{path} knows the front end: {found}"
+
+
+def test_no_strategy_imports_another() -> None:
+    for path in sorted((PACKAGE / "core" / "strategies").glob("*.py")):
+        for module, line in imports(path, everywhere=True):
+            part = module.removeprefix("nbaccel.core.strategies.").partition(".")[0]
+            if module.startswith("nbaccel.core.strategies.") and path.stem != "__init__":
+                assert part in ("base", path.stem), f"{path}:{line}: {path.stem} imports {part}"
