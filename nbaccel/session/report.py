@@ -76,13 +76,15 @@ def _signature(event: Failure) -> object:
 def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour: bool) -> Iterable[str]:
     first = outcome.failures[ranks[0]]
     who = f"rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)} of {outcome.num_ranks}"
+    # a plain traceback names the class by itself; IPython shows these lines alone
+    title = "WorkerError: " if colour else ""
     if isinstance(first, Raised):
         headline = first.info.message.splitlines()[-1] if first.info.message else first.info.type_name
         yield from render(first.info, label, title=f"rank {ranks[0]}", colour=colour)
         yield ""
-        yield _paint(f"{who} failed: {headline}", _BOLD + _RED, colour)
+        yield _paint(f"{title}{who} failed: {headline}", _BOLD + _RED, colour)
     else:
-        yield _paint(f"{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
+        yield _paint(f"{title}{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
         if first.detail:
             yield first.detail
         if words := outcome.last_words.get(ranks[0]):

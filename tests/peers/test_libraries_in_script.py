@@ -49,7 +49,7 @@ def train(workers):
 
 
 (first, net), (second, other) = notebook_launcher(
-    train, args=(1,), num_processes=2, mixed_precision="no", use_port="29501", monitor_interval=0.5
+    train, args=(1,), num_processes=2, mixed_precision="no", use_port="29501", monitor_interval=0.5, output="all"
 )
 assert first == second == [SCALE * i for i in range(8)], (first, second)
 assert torch.equal(net.weight, other.weight), "not the same weights"
