@@ -23,9 +23,12 @@ help:  ## show this list
 demo: $(VENV)/.nbaccel-demo  ## execute the quickstart on 2 ranks; leaves it under build/
 	$(PY) notebooks/execute.py notebooks/quickstart.ipynb --out build
 
-# Without the question about news, which covers the first cells.
+# JupyterLab's question about news would cover the first cells: it is answered no, in this environment only.
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 lab: $(VENV)/.nbaccel-demo  ## open JupyterLab on the quickstart
-	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. --LabApp.news_url=None $(LAB_OPTIONS) notebooks/quickstart.ipynb
+	@mkdir -p $(LAB_SETTINGS)
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' >$(LAB_SETTINGS)/overrides.json
+	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. $(LAB_OPTIONS) notebooks/quickstart.ipynb
 
 test: lint  ## lint, types, unit, integration, notebooks with their stored outputs
 	$(PY) -m pytest tests notebooks $(NBVAL)
