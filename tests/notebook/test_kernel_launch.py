@@ -1,0 +1,329 @@
+"""A launch in a real Jupyter kernel: tracebacks, output in its cell, ■, SIGKILL of anything."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Kernel, gone, named, run_processes, wait_until
+
+pytestmark = pytest.mark.kernel
+
+SLEEP = """
+import os, time
+def work(seconds=60):
+    print("at work", flush=True)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+"""
+
+
+def wait_run_ended(kernel: Kernel) -> None:
+    wait_until(lambda: not run_processes(kernel.pid), 3, f"an end of {run_processes(kernel.pid)}")
+
+
+def test_traceback_names_the_cell_when_its_function_raises(kernel: Kernel) -> None:
+    kernel.ok("""
+class Broken(Exception):
+    def __init__(self, code):
+        super().__init__(f"code {code}")
+        self.code = code
+
+def inner(rank):
+    if rank == 1:
+        raise Broken(7)
+
+def train():
+    import os
+    inner(int(os.environ["RANK"]))
+""")
+    cell = kernel.run("notebook_launcher(train, num_processes=2)")
+    assert cell.error == "WorkerError"
+    assert "Cell In[" in cell.traceback
+    assert "inner(int(os.environ" in cell.traceback
+    assert "raise Broken(7)" in cell.traceback
+    assert "code 7" in cell.traceback
+    assert "site-packages" not in cell.traceback
+    assert len(cell.traceback.splitlines()) < 20
+    cell = kernel.ok("""
+try:
+    notebook_launcher(train, num_processes=2)
+except Exception as error:
+    print(type(error.__cause__) is Broken, error.__cause__.code, error.ranks)
+""")
+    assert "True 7 (1,)" in cell.stdout
+    wait_run_ended(kernel)
+
+
+def test_values_of_notebook_classes_are_its_own_when_returned(kernel: Kernel) -> None:
+    cell = kernel.ok("""
+import dataclasses
+@dataclasses.dataclass
+class Metrics:
+    loss: float
+offset = 10
+add = lambda x: x + offset
+def make(x):
+    return Metrics(add(x))
+values = notebook_launcher(make, (1,), num_processes=2)
+print(values == [Metrics(11), Metrics(11)], isinstance(values[0], Metrics))
+""")
+    assert "True True" in cell.stdout
+
+
+def test_notebook_classes_pickle_in_ranks_everywhere(kernel: Kernel) -> None:
+    """pickle, torch.save, object collectives, and DataLoader workers of every start method."""
+    cell = kernel.ok(
+        """
+import dataclasses
+@dataclasses.dataclass
+class Item:
+    value: int
+class Numbers:
+    def __len__(self): return 4
+    def __getitem__(self, i): return Item(i)
+def keep(batch): return batch
+def use():
+    import io, os, pickle, torch
+    import torch.distributed as dist
+    from torch.utils.data import DataLoader
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    got = [None, None]
+    dist.all_gather_object(got, Item(rank))
+    assert got == [Item(0), Item(1)], got
+    assert pickle.loads(pickle.dumps(Item(3))) == Item(3)
+    file = io.BytesIO(); torch.save(Item(4), file); file.seek(0)
+    assert torch.load(file, weights_only=False) == Item(4)
+    options = dict(batch_size=2, num_workers=1, collate_fn=keep, timeout=60)
+    for method in ("fork", "forkserver", "spawn")[: 3 if rank == 0 else 1]:
+        loader = DataLoader(Numbers(), multiprocessing_context=method, **options)
+        assert [item for batch in loader for item in batch] == [Item(i) for i in range(4)], method
+    dist.barrier()
+    dist.destroy_process_group()
+    return Item(rank)
+print(notebook_launcher(use, num_processes=2) == [Item(0), Item(1)])
+""",
+        timeout=120,
+    )
+    assert "True" in cell.stdout, cell.output
+    wait_run_ended(kernel)
+
+
+def test_output_is_in_the_launching_cell_when_later_cells_run(kernel: Kernel) -> None:
+    first = kernel.ok("""
+import time
+def speak():
+    for i in range(6):
+        print("word", i, flush=True)
+        time.sleep(0.15)
+    return 1
+run = launch(speak, num_processes=1)
+""")
+    second = kernel.ok("time.sleep(0.4); print('meanwhile')")
+    third = kernel.ok("print(run.result())")
+    kernel.settle()
+    assert [line for line in first.stdout.splitlines() if line] == [f"word {i}" for i in range(6)]
+    assert second.stdout == "meanwhile\n"
+    assert third.stdout.strip() == "[1]"
+
+
+def test_run_can_be_awaited_and_watched(kernel: Kernel) -> None:
+    kernel.ok(SLEEP)
+    cell = kernel.ok("""
+run = launch(work, 0.3, num_processes=2)
+print(run.done())
+values = await run
+print(values == [None, None], run.done(), run.exception())
+""")
+    assert cell.stdout.splitlines()[0] == "False"
+    assert "True True None" in cell.stdout
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_interrupt_ends_the_cell_cleanly_at_any_moment(kernel: Kernel, seed: int) -> None:
+    delay = random.Random(seed).uniform(0.0, 0.5)
+    kernel.ok(SLEEP + "\nimport signal\nbefore = signal.getsignal(signal.SIGINT)")
+    cell = kernel.start("time.sleep(0.02); notebook_launcher(work, num_processes=2)")
+    wait_until(lambda: kernel.pump(lambda: True, 1) is None, 1, "messages")
+    time.sleep(0.05 + delay)
+    kernel.interrupt()
+    if seed % 2:
+        time.sleep(0.1)
+        kernel.interrupt()
+    kernel.finish(cell, 10)
+    assert cell.error == "KeyboardInterrupt", cell.output
+    if seed % 2:
+        time.sleep(0.3)  # the second press may belong to nobody
+    wait_run_ended(kernel)
+    cell = kernel.ok(
+        "print(notebook_launcher(lambda: 5, num_processes=2) == [5, 5],"
+        " signal.getsignal(signal.SIGINT) == before)"
+    )
+    assert "True True" in cell.stdout
+
+
+def test_interrupt_ends_ranks_blocked_in_a_collective(kernel: Kernel) -> None:
+    kernel.ok("""
+import os
+def block():
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    print("ready", flush=True)
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(3))
+    import time; time.sleep(60)
+""")
+    cell = kernel.start("notebook_launcher(block, num_processes=2)")
+    kernel.pump(lambda: "ready" in cell.stdout, 20)
+    time.sleep(0.3)
+    kernel.interrupt()
+    kernel.finish(cell, 10)
+    assert cell.error == "KeyboardInterrupt"
+    assert "block" in cell.traceback
+    wait_run_ended(kernel)
+
+
+def test_second_press_kills_when_ranks_ignore_the_first(kernel: Kernel) -> None:
+    kernel.ok("""
+def deaf():
+    import signal, time
+    signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("deaf", flush=True)
+    while True: time.sleep(1)
+""")
+    cell = kernel.start("notebook_launcher(deaf, num_processes=2, grace=30)")
+    kernel.pump(lambda: "deaf" in cell.stdout, 20)
+    kernel.interrupt()
+    time.sleep(0.5)
+    assert not cell.done
+    kernel.interrupt()
+    kernel.finish(cell, 5)
+    assert cell.error == "KeyboardInterrupt"
+    wait_run_ended(kernel)
+
+
+FAMILY = """
+def family(folder):
+    import os, subprocess, sys, time, torch, torch.distributed as dist
+    from torch.utils.data import DataLoader
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    loaders = [iter(DataLoader(Slow(), num_workers=2))]
+    loaders += [iter(DataLoader(Slow(), num_workers=1, multiprocessing_context="forkserver"))]
+    subprocess.Popen(["sleep", "300"])
+    subprocess.Popen(["sleep", "301"], start_new_session=True)
+    subprocess.Popen(["setsid", "sh", "-c", "setsid sleep 302 & sleep 303"])
+    open(os.path.join(folder, str(rank)), "w").close()
+    if rank == 0:
+        dist.all_reduce(torch.ones(1))
+    time.sleep(300)
+class Slow:
+    def __len__(self): return 8
+    def __getitem__(self, i):
+        import time
+        time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_nothing_is_left_when_the_kernel_is_killed(
+    new_kernel: Callable[..., Kernel], tmp_path: Path, method: str
+) -> None:
+    kernel = new_kernel()
+    kernel.ok("from nbaccel import launch\n" + FAMILY)
+    kernel.ok(f"run = launch(family, {str(tmp_path)!r}, num_processes=2, start_method={method!r})", 60)
+    wait_until(lambda: {"0", "1"} <= set(os.listdir(tmp_path)), 90, "both ranks at work")
+    time.sleep(1.0)
+    below = [process.pid for process in kernel.processes()]
+    assert len(below) > 12
+    kernel.kill()
+    wait_until(lambda: gone(below), 4, "the end of everything below the kernel")
+
+
+@pytest.mark.parametrize("victim", ["nb-guardian", "nb-server", "nb-template", "nb-waiting"])
+def test_next_launch_works_when_a_waiting_process_was_killed(kernel: Kernel, victim: str) -> None:
+    kernel.ok("notebook_launcher(lambda: 1, num_processes=2)", timeout=60)
+    pids = wait_until(lambda: named(kernel.pid, victim), 10, victim)
+    os.kill(pids[0], signal.SIGKILL)
+    time.sleep(0.3)
+    cell = kernel.ok("print(notebook_launcher(lambda: 1, num_processes=2) == [1, 1])", timeout=120)
+    assert "True" in cell.stdout
+
+
+@pytest.mark.parametrize("victim", ["nb-guardian", "nb-server", "nb-template", "nb-run"])
+def test_error_is_typed_and_next_launch_works_when_a_process_above_the_ranks_was_killed(
+    kernel: Kernel, victim: str
+) -> None:
+    kernel.ok(SLEEP)
+    cell = kernel.start("notebook_launcher(work, num_processes=2)")
+    kernel.pump(lambda: "at work" in cell.stdout, 60)
+    ranks = [*named(kernel.pid, "nb-rank-0"), *named(kernel.pid, "nb-rank-1")]
+    os.kill(named(kernel.pid, victim)[0], signal.SIGKILL)
+    kernel.finish(cell, 20)
+    assert cell.error in ("WorkerError", "LaunchError")
+    wait_until(lambda: gone(ranks), 3, "the end of the ranks")
+    cell = kernel.ok("print(notebook_launcher(lambda: 1, num_processes=2) == [1, 1])", timeout=120)
+    assert "True" in cell.stdout
+
+
+def test_running_run_goes_on_when_another_launch_needs_a_fresh_server(kernel: Kernel) -> None:
+    kernel.ok(SLEEP)
+    kernel.ok("first = launch(work, 3, num_processes=1)")
+    cell = kernel.ok(
+        """
+os.environ["OMP_NUM_THREADS"] = "3"
+try:
+    print(notebook_launcher(lambda: os.environ["OMP_NUM_THREADS"], num_processes=1))
+finally:
+    del os.environ["OMP_NUM_THREADS"]
+""",
+        timeout=120,
+    )
+    assert "3" in cell.stdout
+    assert "OMP_NUM_THREADS changed" in cell.stderr
+    cell = kernel.ok("print(first.result())", timeout=60)
+    assert "None" in cell.stdout
+
+    def one_server() -> bool:
+        kernel.ok("pass")  # between cells the kernel looks after its servers
+        return len(psutil.Process(kernel.pid).children()) <= 1
+
+    wait_until(one_server, 20, "the end of the old servers")
+
+
+def test_two_kernels_launch_at_once(new_kernel: Callable[..., Kernel]) -> None:
+    kernels = [new_kernel(), new_kernel()]
+    for kernel in kernels:
+        kernel.ok("from nbaccel import notebook_launcher")
+    code = """
+def meet(me):
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    x = torch.tensor([me]); dist.all_reduce(x)
+    return int(x)
+print([notebook_launcher(meet, ({me},), num_processes=2) == [2 * {me}] * 2 for _ in range(3)])
+"""
+    cells = [kernel.start(code.replace("{me}", str(me))) for me, kernel in enumerate(kernels, 1)]
+    for kernel, cell in zip(kernels, cells, strict=True):
+        kernel.finish(cell, 120)
+        assert "[True, True, True]" in cell.stdout, cell.output
+
+
+def test_interrupt_ends_the_cell_soon_when_the_server_is_cold(kernel: Kernel) -> None:
+    kernel.ok(SLEEP)
+    cell = kernel.start('os.environ["OMP_NUM_THREADS"] = "5"; notebook_launcher(work, num_processes=2)')
+    kernel.pump(lambda: "OMP_NUM_THREADS changed" in cell.stderr, 20)
+    time.sleep(0.2)
+    kernel.interrupt()
+    kernel.finish(cell, 8)
+    assert cell.error == "KeyboardInterrupt", cell.output
+    kernel.ok('del os.environ["OMP_NUM_THREADS"]')
