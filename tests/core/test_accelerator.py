@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from nbaccel.core import Accelerator, DDPOptions
-from nbaccel.errors import ConfigError
 from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from nbaccel.core import Accelerator, DDPOptions
+from nbaccel.errors import ConfigError
 
 PRIME = 67  # samples: no batch size divides it
 
@@ -293,6 +294,7 @@ def test_fp16_when_gradients_overflow_skips_optimizer_and_scheduler():
 
 def test_names_when_the_peer_has_them_are_built_or_refused_by_name():
     import accelerate
+
     from nbaccel.core import refused
 
     acc = Accelerator(cpu=True)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ranks import run_ranks
+
 from nbaccel.core import collectives as c
 from nbaccel.core.world import join, single
 from nbaccel.errors import CollectiveMismatch, ConfigError
-from ranks import run_ranks
 
 Pair = namedtuple("Pair", "a b")
 

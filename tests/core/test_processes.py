@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
+from ranks import run_ranks
+from torch.utils.data import DataLoader, TensorDataset
+
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig
 from nbaccel.core import Accelerator
 from nbaccel.core.trackers.jsonl import JsonlTracker
 from nbaccel.errors import CollectiveMismatch, ConfigError
-from ranks import run_ranks
-from torch.utils.data import DataLoader, TensorDataset
 
 
 def _roles():

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
+
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig
 from nbaccel.core.world import join, read_environment
 from nbaccel.errors import ConfigError
-from ranks import run_ranks
 
 TORCHRUN = {
     "RANK": "1",

@@ -74,8 +74,6 @@ class DDP(Strategy):
         indexed = self._world.device.type != "cpu" and self._place
         # torch 2.13 warns whoever names the option, its default too
         rare: dict[str, Any] = {} if options.broadcast_buffers else {"broadcast_buffers": False}
-        # torch 2.13 warns whoever names the option, its default too
-        buffers: dict[str, Any] = {} if options.broadcast_buffers else {"broadcast_buffers": False}
         wrapped = DistributedDataParallel(
             module,
             device_ids=[self._world.device] if indexed else None,
