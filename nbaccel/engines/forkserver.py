@@ -70,6 +70,7 @@ class ForkServer:
 
     def __init__(self, environ: Mapping[str, str], start_method: str) -> None:
         self.start_method = start_method
+        self._lock = threading.RLock()
         self._frozen = frozen(environ)
         self._seen: set[str] = set()
         self._wanted: list[str] = []
@@ -113,6 +114,10 @@ class ForkServer:
 
     def preload(self) -> None:
         """Tell the template what this process has imported since the last time."""
+        with self._lock:
+            self._preload()
+
+    def _preload(self) -> None:
         fresh = [name for name in list(sys.modules) if name not in self._seen]
         self._seen.update(fresh)
         wanted = [name for name in fresh if _worth_preloading(name)]
@@ -125,21 +130,30 @@ class ForkServer:
 
     def do_without(self, package: str) -> None:
         """Replace the template by one that never imports `package`."""
-        self._without = (*self._without, package)
-        self._template.close()
-        self._template = self._new_template()
-
-    def launch(self, launch: Launch, fds: Sequence[int]) -> list[str]:
-        """Ask the template for a run; what it had to say meanwhile, for the person to read."""
-        try:
-            self.preload()
-            self._template.send(launch, fds)
-        except ChannelClosed:  # somebody killed it: the server makes another
+        with self._lock:
+            if package in self._without:
+                return  # another launch, on another thread, met it first
+            self._without = (*self._without, package)
             self._template.close()
             self._template = self._new_template()
-            self._template.send(launch, fds)
+
+    def launch(self, launch: Launch, fds: Sequence[int]) -> list[str]:
+        """Ask the template for a run; what it had to say meanwhile, for the person to read.
+
+        Raises:
+            ChannelClosed: the server is gone.
+        """
+        with self._lock:
+            try:
+                self._preload()
+                self._template.send(launch, fds)
+            except ChannelClosed:  # somebody killed it: the server makes another
+                self._template.close()
+                self._template = self._new_template()
+                self._template.send(launch, fds)
+            messages = [message for message, _ in self._template.drain()]
         notes = []
-        for message, _ in self._template.drain():
+        for message in messages:
             assert isinstance(message, Preloaded)
             notes += [
                 f"{package} could not be imported ahead of the ranks, which import it themselves ({why})"

@@ -30,9 +30,12 @@ def prepare() -> None:
 def _follow(*_: Any) -> None:
     """Keep the warm server fit for the next launch; a failure here shows at that launch, not in this cell."""
     try:
-        forkserver.server_for(os.environ, "fork")[0].preload()
+        server, notes = forkserver.server_for(os.environ, "fork")
+        for note in notes:
+            print(f"nbaccel: {note}", file=sys.stderr)
+        server.preload()
     except (LaunchError, ChannelClosed):
-        forkserver.shut_down()
+        return  # somebody killed it, or no process can be made: the next launch tries again and says so
 
 
 def cell_label(filename: str) -> str | None:

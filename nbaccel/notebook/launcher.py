@@ -18,6 +18,7 @@ from nbaccel.session.arguments import foreign_arguments
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import Environment, probe
 from nbaccel.session.facts import run_facts
+from nbaccel.session.interrupts import Presses
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
@@ -86,12 +87,12 @@ def notebook_launcher(
     request = _request(function, tuple(args), kwargs, **options)
     if request.plan.in_place:
         return Results([request.task.function(*request.task.args, **request.task.kwargs)])
-    run = _start(request)
-    try:
-        return run.result()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    with Presses() as presses:  # from before the first process: no press may find ranks that nobody waits for
+        run = _start(request)
+        run.wait_done(presses)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return run.result()
 
 
 def launch(

@@ -83,8 +83,8 @@ def kill_descendants() -> None:
         for pid in list(descendants(me)):
             try:
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            except (ProcessLookupError, PermissionError):
+                pass  # it ended meanwhile, or it took another user's identity and is beyond us
         try:
             os.waitpid(-1, 0 if _libc is not None else os.WNOHANG)
             while os.waitpid(-1, os.WNOHANG)[0]:

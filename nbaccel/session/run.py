@@ -48,18 +48,26 @@ class Run:
             RunTimeout: it took longer than `max_time`.
             KeyboardInterrupt: the run was interrupted or killed.
         """
+        with Presses() as presses:
+            self.wait_done(presses, timeout)
+        return self._relay.future.result()
+
+    def wait_done(self, presses: Presses, timeout: float | None = None) -> None:
+        """Wait for the end, passing on the presses of ■ that whoever started the run has been holding.
+
+        Raises:
+            TimeoutError: `timeout` seconds have passed; the run goes on.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         future = self._relay.future
-        with Presses() as presses:
-            future.add_done_callback(lambda _: presses.done())
-            while not future.done():
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on")
-                if presses.wait(left) == "press":
-                    self._relay.interrupt()
-            self._relay.join()
-        return future.result()
+        future.add_done_callback(lambda _: presses.done())
+        while not future.done():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on")
+            if presses.wait(left) == "press":
+                self._relay.interrupt()
+        self._relay.join()
 
     def done(self) -> bool:
         """Whether it has ended, well or not; no process of it is left then."""

@@ -71,7 +71,9 @@ def texts(path: Path) -> list[str]:
     """The stream text and the tracebacks of each cell."""
     found = []
     for cell in nbformat.read(path, as_version=4).cells:
-        parts = [output.get("text", "\n".join(output.get("traceback", []))) for output in cell.outputs]
+        parts = [
+            output.get("text", "\n".join(output.get("traceback", []))) for output in cell.get("outputs", [])
+        ]
         found.append("".join(parts))
     return found
 
@@ -144,5 +146,7 @@ def test_failing_rank_fails_the_cell_under_papermill(tmp_path: Path) -> None:
     assert "WorkerError" in done.stderr
     found = texts(out)
     assert any("ranks 0-1 of 2 failed: ValueError: of all things" in text for text in found)
-    assert any("line 3, in fail" in text.replace("\x1b[32m", "").replace("\x1b[0m", "") for text in found)
+    assert any(
+        "Cell In[2], line 2, in fail" in text.replace("\x1b[32m", "").replace("\x1b[0m", "") for text in found
+    )
     assert not any(text == "never\n" for text in found)

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import nbaccel
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+import nbaccel
 from nbaccel.session.accelerators import Gpu, TorchBuild, read_accelerators, read_nvml, visible_gpus
 
 GIB = 1 << 30

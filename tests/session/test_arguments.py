@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
+
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 from nbaccel.session.arguments import foreign_arguments

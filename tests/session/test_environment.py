@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbaccel
 import pytest
+
+import nbaccel
 from nbaccel.session.environment import Environment
 
 REPOSITORY = Path(nbaccel.__file__).parents[1]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 from nbaccel.session.accelerators import Accelerators, Gpu

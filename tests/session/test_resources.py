@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nbaccel
 import pytest
+
+import nbaccel
 from nbaccel.session.resources import Resources, read_resources
 
 REPOSITORY = Path(nbaccel.__file__).parents[1]

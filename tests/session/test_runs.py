@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from nbaccel.session.runs import LOCK, default_root, git_commit, new_folder, prune, recent
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import reduce
 
 import pytest
+
 from nbaccel.session.state import Failure, RunState, fold, new_state
 from nbaccel.wire.events import Died, Event, ExceptionInfo, Metric, Output, Progress, Raised, Returned, Status
 

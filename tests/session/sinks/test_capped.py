@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from nbaccel.session.sinks.capped import CappedLog, read_log
 
 

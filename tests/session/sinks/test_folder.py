@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nbaccel.session.runs import LOCK, new_folder
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink

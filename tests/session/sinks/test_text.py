@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.text import TextSink
 from nbaccel.session.state import fold, new_state
