@@ -14,8 +14,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
@@ -114,17 +113,16 @@ class _Room:
             return
         self.dismiss()
         failures = {}
-        with _torch_state_kept():
-            for name in modules:
-                package = name.partition(".")[0]
-                if self._culprit or package in self._skipped or name in sys.modules:
-                    continue
-                if (why := _import(name)) and name == package:
-                    failures[package] = why
-                    self._skipped.add(package)
-                if reason := unclean():
-                    problem = f"importing {package} makes a process unsafe to fork: {reason}"
-                    self._culprit = Retry(problem, package=package)
+        for name in modules:
+            package = name.partition(".")[0]
+            if self._culprit or package in self._skipped or name in sys.modules:
+                continue
+            if (why := _import(name)) and name == package:
+                failures[package] = why
+                self._skipped.add(package)
+            if reason := unclean():
+                problem = f"importing {package} makes a process unsafe to fork: {reason}"
+                self._culprit = Retry(problem, package=package)
         threads.find_pools()
         gc.collect()
         gc.freeze()
@@ -189,16 +187,6 @@ def _import(name: str) -> str | None:
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  # an import may fail in any way
         return f"{type(error).__name__}: {error}"
     return None
-
-
-@contextmanager
-def _torch_state_kept() -> Iterator[None]:
-    """An import may draw random numbers: ranks start as a fresh process would all the same."""
-    torch = sys.modules.get("torch")
-    state = torch.default_generator.get_state() if torch is not None else None
-    yield
-    if torch is not None and state is not None:
-        torch.default_generator.set_state(state)
 
 
 def outlive_children() -> None:

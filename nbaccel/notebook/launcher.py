@@ -92,7 +92,7 @@ def notebook_launcher(
         run.wait_done(presses)
     sys.stdout.flush()
     sys.stderr.flush()
-    return run.result()
+    return run.take_result()
 
 
 def launch(

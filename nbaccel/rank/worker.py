@@ -138,6 +138,7 @@ def _set_up(spec: RunSpec, rank: int, stores: Channel) -> None:
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    torch.default_generator.seed()  # a fresh process draws it too; CUDA's is fixed until it is set
     threads.limit(spec.threads)
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(rank)

@@ -133,6 +133,11 @@ class Relay:
         """Wait for the thread's last line, after the future is resolved."""
         self._thread.join()
 
+    def forget(self) -> None:
+        """Keep the values no longer, once the run has ended."""
+        self.future = Future()
+        self.future.cancel()
+
     def _tell(self) -> None:
         for note in self._ports.notes:
             self._say(note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, final
@@ -33,6 +33,7 @@ class Run:
         self.folder = folder
         """Where the run's files are; None when no run folder was wanted."""
         self._relay = relay
+        self._future = relay.future
 
     def result(self, timeout: float | None = None) -> Results:
         """The ranks' values, in rank order.
@@ -50,7 +51,21 @@ class Run:
         """
         with Presses() as presses:
             self.wait_done(presses, timeout)
-        return self._relay.future.result()
+        return self._future.result()
+
+    def take_result(self) -> Results:
+        """`result`, for the last time: the values are then the caller's alone, and so is their memory."""
+        try:
+            return self.result()
+        finally:
+            if self._future.exception() is None:
+                self._future = Future()
+                self._future.set_exception(
+                    ConfigError(
+                        f"the values of {self.name} went to the cell that launched it and are not kept here"
+                    )
+                )
+                self._relay.forget()
 
     def wait_done(self, presses: Presses, timeout: float | None = None) -> None:
         """Wait for the end, passing on the presses of ■ that whoever started the run has been holding.
@@ -76,7 +91,7 @@ class Run:
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result` would raise; None when it would return."""
         try:
-            return self._relay.future.exception(timeout)
+            return self._future.exception(timeout)
         except (FutureTimeout, CancelledError):
             raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on") from None
 
@@ -122,7 +137,7 @@ class Run:
             except asyncio.CancelledError:
                 self._relay.interrupt()
                 raise
-            return self._relay.future.result()
+            return self._future.result()
 
         return wait().__await__()
 

@@ -1,0 +1,203 @@
+"""A rank begins as a fresh process of its own would, in the notebook's surroundings."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbaccel import launch, notebook_launcher
+from nbaccel.engines import forkserver
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+@pytest.fixture
+def replaced_servers(clean: None) -> Iterator[None]:
+    """For tests that replace the warm servers: afterwards there are warm ones as before."""
+    yield
+    forkserver.shut_down()
+    forkserver.server_for(os.environ, "spawn")
+    notebook_launcher(int, num_processes=2)
+
+
+def draw() -> tuple[float, float, int]:
+    return random.random(), float(np.random.rand()), torch.initial_seed()
+
+
+def test_random_state_is_a_fresh_processs_when_ranks_are_forked() -> None:
+    first, second = (notebook_launcher(draw, num_processes=2) for _ in range(2))
+    values = [*first, *second]
+    assert len({value[0] for value in values}) == 4
+    assert len({value[1] for value in values}) == 4
+    assert len({value[2] for value in values}) == 4  # torch draws the seed of each process
+
+
+def surroundings() -> dict[str, Any]:
+    return {
+        "cwd": os.getcwd(),
+        "mine": os.environ.get("NB_TEST"),
+        "late": os.environ.get("NB_LATE"),
+        "path": sys.path[0],
+        "threads": torch.get_num_threads(),
+        "omp": os.environ["OMP_NUM_THREADS"],
+        "main": sys.modules["__main__"].__name__,
+    }
+
+
+def test_folder_variables_and_path_hold_as_they_are_at_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NB_LATE", "yes")
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    there = notebook_launcher(surroundings, num_processes=2, env={"NB_TEST": "given"})[1]
+    assert there["cwd"] == str(tmp_path)
+    assert there["mine"] == "given"
+    assert there["late"] == "yes"
+    assert there["path"] == str(tmp_path / "code")
+    assert there["threads"] == int(there["omp"]) >= 1
+    assert "NB_TEST" not in os.environ
+
+
+@pytest.mark.usefixtures("replaced_servers")
+def test_threads_are_the_users_when_the_launch_says_so() -> None:
+    there = notebook_launcher(surroundings, num_processes=2, env={"OMP_NUM_THREADS": "3"})[0]
+    assert (there["threads"], there["omp"]) == (3, "3")
+
+
+def test_edited_module_is_fresh_at_the_next_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "nb_edited_module.py"
+    module.write_text("def answer():\n    return 1\n")
+    import nb_edited_module  # type: ignore[import-not-found]
+
+    assert notebook_launcher(nb_edited_module.answer, num_processes=2) == [1, 1]
+    module.write_text("def answer():\n    return 'two'\n")
+    assert notebook_launcher(nb_edited_module.answer, num_processes=2) == ["two", "two"]
+    sys.modules.pop("nb_edited_module")
+
+
+def shared_bytes(tensor: torch.Tensor) -> tuple[float, int]:
+    total = float(tensor.sum())
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return total, int(line.split()[1]) << 10
+    raise AssertionError("no Pss")
+
+
+def test_large_argument_is_shared_by_the_ranks() -> None:
+    size = 128 << 20
+    without = notebook_launcher(shared_bytes, (torch.ones(1),), num_processes=4)
+    tensor = torch.ones(size // 4)
+    values = notebook_launcher(shared_bytes, (tensor,), num_processes=4)
+    assert {value[0] for value in values} == {float(size // 4)}
+    extra = sum(value[1] for value in values) - sum(value[1] for value in without)
+    assert extra < 1.25 * size  # one copy between them, not four
+
+
+def train_tied() -> torch.nn.Module:
+    import torch.distributed as dist
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(8, 8)
+            self.second = torch.nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(Tied())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    return model
+
+
+def test_trained_module_comes_back_plain_with_its_ties() -> None:
+    model, other = notebook_launcher(train_tied, num_processes=2, returns="rank0")
+    assert other is None
+    assert type(model).__name__ == "Tied"
+    assert model.first.weight is model.second.weight
+    assert model(torch.ones(1, 8)).shape == (1, 8)
+
+
+def large_result() -> torch.Tensor:
+    return torch.ones(50 << 20)
+
+
+def test_large_result_costs_one_copy() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    notebook_launcher(int, num_processes=1)
+    before = resident()
+    value = notebook_launcher(large_result, num_processes=1)[0]
+    assert float(value.sum()) == 50 << 20
+    assert resident() - before < 1.2 * (200 << 20) + (30 << 20)
+    del value
+
+
+@pytest.mark.usefixtures("replaced_servers")
+def test_package_that_starts_a_thread_is_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forkserver.shut_down()
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (site / "nb_thready.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(1.5,), daemon=True).start()\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(forkserver, "_site_folders", lambda: (str(site) + os.sep,))
+    import nb_thready  # type: ignore[import-not-found]
+
+    assert nb_thready
+    assert notebook_launcher(int, num_processes=2) == [0, 0]
+    said = capsys.readouterr().err
+    assert "nb_thready" in said
+    assert "left out" in said
+    assert notebook_launcher(int, num_processes=2) == [0, 0]
+    assert "nb_thready" not in capsys.readouterr().err
+    sys.modules.pop("nb_thready")
+
+
+@pytest.mark.usefixtures("replaced_servers")
+def test_changed_variable_brings_a_fresh_server_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_NB_TEST", "1")
+    assert notebook_launcher(os.environ.get, ("TORCH_NB_TEST",), num_processes=2) == ["1", "1"]
+    assert "TORCH_NB_TEST changed" in capsys.readouterr().err
+
+
+def test_run_folder_tells_the_whole_story(tmp_path: Path) -> None:
+    run = launch(draw, num_processes=2, folder=tmp_path, name="my run")
+    run.result()
+    assert run.folder is not None
+    assert run.folder.parent == tmp_path
+    assert {path.name for path in run.folder.iterdir()} >= {
+        "run.json",
+        "config.json",
+        "events.jsonl",
+        "result.json",
+    }
+    assert '"state": "done"' in (run.folder / "result.json").read_text()
+    assert "def draw" in (run.folder / "run.json").read_text()
+
+
+def test_no_run_folder_when_none_is_wanted() -> None:
+    run = launch(draw, num_processes=1, folder=False)
+    run.result()
+    assert run.folder is None
