@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels import Cell, Kernel, pss_bytes, running_kernel
-from peers import ACCELERATE, NBACCEL, PEERS, Peer
+from peers import ACCELERATE, ACCELERATE_DYNAMO, NBACCEL, PEERS, Peer
 from tables import Sample, report
 
 IDLE = 4.0
@@ -63,12 +63,15 @@ def main() -> int:
             started = time.monotonic()
             samples += SCENARIOS[scenario](QUICK if options.quick else FULL)
             _say(f"{scenario}: measured in {time.monotonic() - started:.0f} s")
-    text = report(samples)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "launch.md").write_text(text)
-    (options.out / "launch.json").write_text(json.dumps([sample.as_dict() for sample in samples], indent=1))
-    print(text)
+            _keep(samples, options.out)  # after each, for whoever stops it before the end
+    print(report(samples))
     return 0
+
+
+def _keep(samples: Sequence[Sample], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "launch.md").write_text(report(samples))
+    (folder / "launch.json").write_text(json.dumps([sample.as_dict() for sample in samples], indent=1))
 
 
 def measure_light(plan: Plan) -> list[Sample]:
@@ -90,10 +93,12 @@ def _measure_warm(plan: Plan, *, scenario: str, heavy: bool) -> list[Sample]:
             kernel.execute(peer.setup(heavy=heavy, folder=Path(folder)))
             return kernel
 
-        kernels = {peer.name: prepared(peer) for peer in PEERS}
+        # Trainer imports torch._dynamo by itself.
+        peers = [peer for peer in PEERS if not (heavy and peer is ACCELERATE_DYNAMO)]
+        kernels = {peer.name: prepared(peer) for peer in peers}
         time.sleep(IDLE)
         for turn in range(plan.rounds + 1):  # the first is not counted: it warms the file cache
-            for peer in PEERS:
+            for peer in peers:
                 if (turn - 1) % peer.every:
                     continue
                 for n in plan.sizes if turn else plan.sizes[:1]:
