@@ -90,6 +90,7 @@ def notebook_launcher(
     with Presses() as presses:  # from before the first process: no press may find ranks that nobody waits for
         run = _start(request)
         run.wait_done(presses)
+        presses.absorb()
     sys.stdout.flush()
     sys.stderr.flush()
     return run.take_result()

@@ -118,8 +118,9 @@ class Environment:
             return "colab"
         if "JPY_SESSION_NAME" not in self.variables:  # jupyter console, Spyder: they take input too
             return "none"
-        command = self.server_command
-        return "notebook" if "notebook" in command and "lab" not in command else "jupyterlab"
+        # whole words: a folder or a file of that name says nothing
+        words = {os.path.basename(word) for word in self.server_command.split()}
+        return "notebook" if words & {"jupyter-notebook", "notebook"} else "jupyterlab"
 
     @property
     def already_a_rank(self) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import queue
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Literal, final
 
 __all__ = ["Presses"]
+
+_DOUBLE_PRESS = 0.2
 
 
 @final
@@ -43,6 +46,11 @@ class Presses:
         self._queue.put("press")
         if self._count > 2:
             raise KeyboardInterrupt
+
+    def absorb(self) -> None:
+        """After a press: take in the second half of a double one, which else would hit the error's display."""
+        if self._count:
+            time.sleep(_DOUBLE_PRESS)
 
     def done(self) -> None:
         """Wake the waiting thread; may be called from any thread."""
