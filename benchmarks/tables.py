@@ -132,7 +132,7 @@ def _relay(medians: _Medians) -> str:
                 rows.append([peer.name, str(n), f"{rate:,.0f}", f"{per_rank:.1f}", f"{whole:.1%}"])
     if not rows:
         return ""
-    head = ["Printing", "ranks", "lines/s, all ranks", "MB/s per rank", "lines that arrived whole"]
+    head = ["Printing", "ranks", "lines/s, all ranks", "MB/s per rank", "lines whole at the end of the cell"]
     return "**Lines of 100 characters**\n\n" + _table(head, rows)
 
 
