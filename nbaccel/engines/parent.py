@@ -1,7 +1,7 @@
 """A run's own process: makes the ranks and the store, reaps them, ends what is left.
 
 It exists before its run: forked from the template it stands by, and with it as many forks of itself as the
-last run had ranks, each waiting for a place. A call that is small goes to these, who open it for
+largest run so far had ranks, each waiting for a place. A call that is small goes to these, who open it for
 themselves. A large one, or one that needs modules of the user's, is opened here once and ranks are forked
 from here, so that they share it copy-on-write. This process stays single-threaded and touches no device.
 """
