@@ -29,8 +29,8 @@ __all__ = ["Preload", "Preloaded", "outlive_children", "serve"]
 
 # Not at once after a launch: its ranks want the cores now.
 _STAND_BY_AFTER = 0.5
-# A waiting fork costs about 1 MB of page tables.
-_MOST_RANKS = 16
+# How many ranks wait: as many as the largest run so far had. Each costs about 1 MB of page tables.
+_LEAST_RANKS, _MOST_RANKS = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,8 @@ class _Room:
         self._children = Children()
         self._culprit: Retry | None = None
         self._standing_by: Channel | None = None
-        self._ranks = min(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, _MOST_RANKS
-        )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        self._ranks = min(max(cores, _LEAST_RANKS), _MOST_RANKS)
 
     def next_message(self) -> tuple[Any, list[int]]:
         """The next thing the notebook wants; while it wants nothing, have a fork stand by."""
@@ -136,7 +135,7 @@ class _Room:
             return
         if self._standing_by is None or not _sent(self._standing_by, launch, fds):
             self._stand_by(ranks=0).send(launch, fds)  # it makes them when it knows which
-        self._ranks = min(launch.spec.num_processes, _MOST_RANKS)
+        self._ranks = min(max(self._ranks, launch.spec.num_processes), _MOST_RANKS)
         self.dismiss()
 
     def dismiss(self) -> None:
