@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
+from nbaccel.config import Device, Precision, RunConfig, StartMethod
 from nbaccel.errors import ConfigError
 from nbaccel.notebook.kernel import cell_label, cell_source
-from nbaccel.session.arguments import foreign_arguments
-from nbaccel.session.ending import Limits
-from nbaccel.session.environment import Environment, probe
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
-from nbaccel.session.resolve import Plan, resolve
+from nbaccel.session.request import Request, make_folder, make_request, make_task
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
-from nbaccel.session.runs import default_root, new_folder, prune
-from nbaccel.session.session import Task, check_call, start_run
+from nbaccel.session.session import Task, start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode, TextSink
 
 __all__ = ["last_run", "launch", "notebook_launcher"]
-
-# For the nearest name, when one is misspelt.
-_OWN_NAMES = frozenset(
-    {
-        "args",
-        "env",
-        "folder",
-        "grace",
-        "inline",
-        "kwargs",
-        "max_time",
-        "name",
-        "output",
-        "returns",
-        "start_timeout",
-    }
-)
 
 
 def notebook_launcher(
@@ -83,8 +59,8 @@ def notebook_launcher(
         raise ConfigError(f"args must be a tuple, not {type(args).__name__}: write args=({args!r:.60},)")
     options = {**options, "num_processes": num_processes, "mixed_precision": mixed_precision}
     if inline:
-        return _run_inline(_task(function, tuple(args), kwargs), options)
-    request = _request(function, tuple(args), kwargs, **options)
+        return _run_inline(make_task(function, tuple(args), kwargs), options)
+    request = make_request(function, tuple(args), kwargs, **options)
     if request.plan.in_place:
         return Results([request.task.function(*request.task.args, **request.task.kwargs)])
     with Presses() as presses:  # from before the first process: no press may find ranks that nobody waits for
@@ -141,7 +117,7 @@ def launch(
     Raises:
         ConfigError: something asked cannot be done; nothing was started.
     """
-    request = _request(
+    request = make_request(
         function,
         args,
         kwargs,
@@ -171,8 +147,6 @@ def launch(
 
 
 _last: list[Run] = []
-_launches = itertools.count()
-_PRUNE_EVERY = 20  # it looks at every file of every kept run
 
 
 def last_run() -> Run | None:
@@ -180,86 +154,7 @@ def last_run() -> Run | None:
     return _last[-1] if _last else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """A launch that has been checked and resolved."""
-
-    task: Task
-    config: RunConfig
-    environment: Environment
-    plan: Plan
-    limits: Limits
-    env: Mapping[str, str]
-    output: Mode
-    folder: str | Path | bool | None
-
-
-def _task(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    name: str | None = None,
-    returns: Literal["all", "rank0", "none"] = "all",
-) -> Task:
-    called = name or getattr(function, "__name__", None) or type(function).__name__
-    task = Task(function=function, args=args, kwargs=dict(kwargs or {}), name=called, returns=returns)
-    check_call(task)
-    return task
-
-
-def _request(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    *,
-    config: RunConfig | Mapping[str, Any] | None = None,
-    returns: Any = "all",
-    output: Any = "auto",
-    max_time: float | str | None = None,
-    start_timeout: float | str = 60,
-    grace: float = 1.0,
-    env: Mapping[str, str] | None = None,
-    name: str | None = None,
-    folder: str | Path | bool | None = None,
-    **options: Any,
-) -> _Request:
-    """Everything that can be found wrong before a process starts is found here."""
-    known = RunConfig.names() - {"sources"}
-    accepted, idle = foreign_arguments(
-        {k: v for k, v in options.items() if k not in known}, own=_OWN_NAMES | known
-    )
-    for note in idle:
-        warnings.warn(note, stacklevel=4)
-    task = _task(function, args, kwargs, name, _one_of("returns", returns, ("all", "rank0", "none")))
-    asked = RunConfig.from_mapping({k: v for k, v in options.items() if k in known}, place="the launch")
-    layers = [asked, RunConfig.from_mapping(accepted, place="the launch's other arguments")]
-    if isinstance(config, RunConfig):
-        layers.append(config)
-    elif isinstance(config, Mapping):
-        layers.append(RunConfig.from_mapping(config, place="config"))
-    elif config is not None:
-        raise ConfigError(f"config must be a RunConfig or a mapping, not {config!r}")
-    combined = combine(*layers)
-    for_ranks = {key: str(value) for key, value in (env or {}).items()}
-    environment = probe()
-    environment = replace(environment, variables={**environment.variables, **for_ranks})
-    return _Request(
-        task=task,
-        config=combined,
-        environment=environment,
-        plan=resolve(combined, environment),
-        limits=Limits(
-            start=duration_seconds(start_timeout, what="start_timeout"),
-            grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
-            run=None if max_time is None else duration_seconds(max_time, what="max_time"),
-        ),
-        env=for_ranks,
-        output=_one_of("output", output, ("auto", "all", "rank0", "none")),
-        folder=folder,
-    )
-
-
-def _start(request: _Request) -> Run:
+def _start(request: Request) -> Run:
     """The run, with its sinks chosen by the front end."""
     environment, plan = request.environment, request.plan
     # taken now: a later cell may have redirected them
@@ -276,7 +171,7 @@ def _start(request: _Request) -> Run:
 
     for note in plan.notes:
         say(note)
-    folder = _run_folder(request, say)
+    folder = make_folder(request, say)
     sinks: list[Sink] = [
         TextSink(
             write,
@@ -306,23 +201,6 @@ def _start(request: _Request) -> Run:
     return run
 
 
-def _run_folder(request: _Request, say: Callable[[str], None]) -> Path | None:
-    """A new folder for the run's files; None when none is wanted or none can be written."""
-    if request.folder is False:
-        return None
-    root = default_root() if request.folder in (None, True) else Path(str(request.folder))
-    try:
-        folder = new_folder(root, request.task.name)
-        if next(_launches) % _PRUNE_EVERY == 0:
-            prune(root)
-    except OSError as error:
-        say(
-            f"no run folder: {root} cannot be written ({error}); give folder=… to place it, folder=False for none"
-        )
-        return None
-    return folder
-
-
 def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:
     """One rank in this very process."""
     asked = {name: value for name, value in options.items() if value is not None}
@@ -330,9 +208,3 @@ def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:
         what = ", ".join(sorted(asked)) or f"num_processes={options['num_processes']}"
         raise ConfigError(f"inline=True runs one rank in this process: leave out {what}")
     return Results([task.function(*task.args, **task.kwargs)])
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-    return value

@@ -1,0 +1,154 @@
+"""A launch as it was asked, checked and resolved: what the notebook's functions and the CLI both start from."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from nbaccel.config import RunConfig, combine, duration_seconds
+from nbaccel.errors import ConfigError
+from nbaccel.session.arguments import foreign_arguments
+from nbaccel.session.ending import Limits
+from nbaccel.session.environment import Environment, probe
+from nbaccel.session.resolve import Plan, resolve
+from nbaccel.session.runs import default_root, new_folder, prune
+from nbaccel.session.session import Task, check_call
+from nbaccel.session.sinks.text import Mode
+
+__all__ = ["Request", "make_folder", "make_request", "make_task"]
+
+# For the nearest name, when one is misspelt.
+_OWN_NAMES = frozenset(
+    {
+        "args",
+        "env",
+        "folder",
+        "grace",
+        "inline",
+        "kwargs",
+        "max_time",
+        "name",
+        "output",
+        "returns",
+        "start_timeout",
+    }
+)
+_launches = itertools.count()
+_PRUNE_EVERY = 20  # it looks at every file of every kept run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A launch that has been checked and resolved."""
+
+    task: Task
+    config: RunConfig
+    environment: Environment
+    plan: Plan
+    limits: Limits
+    env: Mapping[str, str]
+    """Variables for the ranks on top of this process's."""
+    output: Mode
+    folder: str | Path | bool | None
+    """Where the run folder goes; None is the user's state folder, False for none."""
+
+
+def make_task(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    name: str | None = None,
+    returns: Literal["all", "rank0", "none"] = "all",
+) -> Task:
+    """The call, checked.
+
+    Raises:
+        ConfigError: the function does not take these arguments.
+    """
+    called = name or getattr(function, "__name__", None) or type(function).__name__
+    task = Task(function=function, args=args, kwargs=dict(kwargs or {}), name=called, returns=returns)
+    check_call(task)
+    return task
+
+
+def make_request(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    config: RunConfig | Mapping[str, Any] | None = None,
+    returns: Any = "all",
+    output: Any = "auto",
+    max_time: float | str | None = None,
+    start_timeout: float | str = 60,
+    grace: float = 1.0,
+    env: Mapping[str, str] | None = None,
+    name: str | None = None,
+    folder: str | Path | bool | None = None,
+    **options: Any,
+) -> Request:
+    """Everything that can be found wrong before a process starts is found here.
+
+    Raises:
+        ConfigError: something asked cannot be done.
+    """
+    known = RunConfig.names() - {"sources"}
+    accepted, idle = foreign_arguments(
+        {k: v for k, v in options.items() if k not in known}, own=_OWN_NAMES | known
+    )
+    for note in idle:
+        warnings.warn(note, stacklevel=4)
+    task = make_task(function, args, kwargs, name, _one_of("returns", returns, ("all", "rank0", "none")))
+    asked = RunConfig.from_mapping({k: v for k, v in options.items() if k in known}, place="the launch")
+    layers = [asked, RunConfig.from_mapping(accepted, place="the launch's other arguments")]
+    if isinstance(config, RunConfig):
+        layers.append(config)
+    elif isinstance(config, Mapping):
+        layers.append(RunConfig.from_mapping(config, place="config"))
+    elif config is not None:
+        raise ConfigError(f"config must be a RunConfig or a mapping, not {config!r}")
+    combined = combine(*layers)
+    for_ranks = {key: str(value) for key, value in (env or {}).items()}
+    environment = probe()
+    environment = replace(environment, variables={**environment.variables, **for_ranks})
+    return Request(
+        task=task,
+        config=combined,
+        environment=environment,
+        plan=resolve(combined, environment),
+        limits=Limits(
+            start=duration_seconds(start_timeout, what="start_timeout"),
+            grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
+            run=None if max_time is None else duration_seconds(max_time, what="max_time"),
+        ),
+        env=for_ranks,
+        output=_one_of("output", output, ("auto", "all", "rank0", "none")),
+        folder=folder,
+    )
+
+
+def make_folder(request: Request, say: Callable[[str], None]) -> Path | None:
+    """A new folder for the run's files; None when none is wanted or none can be written."""
+    if request.folder is False:
+        return None
+    root = default_root() if request.folder in (None, True) else Path(str(request.folder))
+    try:
+        folder = new_folder(root, request.task.name)
+        if next(_launches) % _PRUNE_EVERY == 0:
+            prune(root)
+    except OSError as error:
+        say(
+            f"no run folder: {root} cannot be written ({error}); give folder=… to place it, folder=False for none"
+        )
+        return None
+    return folder
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return value
