@@ -7,13 +7,16 @@ floods us costs time but no memory.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
+from nbaccel.session.curves import Curve
 from nbaccel.session.lines import Lines
 from nbaccel.wire.events import (
+    Applied,
     Died,
     Event,
     ExceptionInfo,
@@ -26,17 +29,39 @@ from nbaccel.wire.events import (
     Status,
 )
 
-__all__ = ["ENDED", "Failure", "RankState", "RunState", "fold", "new_state"]
+__all__ = ["ENDED", "Failure", "Pace", "RankState", "RunState", "fold", "new_state"]
 
 ENDED: frozenset[State] = frozenset({"done", "failed", "lost"})
 """The states in which a rank has nothing more to do for this run."""
 
 _TAIL_BYTES = 8 << 10
 _MAX_NAMES = 256
+_MAX_CURVES = 12
+# Seconds after which what a step was like counts for a third.
+_MEMORY = 10.0
 # What a terminal would have overwritten: text before a "\r" that text follows.
 _OVERWRITTEN = re.compile(rb"[^\r\n]*\r(?=[^\r\n])")
 
 _Value = TypeVar("_Value")
+
+
+class Pace(NamedTuple):
+    """How fast the loop that moves now is, of late: what is long ago counts ever less."""
+
+    name: str
+    step: int
+    at: float
+    """When it was there, on the rank's clock."""
+    steps: float = 0.0
+    seconds: float = 0.0
+    """In which `steps` were made."""
+    parts: Mapping[str, float] = {}
+    """Of these seconds, how many went where, as far as the rank says."""
+
+    @property
+    def rate(self) -> float | None:
+        """Steps per second; None before two Progress events."""
+        return self.steps / self.seconds if self.seconds > 0 and self.steps > 0 else None
 
 
 class RankState(NamedTuple):
@@ -63,6 +88,12 @@ class RankState(NamedTuple):
     error: ExceptionInfo | None = None
     seen: float | None = None
     """When it last gave a sign of life, in seconds since the epoch on the rank's clock."""
+    pace: Pace | None = None
+    """Of the loop that moved last; None before the first Progress."""
+    curves: Mapping[str, Curve] = {}
+    """The history of each metric, those first logged first; no more than twelve."""
+    since: float | None = None
+    """When it came into its present state."""
 
     def last_lines(self, count: int = 20) -> tuple[str, ...]:
         """The last `count` lines of output, stdout and stderr in the order they were written, the
@@ -94,6 +125,8 @@ class RunState:
     """When the last rank ended; None while one has not."""
     failure: Failure | None = None
     """The first failure in time, by the ranks' clocks: it is taken for the cause of the others."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What the ranks' code really uses of the run's options (precision, strategy)."""
 
     @property
     def failed_ranks(self) -> tuple[int, ...]:
@@ -118,9 +151,18 @@ def fold(state: RunState, event: Event) -> RunState:
     rank = ranks[number]
     changed = _with_output(rank, event) if type(event) is Output else _changed(rank, event)
     ranks = (*ranks[:number], changed, *ranks[number + 1 :])
+    options = state.options
+    if type(event) is Applied:
+        options = _updated(options, {event.option: event.value})
     if changed.state == rank.state and type(event) is not Died:
-        return RunState(ranks=ranks, started=state.started, ended=state.ended, failure=state.failure)
+        return RunState(
+            ranks=ranks, started=state.started, ended=state.ended, failure=state.failure, options=options
+        )
+    if changed.state != rank.state:
+        changed = changed._replace(since=event.time)
+        ranks = (*ranks[:number], changed, *ranks[number + 1 :])
     return RunState(
+        options=options,
         ranks=ranks,
         started=state.started,
         ended=_ended(state, ranks, event.time),
@@ -135,10 +177,8 @@ def _with_output(rank: RankState, event: Output) -> RankState:
     tail += data
     if len(tail) > 2 * _TAIL_BYTES:
         tail = _trimmed(tail)
-    # By position and in full: `_replace` takes four times as long.
-    return RankState(
-        rank[0], rank[1], rank[2], rank[3], rank[4], rank[5], tail, event.stream, rank[8], rank[9], event.time
-    )
+    # By position: `_replace` takes four times as long.
+    return RankState(*rank[:6], tail, event.stream, rank[8], rank[9], event.time, *rank[11:])
 
 
 def _trimmed(tail: bytes) -> bytes:
@@ -155,9 +195,11 @@ def _trimmed(tail: bytes) -> bytes:
 def _changed(rank: RankState, event: Event) -> RankState:
     rank = rank._replace(seen=event.time)
     if isinstance(event, Progress):
-        return rank._replace(progress=_updated(rank.progress, {event.name: event}))
+        progress = _updated(rank.progress, {event.name: event})
+        return rank._replace(progress=progress, pace=_paced(rank.pace, event))
     if isinstance(event, Metric):
-        return rank._replace(metrics=_updated(rank.metrics, dict.fromkeys(event.values, event)))
+        metrics = _updated(rank.metrics, dict.fromkeys(event.values, event))
+        return rank._replace(metrics=metrics, curves=_drawn(rank.curves, event))
     if isinstance(event, Status):
         pid = event.pid if event.pid is not None else rank.pid
         if event.state == "starting":  # a process in place of one that ended
@@ -174,6 +216,32 @@ def _changed(rank: RankState, event: Event) -> RankState:
         # After its result the process ends as it must; before it, it is lost.
         return rank if rank.state in ENDED else rank._replace(state="lost")
     return rank
+
+
+def _paced(pace: Pace | None, event: Progress) -> Pace:
+    """The pace after a Progress; a new loop, or one that began again, starts anew but for its parts."""
+    if pace is None or pace.name != event.name:
+        return Pace(event.name, event.step, event.time)
+    steps, seconds = event.step - pace.step, event.time - pace.at
+    if steps < 0 or seconds < 0:
+        return pace._replace(step=event.step, at=event.time)
+    fade = math.exp(-seconds / _MEMORY)
+    parts = {name: spent * fade for name, spent in pace.parts.items()}
+    for name, spent in (event.times or {}).items():
+        parts[name] = parts.get(name, 0.0) + spent
+    return Pace(
+        event.name, event.step, event.time, pace.steps * fade + steps, pace.seconds * fade + seconds, parts
+    )
+
+
+def _drawn(curves: Mapping[str, Curve], event: Metric) -> Mapping[str, Curve]:
+    drawn = dict(curves)
+    for name, value in event.values.items():
+        curve = drawn.get(name)
+        if curve is None and len(drawn) >= _MAX_CURVES:
+            continue
+        drawn[name] = (curve or Curve()).add(event.step, value)
+    return drawn
 
 
 def _updated(old: Mapping[str, _Value], new: Mapping[str, _Value]) -> Mapping[str, _Value]:

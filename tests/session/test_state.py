@@ -10,7 +10,18 @@ from functools import reduce
 import pytest
 
 from nbaccel.session.state import Failure, RunState, fold, new_state
-from nbaccel.wire.events import Died, Event, ExceptionInfo, Metric, Output, Progress, Raised, Returned, Status
+from nbaccel.wire.events import (
+    Applied,
+    Died,
+    Event,
+    ExceptionInfo,
+    Metric,
+    Output,
+    Progress,
+    Raised,
+    Returned,
+    Status,
+)
 
 ERROR = ExceptionInfo(type_name="ValueError", message="ValueError: bad", frames=())
 
@@ -148,3 +159,37 @@ def test_event_without_a_rank_is_refused() -> None:
         fold(new_state(2, 0.0), Status(state="idle"))
     with pytest.raises(IndexError):
         fold(new_state(2, 0.0), Status(rank=2, state="idle"))
+
+
+def test_pace_tells_the_recent_rate_and_where_the_time_went() -> None:
+    events = [
+        Progress(rank=0, time=i * 0.5, name="train", step=5 * i, times={"data": 0.3, "forward": 0.1})
+        for i in range(1, 40)
+    ]
+    pace = replay(1, events).ranks[0].pace
+    assert pace is not None
+    assert pace.rate is not None
+    assert pace.rate == pytest.approx(10.0)
+    assert pace.parts["data"] / pace.seconds == pytest.approx(0.6, abs=0.01)
+    again = fold(replay(1, events), Progress(rank=0, time=21, name="eval", step=1)).ranks[0].pace
+    assert again is not None
+    assert (again.name, again.rate) == ("eval", None)
+
+
+def test_options_and_curves_are_kept_in_bounded_memory() -> None:
+    state = replay(1, [Applied(rank=0, option="mixed_precision", value="bf16")])
+    for step in range(10_000):
+        values = {"loss": 10_000 - step, **{f"m{i}": float(i) for i in range(20)}}
+        state = fold(state, Metric(rank=0, values=values, step=step))
+    curves = state.ranks[0].curves
+    assert state.options == {"mixed_precision": "bf16"}
+    assert len(curves) == 12
+    assert len(curves["loss"].points) <= 128
+    assert curves["loss"].points[0] == (0, 10_000)
+    assert curves["loss"].all_points()[-1] == (9999, 1)
+
+
+def test_since_is_when_the_state_changed() -> None:
+    state = replay(1, [Status(rank=0, time=3, state="running"), Status(rank=0, time=5, state="running")])
+    assert state.ranks[0].since == 3
+    assert fold(state, Returned(rank=0, time=7, call=1)).ranks[0].since == 7
