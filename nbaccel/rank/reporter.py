@@ -1,0 +1,259 @@
+"""The thread of a rank that answers while the main thread is busy or blocked.
+
+It sleeps in `recv` and costs nothing until it is asked. When C code holds the interpreter's lock it is
+silent: then a signal makes faulthandler write every stack into a memory file that the notebook's process
+reads, with no help from this one. The notebook's process gets both descriptors with the rank's first
+"idle". Anything else about a rank (stopped, gone, how busy) is seen from outside.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator
+from types import FrameType
+from typing import Any, final
+
+from nbaccel.wire.channel import Channel, ChannelClosed, pair
+from nbaccel.wire.snapshot import Answer, Ask, Collective, Line, Peer, Records, Stacks, Thread
+
+__all__ = ["STACKS_SIGNAL", "Reporter"]
+
+# A real-time signal: SIGUSR1 belongs to the user (Slurm, Lightning). None where there are none (macOS).
+STACKS_SIGNAL: int | None = getattr(signal, "SIGRTMIN", 0) + 12 if hasattr(signal, "SIGRTMIN") else None
+
+_DEEPEST = 100
+_C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
+# More wake-ups a second than this: the thread works, in many short waits.
+_WAKES = 4.0
+
+
+@final
+class Reporter:
+    """Set up in the rank's main thread; `start` begins to answer.
+
+    Attributes:
+        descriptors: what the notebook's process needs: its end of the socketpair, then the memory file that
+            holds what faulthandler writes (not everywhere). `handed_over` closes this process's copy.
+    """
+
+    def __init__(self) -> None:
+        ours, theirs = pair()
+        self._channel = Channel(ours)
+        self._theirs = theirs
+        self._memory = _memory_file()
+        self._place = _Place()
+        self.descriptors = (theirs.fileno(), *(() if self._memory is None else (self._memory,)))
+
+    def start(self) -> None:
+        """Answer from now on; the descriptors have been sent."""
+        self._theirs.close()
+        # a worker that outlives this rank must not hold the connection open
+        os.register_at_fork(after_in_child=self._channel.close)
+        threading.Thread(target=self._answer_all, name="nbaccel-reporter", daemon=True).start()
+
+    def _answer_all(self) -> None:
+        _leave_signals_to_others()
+        try:
+            while True:
+                ask, _ = self._channel.recv()
+                self._channel.send(self._answer(ask))
+        except (ChannelClosed, OSError):
+            return  # the notebook's process is gone; the rank's own channel ends the rank
+
+    def _answer(self, ask: Ask) -> Answer:
+        still = self._place.look()
+        if ask.what == "stacks":
+            return Answer(ask.id, _stacks(self._place), still)
+        return Answer(ask.id, _records() if ask.what == "records" else None, still)
+
+
+def _memory_file() -> int | None:
+    """Let faulthandler write there, on our signal and at a crash. Inherited by DataLoader workers."""
+    if STACKS_SIGNAL is None or not hasattr(os, "memfd_create"):
+        return None
+    fd = os.memfd_create("nbaccel-stacks")
+    faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True, chain=False)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=fd, all_threads=True)
+    return fd
+
+
+def _leave_signals_to_others() -> None:
+    """The user's handlers run in the main thread; a blocked system call there must be the one to end."""
+    if hasattr(signal, "pthread_sigmask"):
+        own = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, STACKS_SIGNAL}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own)
+
+
+@final
+class _Place:
+    """Where the main thread is and since when, as far as it was looked at.
+
+    A frame seen twice is the same one only if the thread did not work in between: a frame's address is
+    used again by the next call. So nothing is said of a thread that computes or wakes up often.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.main_thread()
+        self._seen: dict[tuple[int, int, int], float] = {}
+        self._now: tuple[tuple[int, int, int], ...] = ()
+        self._since = self._looked = time.monotonic()
+        self._used = _usage(self._thread)
+
+    def look(self) -> float:
+        """Look again; for how many seconds it has not moved."""
+        now, used = time.monotonic(), _usage(self._thread)
+        frames = list(_walk(sys._current_frames().get(self._thread.ident or 0)))
+        keys = tuple((id(frame), id(frame.f_code), lineno) for frame, lineno in frames)
+        elapsed = max(now - self._looked, 1e-3)
+        cpu, wakes = used[0] - self._used[0], used[1] - self._used[1]
+        worked = cpu > 0.1 * elapsed + 0.02 or wakes > _WAKES * elapsed + 2
+        if worked:
+            self._seen = {}
+        if worked or keys != self._now:
+            self._since = now
+        self._seen = {key: self._seen.get(key, now) for key in keys}
+        self._now, self._looked, self._used = keys, now, used
+        return now - self._since
+
+    def lines(self) -> tuple[Line, ...]:
+        """The main thread's frames now, the innermost first."""
+        now = time.monotonic()
+        return tuple(
+            _line(frame, lineno, self._ago((id(frame), id(frame.f_code), lineno), now))
+            for frame, lineno in _walk(sys._current_frames().get(self._thread.ident or 0))
+        )
+
+    def _ago(self, key: tuple[int, int, int], now: float) -> float | None:
+        since = self._seen.get(key)
+        return None if since is None or now - since < 0.5 else now - since
+
+
+def _usage(thread: threading.Thread) -> tuple[float, int]:
+    """Seconds of processor time and voluntary waits of a thread; zeros where /proc has none."""
+    try:
+        task = f"/proc/self/task/{thread.native_id}"
+        with open(f"{task}/schedstat", "rb") as file:
+            cpu = int(file.read().split()[0]) / 1e9
+        with open(f"{task}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"voluntary_ctxt_switches:"):
+                    return cpu, int(line.split()[1])
+    except (OSError, IndexError, ValueError):
+        pass  # not this platform: frames alone tell
+    return 0.0, 0
+
+
+def _walk(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
+    """Frames outwards, each with its line."""
+    for _ in range(_DEEPEST):
+        if frame is None:
+            return
+        yield frame, frame.f_lineno or 0
+        frame = frame.f_back
+
+
+def _line(frame: FrameType, lineno: int, seconds: float | None = None) -> Line:
+    code = frame.f_code
+    return Line(code.co_filename, lineno, getattr(code, "co_qualname", code.co_name), seconds)
+
+
+def _stacks(place: _Place) -> Stacks:
+    me, main = threading.get_ident(), threading.main_thread().ident
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    threads = []
+    for ident, top in sys._current_frames().items():
+        if ident == me:
+            continue
+        thread = known.get(ident)
+        name = thread.name if thread else "started by C code"
+        native = (thread.native_id if thread else None) or 0
+        frames = place.lines() if ident == main else tuple(_line(*at) for at in _walk(top))
+        threads.append(Thread(name, native, frames, main=ident == main))
+    threads.sort(key=lambda thread: not thread.main)
+    return Stacks(tuple(threads), _peer(main), _children())
+
+
+def _peer(main: int | None) -> Peer | None:
+    """Whom the main thread waits for in send or recv: they stand in the frame's variables."""
+    for frame, _ in _walk(sys._current_frames().get(main or 0)):
+        name = frame.f_code.co_name
+        if name in ("send", "recv") and frame.f_code.co_filename.endswith(_C10D):
+            local = frame.f_locals
+            peer = local.get("dst" if name == "send" else "src")
+            return Peer(name, peer if isinstance(peer, int) else None, int(local.get("tag") or 0))
+    return None
+
+
+def _children() -> tuple[tuple[int, str], ...]:
+    """multiprocessing's own list: asking `active_children` would reap them."""
+    children = getattr(sys.modules.get("multiprocessing.process"), "_children", ())
+    return tuple((child.pid, child.name) for child in list(children) if child.pid)
+
+
+# ── collectives ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _records() -> Records:
+    """What torch's flight recorders hold, gloo's and NCCL's; torch's counts where they hold nothing."""
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    if c10d is None or not getattr(c10d, "is_initialized", lambda: False)():
+        return Records()
+    groups = _groups(c10d)
+    found = tuple(_recorded(set(groups)))
+    counts = () if found else tuple(_counts(c10d))
+    return Records(found, tuple(groups.items()), counts)
+
+
+def _groups(c10d: Any) -> dict[str, tuple[int, ...]]:
+    """Global ranks of each group this rank is in."""
+    world = c10d._world
+    return {
+        str(world.pg_names.get(group, "")): tuple(sorted(ranks))
+        for group, ranks in list(world.pg_group_ranks.items())
+    }
+
+
+def _recorded(groups: Collection[str]) -> Iterator[Collective]:
+    """What was called in these groups, the oldest first."""
+    native = sys.modules.get("torch._C._distributed_c10d")
+    now = time.time_ns()
+    of_group: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+        if (dump := getattr(native, name, None)) is None:
+            continue
+        # stacks are left out: the first dump with them imports 800 modules
+        found = pickle.loads(dump(includeCollectives=True, includeStackTraces=False, onlyActive=False))
+        for entry in found.get("entries", ()):
+            group = str(entry["process_group"][0])
+            if group not in groups or entry.get("is_p2p"):
+                continue
+            earlier = of_group.setdefault((group, name), [])
+            if earlier and entry["op_id"] <= earlier[-1]["op_id"]:
+                earlier.clear()  # a destroyed group's: its name has been given again
+            earlier.append(entry)
+    entries = [(group, entry) for (group, _), of_one in of_group.items() for entry in of_one]
+    for group, entry in sorted(entries, key=lambda pair: int(pair[1]["time_created_ns"])):
+        yield Collective(
+            group=group,
+            seq=entry["collective_seq_id"],
+            op=str(entry["profiling_name"]).rpartition(":")[2],
+            sizes=tuple(tuple(size) for size in entry["input_sizes"]),
+            dtypes=tuple(map(str, entry["input_dtypes"])),
+            pending=not entry["retired"],
+            seconds=max(0.0, (now - entry["time_created_ns"]) / 1e9),
+        )
+
+
+def _counts(c10d: Any) -> Iterator[tuple[str, int]]:
+    for group, name in list(c10d._world.pg_names.items()):
+        try:
+            yield str(name), int(group._get_sequence_number_for_group())
+        except (RuntimeError, AttributeError):
+            continue  # a backend that does not count
