@@ -19,6 +19,7 @@ __all__ = [
     "Event",
     "ExceptionInfo",
     "Frame",
+    "Knob",
     "Metric",
     "Output",
     "Port",
@@ -73,6 +74,20 @@ class Metric(_Event):
     values: Mapping[str, float]
     step: int
     reduced: Literal["mean", "sum"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob(_Event):
+    """A value that can be changed from outside while the loop runs: said when the loop first asks for it, and
+    again whenever it has changed. The main rank says it for all; a change is asked for by a `Request`."""
+
+    name: str
+    value: bool | int | float | str
+    step: int
+    """Optimizer steps made when it got this value."""
+    low: float | None = None
+    """The least value it takes; None: unlimited, or not a number."""
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +155,7 @@ class Died(_Event):
     detail: str = ""
 
 
-Event = Applied | Output | Progress | Metric | Status | Returned | Raised | Died
+Event = Applied | Knob | Output | Progress | Metric | Status | Returned | Raised | Died
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
