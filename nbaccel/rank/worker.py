@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, final
 
 from nbaccel.errors import PayloadError
-from nbaccel.rank import capture, rendezvous, threads
+from nbaccel.rank import capture, groups, rendezvous, threads
 from nbaccel.rank.failure import describe
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.process import call_process, die_with_parent
@@ -143,6 +143,7 @@ def _set_up(spec: RunSpec, rank: int, stores: Channel) -> None:
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(rank)
     rendezvous.install(stores, spec, rank)
+    groups.keep_groups()
     by_value_in_main()
 
 
