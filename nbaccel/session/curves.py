@@ -109,9 +109,9 @@ def _value(points: Sequence[tuple[int, float]], step: float, start: int) -> floa
     return points[-1][1] if step == points[-1][0] else None
 
 
-def sparkline(curve: Curve, width: int = 24) -> str:
-    """The curve as a line of blocks, for plain text; empty when there is no point."""
-    spans = columns([curve], width)
+def sparkline(curves: Sequence[Curve], width: int = 24) -> str:
+    """Curves, or the middle between them, as a line of blocks for plain text; empty when there is no point."""
+    spans = columns(curves, width)
     if not spans:
         return ""
     middles = [(span.low + span.high) / 2 for span in spans]

@@ -52,6 +52,6 @@ def test_columns_of_several_curves_are_a_band() -> None:
 
 
 def test_sparkline_shows_the_shape() -> None:
-    assert sparkline(curve(*map(float, range(8))), 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline(curve(5.0, 5.0), 4) == "▁▁▁▁"
-    assert sparkline(Curve()) == ""
+    assert sparkline([curve(*map(float, range(8)))], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([curve(5.0, 5.0)], 4) == "▁▁▁▁"
+    assert sparkline([Curve()]) == ""

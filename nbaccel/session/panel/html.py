@@ -1,0 +1,280 @@
+"""A run as HTML that stays whole wherever a notebook is read.
+
+JupyterLab removes `svg`, `style` tags and scripts from a notebook it does not trust; nbviewer and nbconvert
+have none of Jupyter's variables. So: styles as attributes, curves of small boxes, text in the page's own
+colour, and colours of middling lightness (Okabe and Ito's, told apart by colour-blind people, each with a
+word beside it) for light and dark pages alike. Nothing here is a link, a button or a name of the user's
+unescaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from nbaccel.session.curves import Span, columns
+from nbaccel.session.panel.ansi import ansi_to_html, plain
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number
+from nbaccel.session.results import rank_ranges
+
+__all__ = ["body", "document", "failure", "header", "output", "panel"]
+
+_STATES = {
+    "starting": ("#8c8c8c", "○"),
+    "idle": ("#8c8c8c", "○"),
+    "compiling": ("#e69f00", "◐"),
+    "running": ("#3b8fd0", "●"),
+    "waiting": ("#c77fa8", "◌"),
+    "done": ("#009e73", "✓"),
+    "failed": ("#d55e00", "✗"),
+    "lost": ("#d55e00", "✗"),
+    "stopped": ("#e69f00", "■"),
+}
+_PARTS = {
+    "data": "#e69f00",
+    "transfer": "#f0d048",
+    "forward": "#56b4e9",
+    "backward": "#2a78b8",
+    "communication": "#c77fa8",
+    "optimizer": "#009e73",
+    "checkpoint": "#d55e00",
+    "other": "#9a9a9a",
+}
+_LINE = "#3b8fd0"
+_RULE = "border-top:1px solid rgba(128,128,128,0.25)"
+_MONO = "font-family:monospace;font-size:12px;line-height:1.35"
+_MUTED = "opacity:0.7"
+_ONE_LINE = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
+_CHART_COLUMNS, _CHART_WIDTH, _CHART_HEIGHT = 60, 210, 54
+
+
+def panel(view: View, *, error: Sequence[str] = (), outputs: Sequence[tuple[int, Sequence[str]]] = ()) -> str:
+    """The whole panel, for a run that is over or is looked at from outside.
+
+    Args:
+        error: lines about the first failure, ANSI colours allowed; shown open.
+        outputs: rank and its last lines; folded.
+    """
+    folded = "".join(output(f"output of rank {rank}", lines) for rank, lines in outputs if lines)
+    return _box(header(view) + body(view) + failure(error) + folded + _folder(view))
+
+
+def document(view: View, content: str) -> str:
+    """`content`, a `panel`, as an HTML file of its own."""
+    title = escape(f"{view.heading.name}: {view.situation}")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        "<style>:root{color-scheme:light dark}body{font-family:system-ui,sans-serif;max-width:1100px;"
+        f"margin:1.5em auto;padding:0 1em}}</style></head><body>\n{content}\n</body></html>\n"
+    )
+
+
+def _box(content: str) -> str:
+    return f'<div style="font-size:13px;line-height:1.45;max-width:1100px">{content}</div>'
+
+
+def header(view: View) -> str:
+    """Name, state, times, and what dominates."""
+    colour, sign = _STATES[view.situation]
+    heading = view.heading
+    device = heading.device + (f" · {heading.precision}" if heading.precision not in (None, "no") else "")
+    ranks = f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''}"
+    figures = [f"{ranks} · {escape(device)}", clock(view.elapsed)]
+    if view.rate is not None:
+        figures.append(f"{number(view.rate)} {escape(view.unit)}/s")
+    if view.left is not None:
+        figures.append(f"{clock(view.left)} left")
+    line = (
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;align-items:center">'
+        f'<b style="font-size:14px">{escape(plain(heading.name))}</b>'
+        f'<span style="color:{colour};font-weight:bold">{sign} {view.situation}</span>'
+        f'<span style="{_MUTED}">{" · ".join(figures)}</span></div>'
+    )
+    said = "".join(
+        f'<div style="margin:3px 0 2px 0;padding:1px 8px;border-left:3px solid #e69f00">{escape(sentence)}</div>'
+        for sentence in view.sentences
+    )
+    return line + said
+
+
+def body(view: View) -> str:
+    """Ranks, where their time goes, and curves."""
+    strip = _strip(view) if view.strip else ""
+    table = "".join(_row(row, view) for row in view.rows)
+    return f'<div style="margin:4px 0">{strip}{table}{_legend(view)}</div>{_charts(view.charts)}'
+
+
+def failure(lines: Sequence[str]) -> str:
+    """The first failure, open."""
+    if not lines:
+        return ""
+    text = "\n".join(ansi_to_html(line) for line in lines)
+    return (
+        f'<div style="margin:6px 0;padding:4px 10px;border-left:4px solid #d55e00;overflow-x:auto">'
+        f'<div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere">{text}</div></div>'
+    )
+
+
+def output(title: str, lines: Sequence[str], *, opened: bool = False) -> str:
+    """What a rank printed last, folded unless `opened`."""
+    text = "\n".join(ansi_to_html(line) for line in lines)
+    return (
+        f'<details{" open" if opened else ""} style="margin:2px 0"><summary style="cursor:pointer;{_MUTED}">'
+        f'{escape(title)}</summary><div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere;'
+        f'max-height:320px;overflow-y:auto;padding:2px 10px">{text}</div></details>'
+    )
+
+
+def _folder(view: View) -> str:
+    if view.heading.folder is None:
+        return ""
+    path = escape(view.heading.folder)
+    return (
+        f'<div style="{_MUTED};font-size:12px;overflow-wrap:anywhere">every rank’s full output: {path}</div>'
+    )
+
+
+# ── a row per rank ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _row(row: Row, view: View) -> str:
+    cells = [_state_cell(row)]
+    if view.situation in ("starting", "running") or any(other.loop for other in view.rows):
+        named = len({other.loop for other in view.rows if other.loop}) > 1
+        cells.append(_bar_cell(row, named=named))
+    if any(other.metrics for other in view.rows):
+        values = "".join(
+            f'<div style="{_ONE_LINE}"><span style="{_MUTED}">{escape(plain(name))}</span> {number(value)}</div>'
+            for name, value in row.metrics[:2]
+        )
+        cells.append(f'<div style="width:120px;font-size:12px;line-height:1.25">{values}</div>')
+    if any(other.parts for other in view.rows):
+        cells.append(_parts_cell(row.parts))
+    words = f'<span style="{_MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
+    if row.age is not None and row.age >= 5:
+        words = f"no sign of life for {clock(row.age)} {words}"
+    cells.append(f'<div style="flex:1 1 120px;min-width:0;{_ONE_LINE}">{words}</div>')
+    style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{_RULE}"
+    return f'<div style="{style}">{"".join(cells)}</div>'
+
+
+def _cell(content: str, width: int) -> str:
+    return f'<div style="width:{width}px;{_ONE_LINE}">{content}</div>'
+
+
+def _state_cell(row: Row) -> str:
+    colour, sign = _STATES[row.state]
+    detail = f" {escape(plain(row.detail))}" if row.detail else ""
+    return _cell(
+        f'<b>{row.rank}</b> <span style="color:{colour}">{sign}</span> {row.state}'
+        f'<span style="{_MUTED}">{detail}</span>',
+        92,
+    )
+
+
+def _bar_cell(row: Row, *, named: bool) -> str:
+    """A bar with its numbers beneath it; as high when there is no loop yet, so that nothing jumps."""
+    colour = _STATES[row.state][0] if row.state in ("done", "failed", "lost") else _LINE
+    share = 0.0 if row.fraction is None else row.fraction
+    bar = (
+        '<div style="height:6px;border-radius:3px;background-color:rgba(128,128,128,0.25);overflow:hidden">'
+        f'<div style="width:{share:.1%};height:6px;background-color:{colour}"></div></div>'
+    )
+    words = "&nbsp;"
+    if row.loop:
+        total = f"/{row.total}" if row.total else ""
+        epoch = f" · epoch {row.epoch}" if row.epoch is not None else ""
+        speed = f" · {number(row.rate)}/s" if row.rate is not None else ""
+        left = f" · {clock(row.left)} left" if row.left else ""
+        name = f"{escape(plain(row.loop))} " if named or not row.total else ""
+        words = f"{name}{row.step}{total}{epoch}{speed}{left}"
+    return _cell(f'{bar}<div style="font-size:11px;{_MUTED};{_ONE_LINE}">{words}</div>', 190)
+
+
+def _parts_cell(parts: Iterable[tuple[str, float]]) -> str:
+    boxes = "".join(
+        f'<div style="width:{share:.1%};height:12px;background-color:{_PARTS[name]}"></div>'
+        for name, share in parts
+    )
+    return f'<div style="width:80px;display:flex;border-radius:2px;overflow:hidden">{boxes}</div>'
+
+
+def _legend(view: View) -> str:
+    """The colours of the parts, with the mean share of each."""
+    shares: dict[str, float] = {}
+    holders = [row for row in view.rows if row.parts]
+    for row in holders:
+        for name, share in row.parts:
+            shares[name] = shares.get(name, 0.0) + share / len(holders)
+    words = "".join(
+        f'<span><span style="color:{_PARTS[name]}">■</span> {name} {shares[name]:.0%}</span>'
+        for name in PARTS
+        if shares.get(name, 0.0) >= 0.01
+    )
+    if not words:
+        return ""
+    style = f"display:flex;flex-wrap:wrap;gap:0 10px;font-size:11px;{_MUTED};padding:2px 0"
+    return f'<div style="{style}"><span>each step:</span>{words}</div>'
+
+
+# ── many ranks ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _strip(view: View) -> str:
+    """A box for each rank: its state by colour, how fast it is by how full the colour is."""
+    boxes = "".join(
+        f'<i style="width:12px;height:12px;background-color:{_STATES[state][0]};'
+        f'opacity:{0.25 + 0.75 * speed**2:.2f}"></i>'
+        for _, state, speed in view.strip
+    )
+    words = ", ".join(
+        f'<span style="color:{_STATES[state][0]}">{_STATES[state][1]}</span> {len(ranks)} {state}'
+        + (f" ({rank_ranges(ranks)})" if len(ranks) < view.num_ranks / 4 else "")
+        for state, ranks in view.states.items()
+    )
+    return (
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px;max-width:448px">{boxes}</div>'
+        f'<div style="font-size:12px;{_MUTED}">{words}; paler is slower</div>'
+    )
+
+
+# ── curves ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _charts(charts: Sequence[Chart]) -> str:
+    drawn = "".join(_chart(chart) for chart in charts)
+    return (
+        f'<div style="display:flex;flex-wrap:wrap;gap:8px 18px;margin:6px 0">{drawn}</div>' if drawn else ""
+    )
+
+
+def _chart(chart: Chart) -> str:
+    spans = columns(chart.curves, _CHART_COLUMNS)
+    if not spans:
+        return ""
+    low, high = min(span.low for span in spans), max(span.high for span in spans)
+    step = max(curve.last[0] for curve in chart.curves if curve.last is not None)
+    whose = f" · ranks {rank_ranges(chart.ranks)}" if len(chart.ranks) > 1 else ""
+    title = (
+        f'<div style="{_ONE_LINE}"><b>{escape(plain(chart.name))}</b> {number(chart.last)}'
+        f'<span style="{_MUTED}"> · step {step}{whose}</span></div>'
+    )
+    boxes = "".join(_column(span, low, high) for span in spans)
+    frame = (
+        f'<div style="display:flex;align-items:flex-end;height:{_CHART_HEIGHT}px;'
+        f'border-left:1px solid rgba(128,128,128,0.5);border-bottom:1px solid rgba(128,128,128,0.5)">{boxes}</div>'
+    )
+    scale = f'<div style="font-size:11px;{_MUTED}">{number(low)} to {number(high)}</div>'
+    return f'<div style="width:{_CHART_WIDTH}px">{title}{frame}{scale}</div>'
+
+
+def _column(span: Span, low: float, high: float) -> str:
+    scale = (_CHART_HEIGHT - 4) / (high - low) if high > low and math.isfinite(high - low) else 0.0
+    bottom = round((span.low - low) * scale)
+    height = max(2, round((span.high - span.low) * scale))
+    width = f"{100 / _CHART_COLUMNS:.2f}%"
+    return (
+        f'<i style="width:{width};height:{height}px;margin-bottom:{bottom}px;background-color:{_LINE}"></i>'
+    )

@@ -1,0 +1,346 @@
+"""What a run's state says to a person: rows, figures and one plain sentence when something dominates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from nbaccel.session.curves import Curve
+from nbaccel.session.results import rank_ranges
+from nbaccel.session.state import ENDED, Pace, RankState, RunState
+from nbaccel.wire.events import Progress
+
+__all__ = ["PARTS", "Chart", "Heading", "Row", "Situation", "View", "clock", "number", "read"]
+
+Situation = Literal["starting", "running", "done", "failed", "stopped"]
+
+PARTS = ("data", "transfer", "forward", "backward", "communication", "optimizer", "checkpoint", "other")
+"""Of a step's time, in the order they are shown."""
+
+_DOMINATES = 0.4
+_STRAGGLES = 1.3
+_LATE = 5.0
+# Before that many steps what they took says little.
+_ENOUGH_STEPS = 5
+_MOST_CHARTS = 6
+_MOST_METRICS = 4
+_MOST_ROWS = 16
+_OUTLIERS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heading:
+    """What does not change while a run goes on."""
+
+    name: str
+    device: str = "cpu"
+    precision: str | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One rank."""
+
+    rank: int
+    state: str
+    detail: str
+    loop: str
+    """Name of the loop that moved last; empty before one did."""
+    step: int
+    total: int | None
+    epoch: int | None
+    unit: str
+    rate: float | None
+    """Steps per second."""
+    left: float | None
+    """Seconds to the end of the loop at this rate."""
+    metrics: tuple[tuple[str, float], ...]
+    parts: tuple[tuple[str, float], ...]
+    """Shares of the step's time, in `PARTS` order; they add up to 1."""
+    last_line: str
+    age: float | None
+    """Seconds since its last sign of life; None once it has ended."""
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of the loop is behind it, 0 to 1; None when its length is not known."""
+        return None if not self.total else min(1.0, self.step / self.total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """The history of one metric: a line, or the band in which several ranks' lines lie."""
+
+    name: str
+    curves: tuple[Curve, ...]
+    ranks: tuple[int, ...]
+    """Whose they are; empty when the value is one of all ranks together."""
+
+    @property
+    def last(self) -> float:
+        """The newest value, the mean of the ranks'."""
+        values = [curve.last[1] for curve in self.curves if curve.last is not None]
+        return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """All that is painted."""
+
+    heading: Heading
+    situation: Situation
+    num_ranks: int
+    elapsed: float
+    left: float | None
+    rate: float | None
+    """Steps per second of the slowest rank: the others wait for it."""
+    unit: str
+    sentences: tuple[str, ...]
+    rows: tuple[Row, ...]
+    """Every rank up to 16; above that the outliers."""
+    strip: tuple[tuple[int, str, float], ...]
+    """Above 16 ranks: each rank, its state, and the fastest's own time for a step over its own, 0 to 1."""
+    states: Mapping[str, tuple[int, ...]]
+    """The ranks by state."""
+    charts: tuple[Chart, ...]
+
+
+def read(state: RunState, heading: Heading, now: float) -> View:
+    """The view of a run at `now`, in seconds since the epoch."""
+    if state.ended is not None:
+        now = state.ended
+    ranks = state.ranks
+    rates = [rate for rank in ranks if (rate := _rate(rank)) is not None]
+    own = {rank.rank: _own_seconds(rank.pace) for rank in ranks if rank.pace is not None and _rate(rank)}
+    states: dict[str, list[int]] = {}
+    for rank in ranks:
+        states.setdefault(_shown_state(rank, state), []).append(rank.rank)
+    chosen = ranks if len(ranks) <= _MOST_ROWS else _outliers(state, own, states)
+    rows = tuple(_row(rank, state, now) for rank in chosen)
+    lefts = [row.left for row in rows if row.left is not None and row.state not in ENDED]
+    precision = state.options.get("mixed_precision") or heading.precision
+    return View(
+        heading=Heading(name=heading.name, device=heading.device, precision=precision, folder=heading.folder),
+        situation=_situation(state),
+        num_ranks=len(ranks),
+        elapsed=max(0.0, now - state.started),
+        left=max(lefts, default=None),
+        rate=min(rates, default=None),
+        unit=rows[0].unit if rows else "it",
+        sentences=() if state.failure else tuple(_sentences(state, now)),
+        rows=rows,
+        strip=_strip(states, own, len(ranks)) if len(ranks) > _MOST_ROWS else (),
+        states={name: tuple(of) for name, of in states.items()},
+        charts=_charts(ranks),
+    )
+
+
+def _situation(state: RunState) -> Situation:
+    if state.failure is not None:
+        # a rank that we ended after an interrupt is no failure of its own
+        cause = state.failure.info.type_name if state.failure.info else ""
+        return "stopped" if cause == "KeyboardInterrupt" else "failed"
+    if state.ended is not None:
+        return "done" if all(rank.state == "done" for rank in state.ranks) else "stopped"
+    return "starting" if any(rank.state in ("starting", "idle") for rank in state.ranks) else "running"
+
+
+def _rate(rank: RankState) -> float | None:
+    return None if rank.pace is None else rank.pace.rate
+
+
+def _row(rank: RankState, state: RunState, now: float) -> Row:
+    shown, ended = _shown_state(rank, state), state.ended is not None
+    progress = _current(rank)
+    rate = _rate(rank)
+    left = None
+    if progress is not None and progress.total and rate:
+        left = max(0.0, (progress.total - progress.step) / rate)
+    lines = rank.last_lines(1)
+    return Row(
+        rank=rank.rank,
+        state=shown,
+        detail="" if shown == "stopped" else rank.detail,
+        loop=progress.name if progress else "",
+        step=progress.step if progress else 0,
+        total=progress.total if progress else None,
+        epoch=progress.epoch if progress else None,
+        unit=progress.unit if progress else "it",
+        rate=rate,
+        left=None if rank.state in ENDED else left,
+        metrics=_latest(rank),
+        parts=_shares(rank.pace),
+        last_line=lines[-1] if lines else "",
+        age=None if ended or rank.seen is None or rank.state in ENDED else max(0.0, now - rank.seen),
+    )
+
+
+def _current(rank: RankState) -> Progress | None:
+    """The loop to show: of those that go on, the one that moved last; else the one that moved last."""
+    moved = list(rank.progress.values())[::-1]
+    going = [progress for progress in moved if progress.total is None or progress.step < progress.total]
+    return next(iter(going or moved), None)
+
+
+def _latest(rank: RankState) -> tuple[tuple[str, float], ...]:
+    found = [(name, curve.last[1]) for name, curve in rank.curves.items() if curve.last is not None]
+    return tuple(found[:_MOST_METRICS])
+
+
+def _shares(pace: Pace | None) -> tuple[tuple[str, float], ...]:
+    if pace is None or not pace.parts or pace.seconds <= 0:
+        return ()
+    spent = {name: pace.parts.get(name, 0.0) for name in PARTS}
+    spent["other"] = max(0.0, pace.seconds - sum(pace.parts.values())) + sum(
+        seconds for name, seconds in pace.parts.items() if name not in PARTS
+    )
+    whole = sum(spent.values())
+    return tuple((name, seconds / whole) for name, seconds in spent.items() if seconds > 0.005 * whole)
+
+
+def _outliers(
+    state: RunState, own: Mapping[int, float], states: Mapping[str, Sequence[int]]
+) -> Sequence[RankState]:
+    """Of many ranks those worth a row: failed ones, those in a rare state, slow ones; else the first."""
+    usual = median(own.values()) if own else 0.0
+    rare = {rank for of in states.values() if len(of) <= len(state.ranks) / 4 for rank in of}
+
+    def worth(rank: RankState) -> tuple[bool, bool, bool, float, int]:
+        cause = state.failure is not None and state.failure.rank == rank.rank
+        bad = rank.state in ("failed", "lost")
+        return not cause, not bad, rank.rank not in rare, -own.get(rank.rank, 0.0), rank.rank
+
+    odd = [rank for rank in state.ranks if rank.rank in rare or own.get(rank.rank, 0) > _STRAGGLES * usual]
+    chosen = sorted(odd, key=worth)[:_OUTLIERS] or state.ranks[:1]
+    return sorted(chosen, key=lambda rank: rank.rank)
+
+
+def _strip(
+    states: Mapping[str, Sequence[int]], own: Mapping[int, float], num_ranks: int
+) -> tuple[tuple[int, str, float], ...]:
+    of = {rank: name for name, ranks in states.items() for rank in ranks}
+    fastest = min(own.values(), default=0.0)
+    return tuple((rank, of[rank], fastest / own[rank] if own.get(rank) else 1.0) for rank in range(num_ranks))
+
+
+def _shown_state(rank: RankState, state: RunState) -> str:
+    """The rank's state, but for one that was ended because another had failed, or on request."""
+    first = state.failure
+    ended_by_us = rank.exitcode in (-2, -9, -15) and first is not None and first.rank != rank.rank
+    return "stopped" if rank.state == "lost" and ended_by_us else rank.state
+
+
+def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
+    names: dict[str, list[RankState]] = {}
+    for rank in ranks:
+        for name in rank.curves:
+            names.setdefault(name, []).append(rank)
+    charts = []
+    for name, holders in list(names.items())[:_MOST_CHARTS]:
+        whole = [rank for rank in holders if (metric := rank.metrics.get(name)) and metric.reduced]
+        shown = whole[:1] or holders
+        charts.append(
+            Chart(
+                name=name,
+                curves=tuple(rank.curves[name] for rank in shown),
+                ranks=() if whole or len(ranks) == 1 else tuple(rank.rank for rank in shown),
+            )
+        )
+    return tuple(charts)
+
+
+# ── what dominates ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _sentences(state: RunState, now: float) -> Iterable[str]:
+    if state.ended is None:
+        yield from _late(state.ranks, now)
+    paced = [
+        rank
+        for rank in state.ranks
+        if rank.pace is not None and rank.pace.parts and rank.pace.step >= _ENOUGH_STEPS and _rate(rank)
+    ]
+    if not paced:
+        return
+    straggler = _straggler(paced)
+    if straggler:
+        yield straggler
+        return
+    shares: dict[str, float] = {}
+    for rank in paced:
+        for name, share in _shares(rank.pace):
+            shares[name] = shares.get(name, 0.0) + share / len(paced)
+    part = max(shares, key=lambda name: shares[name])
+    if shares[part] >= _DOMINATES and part in _ADVICE:
+        yield f"{shares[part]:.0%} of each step {_ADVICE[part]}".replace("%", " %", 1)
+
+
+_ADVICE = {
+    "data": "waits for data: the loader is slower than the model (num_workers, pin_memory)",
+    "transfer": "copies batches to the device: pin_memory=True lets it overlap",
+    "communication": "is communication between the ranks: larger batches or accumulation make it rarer",
+    "checkpoint": "goes into checkpoints: save less often, or in the background",
+    "other": "goes outside the training step: logging, evaluation or code between the steps",
+}
+
+
+def _straggler(paced: Sequence[RankState]) -> str | None:
+    """A rank whose own work takes clearly longer than the others': they wait for it in communication."""
+    if len(paced) < 2:
+        return None
+    own = {rank.rank: _own_seconds(rank.pace) for rank in paced if rank.pace is not None}
+    slowest = max(own, key=lambda rank: own[rank])
+    usual = median(seconds for rank, seconds in own.items() if rank != slowest)
+    if usual <= 0 or own[slowest] < _STRAGGLES * usual:
+        return None
+    rank = next(rank for rank in paced if rank.rank == slowest)
+    shares = [(share, name) for name, share in _shares(rank.pace) if name != "communication"]
+    where = f", mostly in {max(shares)[1]}" if shares and max(shares)[1] != "other" else ""
+    times = own[slowest] / usual
+    return f"rank {slowest} is {times:.1f}× slower than the others and holds them up{where}"
+
+
+def _own_seconds(pace: Pace) -> float:
+    """Seconds of a step that are not spent waiting for the other ranks."""
+    return max(0.0, pace.seconds - pace.parts.get("communication", 0.0)) / max(pace.steps, 1e-9)
+
+
+def _late(ranks: Sequence[RankState], now: float) -> Iterable[str]:
+    """Who keeps the others waiting, once it has taken long."""
+    waiting = [rank for rank in ranks if rank.state == "waiting" and rank.since is not None]
+    absent = [rank for rank in ranks if rank.state in ("running", "compiling")]
+    if not waiting or not absent:
+        return
+    seconds = now - min(rank.since for rank in waiting if rank.since is not None)
+    if seconds < _LATE:
+        return
+    who = f"rank{'s' if len(absent) > 1 else ''} {rank_ranges([rank.rank for rank in absent])}"
+    where = next((f", {rank.detail}" for rank in absent if rank.detail), "")
+    yield f"{who} {'are' if len(absent) > 1 else 'is'} late by {seconds:.0f} s{where}"
+
+
+# ── figures ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def clock(seconds: float) -> str:
+    """`4.2 s`, `1:05`, `2:03:04`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def number(value: float) -> str:
+    """A metric's value in few characters."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.4g}"

@@ -1,0 +1,88 @@
+"""What recorded runs say: situation, rows, and the sentence about what dominates."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from nbaccel.session.panel.reading import clock, number
+from nbaccel.wire.events import Progress, Status
+from tests.session.panel.streams import failing, returned, started, training, view
+
+
+def test_running_ranks_have_rate_time_left_metrics_and_shares() -> None:
+    seen = view(2, training(2))
+    row = seen.rows[1]
+    assert (seen.situation, seen.heading.precision, seen.num_ranks) == ("running", "bf16", 2)
+    assert (row.step, row.total, row.epoch, row.state, row.last_line) == (
+        240,
+        400,
+        1,
+        "running",
+        "step 240 loss 1.100",
+    )
+    assert row.rate is not None
+    assert row.left is not None
+    assert abs(row.rate - 5) < 0.1
+    assert abs(row.left - 32) < 1
+    assert dict(row.parts)["backward"] > dict(row.parts)["forward"]
+    assert abs(sum(share for _, share in row.parts) - 1) < 0.02
+    assert [chart.name for chart in seen.charts] == ["loss", "accuracy"]
+    assert seen.charts[0].ranks == (0, 1)
+
+
+def test_value_of_all_ranks_is_one_line() -> None:
+    seen = view(2, training(2, reduced=True))
+    assert seen.charts[0].ranks == ()
+    assert len(seen.charts[0].curves) == 1
+
+
+def test_waiting_for_data_is_said() -> None:
+    (sentence,) = view(2, training(2, data=0.15)).sentences
+    assert sentence.startswith("63 % of each step waits for data")
+
+
+def test_straggler_is_named_with_how_much_and_where() -> None:
+    (sentence,) = view(4, training(4, slow=3)).sentences
+    assert sentence == "rank 3 is 1.7× slower than the others and holds them up, mostly in backward"
+
+
+def test_late_rank_is_named_after_five_seconds_of_waiting() -> None:
+    events = [*training(3), *(Status(rank=rank, time=50, state="waiting") for rank in (0, 1))]
+    assert not any("late" in sentence for sentence in view(3, iter(events), now=54).sentences)
+    assert view(3, iter(events), now=56).sentences[0] == "rank 2 is late by 6 s"
+
+
+def test_peers_we_ended_are_stopped_not_lost() -> None:
+    seen = view(3, failing(3, rank=1))
+    assert seen.situation == "failed"
+    assert [row.state for row in seen.rows] == ["stopped", "failed", "stopped"]
+    assert seen.elapsed == 50.0
+
+
+def test_loop_shown_is_the_one_that_goes_on() -> None:
+    events = [
+        *started(1),
+        Progress(rank=0, time=1, name="epochs", step=1, total=3),
+        Progress(rank=0, time=2, name="eval", step=10, total=10),
+    ]
+    assert view(1, iter(events)).rows[0].loop == "epochs"
+
+
+def test_many_ranks_are_a_strip_with_the_odd_ones_as_rows() -> None:
+    seen = view(64, training(64, slow=17))
+    assert [row.rank for row in seen.rows] == [17]
+    assert len(seen.strip) == 64
+    assert seen.strip[17][2] < 0.7 < seen.strip[16][2]
+    failed = view(64, failing(64, rank=40))
+    assert failed.rows[0].rank == 40
+    assert failed.states["stopped"] == (*range(40), *range(41, 64))
+
+
+def test_end_stands_still() -> None:
+    seen = view(2, chain(training(2, until=400), returned(2)), now=1000)
+    assert (seen.situation, seen.elapsed, seen.left) == ("done", 81.0, None)
+
+
+def test_figures_are_short() -> None:
+    assert [clock(seconds) for seconds in (4.21, 42.9, 65, 7384)] == ["4.2 s", "42 s", "1:05", "2:03:04"]
+    assert [number(value) for value in (3.0, 0.123456, float("nan"), 1e9)] == ["3", "0.1235", "nan", "1e+09"]
