@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nbaccel.errors import WorkerError
 from nbaccel.session.results import rank_ranges
+from nbaccel.session.stacks import is_users, place
 from nbaccel.wire.events import Died, ExceptionInfo, Raised
+from nbaccel.wire.snapshot import Line
 
 __all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "worker_error"]
 
@@ -19,6 +22,12 @@ Failure = Raised | Died
 
 # A killed rank's peers notice the broken connection before we hear of the kill.
 _SAME_MOMENT = 1.0
+
+_C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
+_BACKWARD = os.path.join("torch", "autograd", "graph.py")
+# What torch raises in a collective whose other side is gone.
+_BROKEN_TYPES = ("RuntimeError", "torch.distributed.DistBackendError", "torch.distributed.DistNetworkError")
+_BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
 
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
 
@@ -82,7 +91,8 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
         headline = first.info.message.splitlines()[-1] if first.info.message else first.info.type_name
         yield from render(first.info, label, title=f"rank {ranks[0]}", colour=colour)
         yield ""
-        yield _paint(f"{title}{who} failed: {headline}", _BOLD + _RED, colour)
+        at = f" (at {where})" if (where := _user_place(first.info, label)) else ""
+        yield _paint(f"{title}{who} failed: {headline}{at}", _BOLD + _RED, colour)
     else:
         yield _paint(f"{title}{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
         if first.detail:
@@ -90,23 +100,26 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
         if words := outcome.last_words.get(ranks[0]):
             yield f"last words of rank {ranks[0]}:"
             yield from (f"  {word}" for word in words[-12:])
-    yield from _fates(outcome, ranks)
+    yield from _fates(outcome, ranks, label)
     if outcome.folder:
         yield f"logs of every rank: {outcome.folder}"
 
 
-def _fates(outcome: Outcome, ranks: tuple[int, ...]) -> Iterable[str]:
+def _fates(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel) -> Iterable[str]:
     """One line per group of other ranks with the same end."""
     fates: dict[str, list[int]] = {}
     for rank in range(outcome.num_ranks):
         if rank not in ranks:
-            fates.setdefault(_fate(outcome, rank), []).append(rank)
+            fates.setdefault(_fate(outcome, rank, label), []).append(rank)
     for fate, who in fates.items():
         yield f"{'ranks' if len(who) > 1 else 'rank'} {rank_ranges(who)} {fate}"
 
 
-def _fate(outcome: Outcome, rank: int) -> str:
+def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
     event = outcome.failures.get(rank)
+    if isinstance(event, Raised) and (op := _waited_in(event.info)):
+        where = _user_place(event.info, label)
+        return f"waited in {op}{f', called from {where}' if where else ''}"
     if isinstance(event, Raised):
         last = event.info.message.splitlines()[-1] if event.info.message else event.info.type_name
         return f"raised after it: {last[:200]}"
@@ -116,6 +129,28 @@ def _fate(outcome: Outcome, rank: int) -> str:
     if isinstance(event, Died):
         return explain_exit(event.exitcode)
     return "had returned" if rank in outcome.returned else "ended by itself"
+
+
+def _waited_in(info: ExceptionInfo) -> str | None:
+    """The collective whose peers were gone, or that was interrupted; None when it raised by itself."""
+    broken = info.type_name in _BROKEN_TYPES and any(word in info.message for word in _BROKEN)
+    if info.type_name != "KeyboardInterrupt" and not broken:
+        return None
+    for frame in info.frames:  # the outermost of torch's is what the person called
+        if frame.filename.endswith(_C10D) and not frame.function.startswith("_"):
+            return frame.function
+        if frame.filename.endswith(_BACKWARD):
+            return "backward"
+    return None
+
+
+def _user_place(info: ExceptionInfo, label: CellLabel) -> str | None:
+    """Where in the person's own code it was raised, as "Cell In[7] line 12" or "train.py:88"."""
+    for frame in reversed(info.frames):
+        line = Line(frame.filename, frame.lineno, frame.function)
+        if frame.filename and is_users(line):
+            return place(line, label)
+    return None
 
 
 def explain_exit(exitcode: int) -> str:
