@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any, final
 
 from nbaccel.errors import ConfigError
+from nbaccel.session.call import CallInFlight
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.relay import Relay
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.sinks.capped import read_log
 from nbaccel.session.sinks.folder import log_path
 from nbaccel.session.state import RunState
+from nbaccel.wire.events import Request
 
 __all__ = ["Run"]
+
+_MEANWHILE = 0.05
 
 
 @final
@@ -26,14 +30,18 @@ class Run:
     """A function running, or having run, on N ranks. Made by `nbaccel.launch`.
 
     It can be awaited: `values = await run`.
+
+    Args:
+        meanwhile: called ten times a second or more by the thread that waits for the run.
     """
 
-    def __init__(self, relay: Relay, *, name: str, folder: Path | None) -> None:
+    def __init__(self, relay: Relay, call: CallInFlight, *, name: str, folder: Path | None) -> None:
         self.name = name
         self.folder = folder
         """Where the run's files are; None when no run folder was wanted."""
         self._relay = relay
-        self._future = relay.future
+        self._call = call
+        self._future = call.future
 
     def result(self, timeout: float | None = None) -> Results:
         """The ranks' values, in rank order.
@@ -65,7 +73,7 @@ class Run:
                         f"the values of {self.name} went to the cell that launched it and are not kept here"
                     )
                 )
-                self._relay.forget()
+                self._call.forget()
 
     def wait_done(self, presses: Presses, timeout: float | None = None) -> None:
         """Wait for the end, passing on the presses of ■ that whoever started the run has been holding.
@@ -74,19 +82,20 @@ class Run:
             TimeoutError: `timeout` seconds have passed; the run goes on.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        future = self._relay.future
+        future = self._call.future
         future.add_done_callback(lambda _: presses.done())
         while not future.done():
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on")
             if presses.wait(left) == "press":
-                self._relay.interrupt()
-        self._relay.join()
+                self._relay.interrupt(self._call)
+        if not self._call.keep:
+            self._relay.join()
 
     def done(self) -> bool:
         """Whether it has ended, well or not; no process of it is left then."""
-        return self._relay.future.done()
+        return self._call.future.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result` would raise; None when it would return."""
@@ -97,11 +106,26 @@ class Run:
 
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt in every rank; a second call kills them."""
-        self._relay.interrupt()
+        self._relay.interrupt(self._call)
 
     def kill(self) -> None:
         """End every rank and what it started, at once."""
-        self._relay.kill()
+        self._relay.kill(self._call)
+
+    def stop(self) -> None:
+        """Ask the function's Accelerator to stop: all ranks save and stop at the same step."""
+        self._ask(Request(kind="stop"))
+
+    def save(self) -> None:
+        """Ask the function's Accelerator to save a checkpoint at the next step."""
+        self._ask(Request(kind="save"))
+
+    def set_knob(self, name: str, value: Any) -> None:
+        """Change a value that the function's Accelerator has made changeable, on all ranks at the same step."""
+        self._ask(Request(kind="knob", name=name, value=value))
+
+    def _ask(self, request: Request) -> None:
+        self._relay.post(request, call=self._call)
 
     def logs(self, rank: int) -> str:
         """What a rank has printed so far, stdout and stderr in the order they came.
@@ -111,7 +135,7 @@ class Run:
         Raises:
             ConfigError: there is no such rank.
         """
-        known = self._relay.state.ranks
+        known = self._call.state.ranks
         if not 0 <= rank < len(known):
             raise ConfigError(f"there is no rank {rank}: this run has ranks 0 to {len(known) - 1}")
         if self.folder is not None:
@@ -124,18 +148,18 @@ class Run:
     @property
     def state(self) -> RunState:
         """What is known of every rank now."""
-        return self._relay.state
+        return self._call.state
 
     def __await__(self) -> Generator[Any, None, Results]:
         async def wait() -> Results:
             loop = asyncio.get_running_loop()
             done = asyncio.Event()
             wake: Callable[..., Any] = lambda _: loop.call_soon_threadsafe(done.set)  # noqa: E731
-            self._relay.future.add_done_callback(wake)
+            self._call.future.add_done_callback(wake)
             try:
                 await done.wait()
             except asyncio.CancelledError:
-                self._relay.interrupt()
+                self._relay.interrupt(self._call)
                 raise
             return self._future.result()
 
@@ -143,7 +167,7 @@ class Run:
 
     def __repr__(self) -> str:
         states: dict[str, list[int]] = {}
-        for known in self._relay.state.ranks:
+        for known in self._call.state.ranks:
             states.setdefault(known.state, []).append(known.rank)
         text = ", ".join(f"{state}: {rank_ranges(ranks)}" for state, ranks in states.items())
         return f"<Run {self.name!r}, ranks {text}>"

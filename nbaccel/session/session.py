@@ -16,7 +16,8 @@ from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError
 from nbaccel.rank.spec import RunSpec
 from nbaccel.session.ending import Limits
-from nbaccel.session.relay import Delivery, Relay
+from nbaccel.session.call import CallInFlight, Delivery
+from nbaccel.session.relay import Relay
 from nbaccel.session.report import CellLabel
 from nbaccel.session.resolve import Plan
 from nbaccel.session.run import Run
@@ -71,20 +72,42 @@ def start_run(
     folder: Path | None,
     say: Callable[[str], None],
     label: CellLabel,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Run:
     """Start the ranks `plan` describes and hand them the task; returns at once.
 
     Args:
         env: variables for the ranks on top of this process's.
         sinks: what shows and keeps the run; they are closed at its end.
+        meanwhile: called by the thread that waits for the run, ten times a second or more.
 
     Raises:
         PayloadError: the function or an argument cannot travel; the message names it.
         LaunchError: the process that makes ranks cannot be started.
     """
+    spec = make_spec(config, plan, env)
+    parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
+    delivery = Delivery(parcel=parcel, fd=fd, returns=task.returns)
+    call = CallInFlight(
+        delivery,
+        sinks,
+        num_ranks=plan.num_processes,
+        limits=limits,
+        say=say,
+        label=label,
+        folder=str(folder) if folder else None,
+        expected=expectations(config),
+    )
+    engine = LocalEngine(config.start_method or default_start_method())
+    relay = Relay(engine, spec, delivery, call, start_limit=limits.start, say=say, label=label)
+    return Run(relay, call, name=task.name, folder=folder)
+
+
+def make_spec(config: RunConfig, plan: Plan, env: Mapping[str, str], *, keep: bool = False) -> RunSpec:
+    """What the ranks are told; `keep`: whether they are a session's."""
     environ = {**os.environ, **env}
     run_id = uuid.uuid4().hex[:12]
-    spec = RunSpec(
+    return RunSpec(
         run_id=run_id,
         num_processes=plan.num_processes,
         device=plan.device,
@@ -96,20 +119,9 @@ def start_run(
         argv=tuple(sys.argv),
         config=config.to_json(),
         collective_timeout=config.collective_timeout,
+        backend=plan.backend if plan.backend != "nccl" else "cpu:gloo,cuda:nccl",
+        keep=keep,
     )
-    parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
-    relay = Relay(
-        LocalEngine(config.start_method or default_start_method()),
-        spec,
-        Delivery(parcel=parcel, fd=fd, returns=task.returns),
-        sinks,
-        limits=limits,
-        say=say,
-        label=label,
-        folder=str(folder) if folder else None,
-        expected=_expectations(config),
-    )
-    return Run(relay, name=task.name, folder=folder)
 
 
 def _for_peers(config: RunConfig) -> dict[str, str]:
@@ -122,7 +134,7 @@ def _for_peers(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def _expectations(config: RunConfig) -> dict[str, str]:
+def expectations(config: RunConfig) -> dict[str, str]:
     """What to say at the end of a run in which nothing used an option that only an Accelerator can use."""
     asked = {"mixed_precision": config.mixed_precision, "strategy": config.strategy}
     return {
