@@ -218,6 +218,9 @@ def duration_seconds(text: str | float, *, what: str = "duration") -> float:
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         _require_seconds(what, text)
         return float(text)
+    if re.fullmatch(r"\d+(\.\d+)?", str(text).strip()):
+        _require_seconds(what, float(text))
+        return float(text)
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)", str(text))
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*", "", str(text)).strip():
         raise ConfigError(f"{what} is {text!r}: write it like '90s', '15min' or '11h30m'")

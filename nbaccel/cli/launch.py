@@ -1,0 +1,95 @@
+"""`nbaccel launch`: a script, a module or a notebook on N ranks, as a cell of a notebook would run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from nbaccel.cli.foreground import run_here, run_to_end
+from nbaccel.cli.options import config_options, environment_pairs
+from nbaccel.cli.target import find_target
+from nbaccel.config import RunConfig, combine
+from nbaccel.session.request import make_request
+
+__all__ = ["launch"]
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@config_options
+@click.option("-m", "module", is_flag=True, help="SCRIPT is a module, as in python -m.")
+@click.option(
+    "--output", default="auto", metavar="KIND", help="auto (folds equal lines), all, rank0 or none."
+)
+@click.option("--max-time", metavar="TIME", help="End the run after this time: 90s, 2h30m.")
+@click.option("--start-timeout", default="60", metavar="TIME", help="Until all ranks must be ready.")
+@click.option("--grace", default=1.0, help="Seconds the others get after a rank failed.  [default: 1]")
+@click.option(
+    "--stop-grace",
+    default="60",
+    metavar="TIME",
+    help="After SIGTERM: time to stop at a step and save, before the ranks are interrupted.",
+)
+@click.option("--env", multiple=True, callback=environment_pairs, metavar="NAME=VALUE", help="For the ranks.")
+@click.option("--name", help="What the run is called; the script's name otherwise.")
+@click.option("--folder", metavar="DIR", help="Where the run folder goes.")
+@click.option("--no-folder", is_flag=True, help="Keep no run folder.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch(
+    module: bool,
+    output: str,
+    max_time: str | None,
+    start_timeout: str,
+    grace: float,
+    stop_grace: str,
+    env: dict[str, str],
+    name: str | None,
+    folder: str | None,
+    no_folder: bool,
+    script: str,
+    arguments: tuple[str, ...],
+    **keys: Any,
+) -> int:
+    """Run SCRIPT on N ranks: a Python file, a notebook, or a module with -m.
+
+    Options of nbaccel come before SCRIPT; whatever follows it is the script's own.
+
+    \b
+    nbaccel launch -n 4 train.py --lr 3e-4
+    nbaccel launch --device cpu -m package.train
+    nbaccel launch train.ipynb
+    """
+    _leave_own_folder()
+    target = find_target(script, arguments, module=module)
+    flags = [
+        RunConfig.from_mapping({key: value}, place=f"--{key.replace('_', '-')}")
+        for key, value in keys.items()
+        if value is not None
+    ]
+    request = make_request(
+        target.function,
+        (target.path, target.arguments),
+        None,
+        config=combine(*flags),
+        returns="none",
+        output=output,
+        max_time=max_time,
+        start_timeout=start_timeout,
+        grace=grace,
+        env=env,
+        name=name or target.name,
+        folder=False if no_folder else folder,
+    )
+    if request.plan.in_place:
+        return run_here(request, target)
+    return run_to_end(request, target, stop_grace=stop_grace)
+
+
+def _leave_own_folder() -> None:
+    """Take off the import path what Python put there for this command; the script gets its own folder."""
+    own = (os.getcwd(), os.path.dirname(os.path.abspath(sys.argv[0])))
+    if sys.path and os.path.abspath(sys.path[0]) in own and not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]

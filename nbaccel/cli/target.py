@@ -1,0 +1,97 @@
+"""What `nbaccel launch` runs: a script, a module or a notebook, checked before any process starts."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbaccel.errors import ConfigError
+from nbaccel.rank import script
+
+__all__ = ["Target", "find_target"]
+
+_MOST_SOURCE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Something to run, with its own arguments."""
+
+    function: Callable[[str, tuple[str, ...]], None]
+    """Runs it in a rank."""
+    path: str
+    """Absolute path, or the module's name."""
+    arguments: tuple[str, ...]
+    name: str
+    """What the run is called."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
+
+    @property
+    def is_module(self) -> bool:
+        """Whether `path` is the name of a module."""
+        return self.function is script.run_module
+
+    def facts(self) -> dict[str, Any]:
+        """For the run folder: enough to run it again."""
+        source = None
+        if not self.is_module and os.path.getsize(self.path) <= _MOST_SOURCE:
+            source = Path(self.path).read_text(encoding="utf-8", errors="replace")
+        return {"function": self.path, "source": source}
+
+
+def find_target(text: str, arguments: tuple[str, ...], *, module: bool) -> Target:
+    """The target that `text` names.
+
+    Raises:
+        ConfigError: there is no such file or module, or it is nothing that can be run.
+    """
+    if module:
+        _require_package(text)
+        return Target(function=script.run_module, path=text, arguments=arguments, name=text)
+    path = os.path.abspath(text)
+    if not os.path.exists(path):
+        raise ConfigError(f"there is no file {text}{_hint(text)}")
+    if os.path.isdir(path):
+        raise ConfigError(f"{text} is a folder: give a script in it, or -m for a package")
+    name = os.path.basename(path)
+    if path.endswith(".ipynb"):
+        skipped = [
+            f"{cell.filename}: {line}" for cell in script.read_cells(path) for line in cell.skipped[:1]
+        ]
+        notes = (
+            (f"these lines are for IPython and are left out: {'; '.join(skipped[:5])}",) if skipped else ()
+        )
+        return Target(function=script.run_notebook, path=path, arguments=arguments, name=name, notes=notes)
+    try:
+        compile(Path(path).read_bytes(), path, "exec")
+    except (SyntaxError, ValueError, OSError) as error:
+        raise ConfigError(f"{text} cannot be run: {type(error).__name__}: {error}") from error
+    return Target(function=script.run_script, path=path, arguments=arguments, name=name)
+
+
+def _require_package(module: str) -> None:
+    """That the outermost package is there; what is in it only its import would tell."""
+    top = module.partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path])
+    if found is None and top not in (*sys.stdlib_module_names, *sys.builtin_module_names):
+        file = " A script is given by its path, without -m." if os.path.exists(module) else ""
+        raise ConfigError(f"there is no module {top} on the import path.{file}")
+
+
+def _hint(text: str) -> str:
+    if not text.endswith((".py", ".ipynb")) and os.sep not in text:
+        return f"; a module is run with -m {text}"
+    folder = os.path.dirname(text) or "."
+    try:
+        import difflib
+
+        close = difflib.get_close_matches(os.path.basename(text), os.listdir(folder), n=1)
+    except OSError:
+        return f"; there is no folder {folder} either"
+    return f"; there is {os.path.join(os.path.dirname(text), close[0])}" if close else ""

@@ -1,0 +1,207 @@
+"""`nbaccel launch` on real ranks: arguments, exit codes, reports, what it runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command, Writer
+from tests.conftest import gone, named, wait_until
+
+CPU = ("launch", "--device", "cpu", "-n", 2)
+ECHO = """
+    import os, sys
+    here = sys.path[0] == os.getcwd()
+    print(os.environ["RANK"], os.environ["WORLD_SIZE"], __name__, os.path.basename(__file__), here, sys.argv[1:])
+"""
+
+
+def test_script_gets_its_own_arguments_when_they_look_like_ours(clean, nbaccel: Command, script: Writer):
+    own = ["--num-processes", "9", "-n", "3", "--help", "--start", "--", "-m", "--set", "x=1"]
+    done = nbaccel(*CPU, "--no-folder", script(ECHO), *own)
+    assert done.code == 0, done.err
+    assert f"[rank 0] 0 2 __main__ train.py True {own}" in done.out
+    assert f"[rank 1] 1 2 __main__ train.py True {own}" in done.out
+
+
+def test_module_runs_as_main_when_asked_with_m(clean, nbaccel: Command, script: Writer):
+    Path("pkg").mkdir()
+    script("v = 5", "pkg/x.py")
+    script("", "pkg/__init__.py")
+    script(
+        "import sys; from . import x; print(__name__, __package__, __spec__.name, x.v, sys.argv[1:])",
+        "pkg/__main__.py",
+    )
+    done = nbaccel(*CPU, "--no-folder", "-m", "pkg", "-m", "--lr=3")
+    assert done.out == "[ranks 0-1] __main__ pkg pkg.__main__ 5 ['-m', '--lr=3']\n", done.err
+    assert nbaccel(*CPU, "-m", "pgk").code == 2
+
+
+def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbaccel: Command):
+    cells = [
+        "%matplotlib inline\nimport os, sys\n!ls",
+        "%%bash\nls",
+        "from nbaccel import notebook_launcher\ndef f():\n    return os.environ['RANK']",
+        "print(notebook_launcher(f, num_processes=2), sys.argv[1:])",
+        "if os.environ['RANK'] == '1':\n    1 / 0",
+    ]
+    document = {"cells": [{"cell_type": "code", "source": cell.splitlines(True)} for cell in cells]}
+    Path("t.ipynb").write_text(json.dumps(document))
+    done = nbaccel(*CPU, "--no-folder", "t.ipynb", "--own")
+    assert done.code == 1
+    assert "[rank 0] ['0'] ['--own']\n[rank 1] ['1'] ['--own']" in done.out
+    assert 'File "t.ipynb, cell 5", line 2' in done.err
+    assert "    1 / 0\nZeroDivisionError" in done.err
+    assert "t.ipynb, cell 1: %matplotlib inline; t.ipynb, cell 2: %%bash" in done.err
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ("import sys; sys.exit(7 if os.environ['RANK'] == '1' else 0)", 7, "SystemExit: 7"),
+        ("import sys; sys.exit()", 0, ""),
+        ("import sys; sys.exit('no data')", 1, "SystemExit: no data"),
+        ("raise ValueError('boom')", 1, "ranks 0-1 of 2 failed: ValueError: boom"),
+        ("os._exit(5)", 5, "exit code 5"),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "SIGKILL"),
+        ("import time; print('in', flush=True); time.sleep(30)", 124, "max_time=1 s"),
+    ],
+)
+def test_exit_code_is_the_documented_one(
+    clean, nbaccel: Command, script: Writer, body: str, code: int, words: str
+):
+    done = nbaccel(*CPU, "--no-folder", "--max-time", "1", "--grace", "0.2", script(f"import os\n{body}"))
+    assert done.code == code, done.err
+    assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian.py"], "there is no file trian.py; there is train.py"),
+        (["train"], "-m train"),
+        (["."], "is a folder"),
+        (["bad.py"], "SyntaxError"),
+        (["bad.ipynb"], "not a notebook"),
+        (["--num-proceses", "2", "train.py"], "--num-processes"),
+        (["-n", "two", "train.py"], "'two'"),
+        (["-n", "0", "train.py"], "num_processes (from --num-processes) must be at least 1"),
+        (["--mixed-precision", "bf17", "train.py"], "Did you mean 'bf16'"),
+        (["--strategy", "fsdp", "train.py"], "FSDP2 is not built yet"),
+        (["--output", "loud", "train.py"], "output is 'loud'"),
+        (["--max-time", "soon", "train.py"], "max_time is 'soon'"),
+        (["--env", "NAME", "train.py"], "NAME=VALUE"),
+        (["--devices", "a,b", "train.py"], "give indices"),
+        ([], "Missing argument 'SCRIPT'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_process_starts(
+    nbaccel: Command, script: Writer, arguments: list[str], words: str
+):
+    script("print('ran')")
+    script("def", "bad.py")
+    script("[]", "bad.ipynb")
+    done = nbaccel("launch", "--device", "cpu", *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "ran" not in done.out
+
+
+def test_unknown_command_names_the_nearest_one(nbaccel: Command):
+    assert "Did you mean 'launch'?" in nbaccel("lunch").err
+    assert "nbaccel launch x.py" in nbaccel("x.py").err
+
+
+def test_run_folder_says_what_ran(clean, nbaccel: Command, script: Writer, tmp_path: Path):
+    done = nbaccel(*CPU, "--folder", tmp_path / "runs", "--name", "mine", script("print('hello')"), "--a")
+    assert done.code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["name"] == "mine"
+    assert facts["function"] == str(Path("train.py").resolve())
+    assert facts["source"] == "print('hello')"
+    asked = json.loads((folder / "config.json").read_text())
+    assert (asked["device"], asked["num_processes"]) == ("cpu", 2)
+    assert asked["sources"]["num_processes"] == "--num-processes"
+    assert (folder / "rank-1.log").read_text() == "hello\n"
+    assert json.loads((folder / "result.json").read_text())["state"] == "done"
+
+
+def test_script_in_loader_workers_finds_its_own_names(clean, nbaccel: Command, script: Writer):
+    body = """
+        from dataclasses import dataclass
+        from torch.utils.data import DataLoader, Dataset
+        @dataclass
+        class Item:
+            x: int
+        class Data(Dataset):
+            def __len__(self): return 4
+            def __getitem__(self, i): return Item(i)
+        def same(items): return items
+        if __name__ == "__main__":
+            for kind in ("fork", "spawn"):
+                loader = DataLoader(Data(), num_workers=1, multiprocessing_context=kind, collate_fn=same)
+                print(kind, [type(item[0]) is Item for item in loader])
+    """
+    done = nbaccel(*CPU, "--no-folder", script(body))
+    assert done.code == 0, done.err
+    assert "[ranks 0-1] fork [True, True, True, True]" in done.out
+    assert "[ranks 0-1] spawn [True, True, True, True]" in done.out
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "nbaccel", *map(str, arguments)]
+
+
+def test_script_runs_in_place_when_torchrun_started_it(nbaccel: Command, script: Writer):
+    name = script("""
+        import os, sys
+        from nbaccel import Accelerator
+        acc = Accelerator()
+        print(f"rank {acc.process_index} of {acc.num_processes} {acc.mixed_precision} {sys.argv[1:]}")
+        sys.exit(3 if acc.process_index else 0)
+    """)
+    ours = ["-m", "nbaccel", "launch", "--device", "cpu", "--mixed-precision", "bf16", name, "--lr", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *ours]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100, check=False)
+    assert "rank 0 of 2 bf16 ['--lr', '1']" in done.stdout, done.stderr
+    assert "rank 1 of 2 bf16 ['--lr', '1']" in done.stdout
+    assert "exitcode: 3" in done.stderr or "exitcode  : 3" in done.stderr
+
+
+def test_ctrl_c_leaves_nothing_behind(nbaccel: Command, script: Writer):
+    name = script("""
+        import subprocess, time
+        child = subprocess.Popen(["sleep", "60"])
+        print("child", child.pid, flush=True)
+        time.sleep(60)
+    """)
+    process = subprocess.Popen(
+        command(*CPU, "--no-folder", name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    children = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
+    below = [*named(process.pid, "nb-server"), *named(process.pid, "nb-rank-0"), *children]
+    assert len(below) == 4
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) == 130
+    assert "train.py, line 5" in process.stderr.read()
+    wait_until(lambda: gone(below), 3, "the end of everything below the command")
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom nbaccel.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'rich', 'yaml', 'numpy', 'IPython') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert "launch" in done.stdout
