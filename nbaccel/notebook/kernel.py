@@ -8,9 +8,12 @@ from typing import Any
 
 from nbaccel.engines import forkserver
 from nbaccel.errors import LaunchError
+from nbaccel.notebook.culprit import Culprit, Tracer
 from nbaccel.wire.channel import ChannelClosed
 
-__all__ = ["cell_label", "cell_source", "prepare"]
+__all__ = ["cell_label", "cell_source", "culprit", "prepare"]
+
+_tracers: list[Tracer] = []
 
 
 def _shell() -> Any:
@@ -25,6 +28,18 @@ def prepare() -> None:
         return
     _follow()
     shell.events.register("post_run_cell", _follow)
+    _tracers.append(Tracer(_cell_name, cell_label))
+    shell.events.register("post_run_cell", _tracers[0].after_cell)
+
+
+def culprit() -> Culprit | None:
+    """What first opened an accelerator in this kernel, as far as it was seen."""
+    return _tracers[0].culprit if _tracers else None
+
+
+def _cell_name() -> str:
+    """The cell that runs, or has just run: the counter is one ahead by then."""
+    return f"Cell In[{max(1, len(getattr(_shell(), 'user_ns', {}).get('In', ())) - 1)}]"
 
 
 def _follow(*_: Any) -> None:
