@@ -18,7 +18,7 @@ from nbaccel.session.panel.ansi import ansi_to_html, plain
 from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number
 from nbaccel.session.results import rank_ranges
 
-__all__ = ["body", "document", "failure", "header", "output", "panel"]
+__all__ = ["body", "document", "failure", "header", "output", "panel", "scrolling"]
 
 _STATES = {
     "starting": ("#8c8c8c", "○"),
@@ -83,7 +83,7 @@ def header(view: View) -> str:
     ranks = f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''}"
     figures = [f"{ranks} · {escape(device)}", clock(view.elapsed)]
     if view.rate is not None:
-        figures.append(f"{number(view.rate)} {escape(view.unit)}/s")
+        figures.append(f"{number(view.rate, 3)} {escape(view.unit)}/s")
     if view.left is not None:
         figures.append(f"{clock(view.left)} left")
     line = (
@@ -124,6 +124,16 @@ def output(title: str, lines: Sequence[str], *, opened: bool = False) -> str:
         f'<details{" open" if opened else ""} style="margin:2px 0"><summary style="cursor:pointer;{_MUTED}">'
         f'{escape(title)}</summary><div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere;'
         f'max-height:320px;overflow-y:auto;padding:2px 10px">{text}</div></details>'
+    )
+
+
+def scrolling(lines: Sequence[str]) -> str:
+    """What a rank printed last, in a box whose end is in view."""
+    text = "\n".join(ansi_to_html(line) for line in lines)
+    return (
+        '<div style="display:flex;flex-direction:column-reverse;max-height:260px;overflow-y:auto;'
+        f'border-left:3px solid rgba(128,128,128,0.4);padding:2px 10px">'
+        f'<div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere">{text}</div></div>'
     )
 
 
@@ -186,8 +196,8 @@ def _bar_cell(row: Row, *, named: bool) -> str:
     if row.loop:
         total = f"/{row.total}" if row.total else ""
         epoch = f" · epoch {row.epoch}" if row.epoch is not None else ""
-        speed = f" · {number(row.rate)}/s" if row.rate is not None else ""
-        left = f" · {clock(row.left)} left" if row.left else ""
+        speed = f" · {number(row.rate, 3)}/s" if row.rate is not None else ""
+        left = f" · {clock(row.left)}" if row.left else ""
         name = f"{escape(plain(row.loop))} " if named or not row.total else ""
         words = f"{name}{row.step}{total}{epoch}{speed}{left}"
     return _cell(f'{bar}<div style="font-size:11px;{_MUTED};{_ONE_LINE}">{words}</div>', 190)
@@ -256,17 +266,17 @@ def _chart(chart: Chart) -> str:
         return ""
     low, high = min(span.low for span in spans), max(span.high for span in spans)
     step = max(curve.last[0] for curve in chart.curves if curve.last is not None)
-    whose = f" · ranks {rank_ranges(chart.ranks)}" if len(chart.ranks) > 1 else ""
     title = (
         f'<div style="{_ONE_LINE}"><b>{escape(plain(chart.name))}</b> {number(chart.last)}'
-        f'<span style="{_MUTED}"> · step {step}{whose}</span></div>'
+        f'<span style="{_MUTED}"> · step {step}</span></div>'
     )
     boxes = "".join(_column(span, low, high) for span in spans)
     frame = (
         f'<div style="display:flex;align-items:flex-end;height:{_CHART_HEIGHT}px;'
         f'border-left:1px solid rgba(128,128,128,0.5);border-bottom:1px solid rgba(128,128,128,0.5)">{boxes}</div>'
     )
-    scale = f'<div style="font-size:11px;{_MUTED}">{number(low)} to {number(high)}</div>'
+    whose = f" · ranks {rank_ranges(chart.ranks)}" if len(chart.ranks) > 1 else ""
+    scale = f'<div style="font-size:11px;{_MUTED}">{number(low)} to {number(high)}{whose}</div>'
     return f'<div style="width:{_CHART_WIDTH}px">{title}{frame}{scale}</div>'
 
 

@@ -230,6 +230,8 @@ def _strip(
 def _shown_state(rank: RankState, state: RunState) -> str:
     """The rank's state, but for one that was ended because another had failed, or on request."""
     first = state.failure
+    if rank.error is not None and rank.error.type_name == "KeyboardInterrupt":
+        return "stopped"
     ended_by_us = rank.exitcode in (-2, -9, -15) and first is not None and first.rank != rank.rank
     return "stopped" if rank.state == "lost" and ended_by_us else rank.state
 
@@ -337,10 +339,10 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
-def number(value: float) -> str:
-    """A metric's value in few characters."""
+def number(value: float, digits: int = 4) -> str:
+    """A value in few characters."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"

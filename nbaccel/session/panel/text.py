@@ -47,7 +47,7 @@ def facts(view: View) -> list[str]:
         f"{view.situation} {clock(view.elapsed)}",
     ]
     if view.rate is not None:
-        found.append(f"{number(view.rate)} {view.unit}/s")
+        found.append(f"{number(view.rate, 3)} {view.unit}/s")
     if view.left is not None:
         found.append(f"{clock(view.left)} left")
     return found
@@ -83,7 +83,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         bar = "·" * _BAR
     steps = f"{row.step}{total}" if row.step or total else ""
     epoch = f" epoch {row.epoch}" if row.epoch is not None else ""
-    speed = f"{number(row.rate)} {row.unit}/s" if row.rate is not None else ""
+    speed = f"{number(row.rate, 3)} {row.unit}/s" if row.rate is not None else ""
     values = "  ".join(f"{name} {number(value)}" for name, value in row.metrics)
     parts = max(row.parts, key=lambda part: part[1], default=None)
     where = f"{parts[0]} {parts[1]:.0%}" if parts and parts[0] in PARTS else ""

@@ -1,0 +1,211 @@
+"""A real JupyterLab and a real Chromium: what a person sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [
+        name
+        for name, there in (("Chromium", CHROMIUM), ("playwright", importlib.util.find_spec("playwright")))
+        if not there
+    ]
+    if missing:
+        mark = pytest.mark.skip(
+            reason=f"no {' nor '.join(missing)} on this machine: make test-browser installs them"
+        )
+        for item in items:
+            if Path(item.path).parent == Path(__file__).parent:
+                item.add_marker(mark)
+
+
+class Lab:
+    """A JupyterLab server of its own, trusting nothing but what is said here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token = secrets.token_hex(8)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        settings = folder / "settings"
+        plugins = {
+            "apputils-extension/themes": {"theme": "JupyterLab Light"},
+            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+            "docmanager-extension/plugin": {"autosave": False},
+        }
+        for name, values in plugins.items():
+            path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+        env = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+            "HOME": str(folder),
+            "IPYTHONDIR": str(folder / ".ipython"),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "JUPYTERLAB_SETTINGS_DIR": str(settings),
+            "JUPYTER_CONFIG_DIR": str(folder / "config"),
+            "JUPYTER_DATA_DIR": str(folder / "data"),
+            "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+            "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYTHONPATH": os.environ.get("NBACCEL_TREE", str(ROOT)),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "lab",
+            "--no-browser",
+            "--allow-root",
+            f"--port={self.port}",
+        ]
+        options = [f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder / 'work'}"]
+        (folder / "work").mkdir()
+        self.log = (folder / "lab.log").open("wb")
+        self.process = subprocess.Popen(
+            [*command, *options], env=env, stdout=self.log, stderr=self.log, cwd=folder
+        )
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._wait()
+
+    def _wait(self) -> None:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=5):
+                    return
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "lab.log").read_text()
+                assert time.monotonic() < end, "JupyterLab did not answer in a minute"
+                time.sleep(0.1)
+
+    def notebook(self, name: str, *cells: str) -> Path:
+        """A notebook with these cells, in the server's folder."""
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        book = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel}
+        )
+        path = self.folder / "work" / name
+        nbformat.write(book, path)
+        return path
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One server for all tests."""
+    server = Lab(tmp_path_factory.mktemp("lab"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        started = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+class Page:
+    """A notebook open in the browser."""
+
+    def __init__(self, lab: Lab, browser: Any, path: Path, *, width: int = 1100, height: int = 900) -> None:
+        self.lab, self.path = lab, path
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.goto(f"{lab.url}/doc/tree/{path.name}?reset&token={lab.token}")
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+
+    def ready(self) -> None:
+        """Wait for the kernel."""
+        self.page.wait_for_selector(
+            '.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]',
+            timeout=60_000,
+        )
+
+    def cell(self, index: int) -> Any:
+        return self.page.locator(".jp-CodeCell").nth(index)
+
+    def output(self, index: int) -> Any:
+        return self.cell(index).locator(".jp-OutputArea")
+
+    def start(self, index: int) -> None:
+        """Run a cell; do not wait."""
+        self.cell(index).locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+
+    def run(self, index: int, timeout: float = 90) -> None:
+        """Run a cell and wait for its number."""
+        self.start(index)
+        self.done(index, timeout)
+
+    def done(self, index: int, timeout: float = 60) -> None:
+        end = time.monotonic() + timeout
+        prompt = self.cell(index).locator(".jp-InputPrompt")
+        while True:
+            text = prompt.inner_text()
+            if text.strip("[]: ").isdigit():
+                return
+            assert time.monotonic() < end, (
+                f"cell {index} did not end: {text!r}\n{self.output(index).inner_text()}"
+            )
+            time.sleep(0.05)
+
+    def save(self) -> None:
+        self.page.keyboard.press("Escape")
+        self.page.keyboard.press("Control+s")
+        self.page.wait_for_timeout(700)
+
+    def shot(self, path: Path | str, index: int | None = None) -> None:
+        target = self.page if index is None else self.cell(index)
+        target.screenshot(path=str(path))
+
+    def close(self) -> None:
+        self.page.close()
+
+
+@pytest.fixture
+def open_page(lab: Lab, browser: Any) -> Iterator[Any]:
+    """Opens notebooks: `open_page("name.ipynb", cell, …)`, or one that is there already."""
+    pages: list[Page] = []
+
+    def open_(name: str, *cells: str, **options: Any) -> Page:
+        path = lab.notebook(name, *cells) if cells else lab.folder / "work" / name
+        pages.append(Page(lab, browser, path, **options))
+        return pages[-1]
+
+    yield open_
+    for page in pages:
+        page.close()
