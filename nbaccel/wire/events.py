@@ -16,9 +16,11 @@ from typing import Any, Literal, Protocol
 __all__ = [
     "Applied",
     "Died",
+    "Display",
     "Event",
     "ExceptionInfo",
     "Frame",
+    "InputRequest",
     "Knob",
     "Metric",
     "Output",
@@ -65,6 +67,8 @@ class Progress(_Event):
     times: Mapping[str, float] | None = None
     """Seconds spent per part of the step (data, transfer, forward, backward, communication, optimizer…)
     since the previous Progress of the same name."""
+    note: str = ""
+    """What the loop says beside its bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,31 @@ class Knob(_Event):
     low: float | None = None
     """The least value it takes; None: unlimited, or not a number."""
     high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Display(_Event):
+    """Something to show beside the text: what `display`, `plt.show` and last expressions make."""
+
+    data: Mapping[str, Any]
+    """Contents by MIME type; binary ones in base64."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    """The display id, with which it can be updated."""
+    update: bool = False
+    """It takes the place of what was shown under this name."""
+    clear: Literal["now", "next"] | None = None
+    """Nothing to show: remove what this rank has shown, now or when it shows the next thing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputRequest(_Event):
+    """The rank waits for a line from a person; the answer is a `Request` of kind "input" with this id for name,
+    and for value the line, or an EOFError when nobody can be asked."""
+
+    id: str
+    prompt: str
+    password: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,14 +184,14 @@ class Died(_Event):
     detail: str = ""
 
 
-Event = Applied | Knob | Output | Progress | Metric | Status | Returned | Raised | Died
+Event = Applied | Display | InputRequest | Knob | Output | Progress | Metric | Status | Returned | Raised | Died
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What the notebook wants of a rank: stop, save now, or set a knob."""
 
-    kind: Literal["stop", "save", "knob"]
+    kind: Literal["stop", "save", "knob", "input"]
     name: str = ""
     value: Any = None
 
