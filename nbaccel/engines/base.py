@@ -12,7 +12,7 @@ from nbaccel.wire.channel import Channel
 from nbaccel.wire.events import ExceptionInfo
 from nbaccel.wire.payload import Parcel
 
-__all__ = ["Control", "Engine", "Exited", "Failed", "Opening", "Ports", "Retry", "Started"]
+__all__ = ["Control", "Engine", "Exited", "Failed", "Opening", "Ports", "Respawned", "Retry", "Started"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Respawned:
+    """A rank exists again, in place of one that ended."""
+
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Exited:
     """A rank's process ended. Negative codes are signals."""
 
@@ -56,7 +64,7 @@ class Exited:
     detail: str = ""
 
 
-Control = Opening | Retry | Failed | Started | Exited
+Control = Opening | Retry | Failed | Started | Respawned | Exited
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,6 +95,11 @@ class Engine(Protocol):
 
     def exits(self, ports: Ports) -> list[Control]:
         """What has come over the control channel; never blocks."""
+        ...
+
+    def respawn(self, ports: Ports, rank: int, generation: int) -> None:
+        """Make a rank again whose process has ended, with new connections in `ports`, which the caller has
+        closed before; `generation`: of the process group it is to join."""
         ...
 
     def kill(self, ports: Ports, ranks: Collection[int], signal: _signal.Signals) -> None:

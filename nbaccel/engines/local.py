@@ -6,17 +6,19 @@ import fcntl
 import os
 import signal as _signal
 from collections.abc import Collection, Sequence
-from typing import final
+from typing import TypeVar, final
 
 from nbaccel.engines.base import Control, Opening, Ports, Retry
 from nbaccel.engines.forkserver import ForkServer, server_for
-from nbaccel.engines.parent import Launch
+from nbaccel.engines.parent import Launch, Respawn
 from nbaccel.errors import LaunchError
 from nbaccel.rank.spec import RunSpec
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 from nbaccel.wire.payload import Parcel
 
 __all__ = ["LocalEngine"]
+
+_T = TypeVar("_T")
 
 _PIPE_SIZE = 1 << 18  # room for a burst of output while the notebook's process is busy
 
@@ -76,6 +78,20 @@ class LocalEngine:
         except ChannelClosed:
             pass  # everything of the run is gone already
 
+    def respawn(self, ports: Ports, rank: int, generation: int) -> None:
+        ours, theirs = pair()
+        pipes = _pipe(), _pipe()
+        try:
+            ports.control.send(Respawn(rank, generation), (theirs.fileno(), pipes[0][1], pipes[1][1]))
+        except ChannelClosed:
+            pass  # the group is gone: the end of the control channel says so
+        theirs.close()
+        for _, write in pipes:
+            os.close(write)
+        ports.channels = _with(ports.channels, rank, Channel(ours))
+        ports.stdouts = _with(ports.stdouts, rank, pipes[0][0])
+        ports.stderrs = _with(ports.stderrs, rank, pipes[1][0])
+
     def stop(self, ports: Ports) -> None:
         ports.control.shut_sending()
         if ports.opening is not None and not ports.control.eof:
@@ -127,6 +143,10 @@ class _Ends:
         for read, write in self._pipes:
             os.close(read)
             os.close(write)
+
+
+def _with(values: tuple[_T, ...], index: int, value: _T) -> tuple[_T, ...]:
+    return (*values[:index], value, *values[index + 1 :])
 
 
 def _pipe() -> tuple[int, int]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
 from nbaccel.engines import store
-from nbaccel.engines.base import Exited, Failed, Opening, Retry, Started
+from nbaccel.engines.base import Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.engines.children import Children
 from nbaccel.rank import worker
 from nbaccel.rank.failure import describe
@@ -28,7 +28,7 @@ from nbaccel.rank.spec import Place, RunSpec
 from nbaccel.wire import payload
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 
-__all__ = ["Launch", "serve"]
+__all__ = ["Launch", "Respawn", "serve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,14 @@ class Launch:
     parcel: payload.Parcel
     open_in_ranks: bool
     has_payload: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Respawn:
+    """A session's rank to be made again. Descriptors beside it: its channel, stdout and stderr."""
+
+    rank: int
+    generation: int
 
 
 def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
@@ -63,9 +71,9 @@ def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
     call_process("nb-run")
     try:
         control.send(Opening(os.getpid()))
-        pids = _make_ranks(maker, launch, fds, control)
+        pids, store_boot = _make_ranks(maker, launch, fds, control)
         control.send(Started(tuple(pids)))
-        _see_through(control, pids)
+        _Group(control, maker, launch.spec, pids, store_boot).see_through()
     except ChannelClosed:
         pass  # the notebook ended the run
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
@@ -78,8 +86,8 @@ def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
         os._exit(0)
 
 
-def _make_ranks(maker: _Maker, launch: Launch, fds: list[int], control: Channel) -> list[int]:
-    """The run's ranks and its store, each in its place; the ranks' process ids."""
+def _make_ranks(maker: _Maker, launch: Launch, fds: list[int], control: Channel) -> tuple[list[int], Channel]:
+    """The run's ranks and its store, each in its place; the ranks' process ids and the line to the store."""
     spec, content = launch.spec, fds[1] if launch.has_payload else None
     ends = fds[2 if launch.has_payload else 1 :]
     listening = store.listen()
@@ -107,15 +115,16 @@ def _make_ranks(maker: _Maker, launch: Launch, fds: list[int], control: Channel)
         for seat, place in zip(seats, places, strict=True):
             seat.boot.send((spec, place), place.fds)
         pids = [seat.pid for seat in seats]
-    maker.store(without=ours).boot.send(
-        os.getpid(), [listening.fileno(), *(end.fileno() for end, _ in stores)]
-    )
+    store_boot = maker.store(without=ours).boot
+    store_boot.send(os.getpid(), [listening.fileno(), *(end.fileno() for end, _ in stores)])
     maker.dismiss()
+    if not spec.keep:
+        store_boot.close()
     for fd in ours[1:]:  # all but the control channel
         os.close(fd)
     for sock in (listening, *(end for both in stores for end in both)):
         sock.detach()
-    return pids
+    return pids, store_boot
 
 
 def _worth_sharing(parcel: payload.Parcel) -> bool:
@@ -171,9 +180,10 @@ class _Maker:
             self._ranks.append(self._new("worker", ()))
         self._stores.append(self._new("store", ()))
 
-    def rank(self, *, without: Sequence[int]) -> _Seat:
-        """A process waiting to be a rank. `without`: descriptors one made now must not keep."""
-        return self._ranks.pop() if self._ranks else self._new("worker", without)
+    def rank(self, *, without: Sequence[int], children: Children | None = None) -> _Seat:
+        """A process waiting to be a rank. `without`: descriptors one made now must not keep; `children`:
+        whose signal it must not inherit."""
+        return self._ranks.pop() if self._ranks else self._new("worker", without, children)
 
     def store(self, *, without: Sequence[int]) -> _Seat:
         """A process waiting to be the store."""
@@ -193,7 +203,7 @@ class _Maker:
             seat.boot.close()
         self._ranks, self._stores = [], []
 
-    def _new(self, role: str, without: Sequence[int]) -> _Seat:
+    def _new(self, role: str, without: Sequence[int], children: Children | None = None) -> _Seat:
         ours, theirs = pair()
         if not self.can_fork:
             room = "rank.worker" if role == "worker" else "engines.store"
@@ -204,6 +214,8 @@ class _Maker:
             pid = os.fork()
             if pid == 0:
                 ours.close()
+                if children is not None:
+                    children.forget()
                 self._leave(without)
                 die_with_parent(me)
                 (worker if role == "worker" else store).main(theirs.detach())
@@ -228,22 +240,64 @@ def _python(code: str, fds: Sequence[int]) -> int:
     return process.pid
 
 
-def _see_through(control: Channel, pids: list[int]) -> None:
-    """Pass signals on and report exits until the notebook closes the channel."""
-    rank_of = {pid: rank for rank, pid in enumerate(pids)}
-    children = Children()
-    while True:
-        for pid in children.ended():
-            if pid in rank_of:
-                _signal_group(pid)  # while the zombie holds the number, nobody else can have it
-            code = children.reap(pid)
-            if pid in rank_of:
-                control.send(Exited(rank_of.pop(pid), code))
-        if children.wait(control.fileno()):
-            (ranks, number), _ = control.recv()
-            for pid, rank in rank_of.items():
-                if rank in ranks:
-                    _signal(pid, number)
+@final
+class _Group:
+    """The ranks that were made, until the notebook closes the control channel.
+
+    Args:
+        control: to the notebook.
+        maker: makes a session's lost ranks again.
+        pids: by rank.
+        store: the line to the store's process, which learns of a new rank over it.
+    """
+
+    def __init__(
+        self, control: Channel, maker: _Maker, spec: RunSpec, pids: Sequence[int], store: Channel
+    ) -> None:
+        self._control, self._maker, self._spec, self._store = control, maker, spec, store
+        self._rank_of = {pid: rank for rank, pid in enumerate(pids)}
+
+    def see_through(self) -> NoReturn:
+        """Pass signals on, report exits and replace ranks, until `ChannelClosed` is raised."""
+        children = Children()
+        while True:
+            for pid in children.ended():
+                if pid in self._rank_of:
+                    _signal_group(pid)  # while the zombie holds the number, nobody else can have it
+                code = children.reap(pid)
+                if pid in self._rank_of:
+                    self._control.send(Exited(self._rank_of.pop(pid), code))
+            if children.wait(self._control.fileno()):
+                message, fds = self._control.recv()
+                if isinstance(message, Respawn):
+                    self._respawn(message, fds, children)
+                    continue
+                ranks, number = message
+                for pid, rank in self._rank_of.items():
+                    if rank in ranks:
+                        _signal(pid, number)
+
+    def _respawn(self, order: Respawn, fds: list[int], children: Children) -> None:
+        ours, theirs = pair()
+        self._store.send(order.rank, (ours.fileno(),))
+        ours.close()
+        place = Place(
+            rank=order.rank,
+            parent=os.getpid(),
+            port=0,
+            parcel=payload.Parcel(0, inline=b""),
+            fds=(*fds, theirs.fileno()),
+            generation=order.generation,
+        )
+        without = [*fds, theirs.fileno(), self._control.fileno(), self._store.fileno()]
+        seat = self._maker.rank(without=without, children=children)
+        seat.boot.send((self._spec, place), place.fds)
+        seat.boot.close()
+        theirs.close()
+        for fd in fds:
+            os.close(fd)
+        self._rank_of[seat.pid] = order.rank
+        self._control.send(Respawned(order.rank, seat.pid))
 
 
 def _signal(pid: int, number: int) -> None:

@@ -36,16 +36,16 @@ def main(boot: int) -> NoReturn:
         parent, fds = channel.recv()
     except ChannelClosed:
         os._exit(0)  # the run was not to be
-    channel.close()
-    serve(socket.socket(fileno=fds[0]), fds[1:], parent)
+    serve(socket.socket(fileno=fds[0]), fds[1:], parent, channel)
 
 
-def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
-    """Answer each rank's question for a group's port until the last rank is gone.
+def serve(first: socket.socket, ranks: list[int], parent: int, boot: Channel) -> NoReturn:
+    """Answer each rank's question for a group's port until the last rank is gone and none can come.
 
     Args:
         first: listens for the first group of all ranks; its port is the ranks' MASTER_PORT.
         ranks: descriptors, one per rank.
+        boot: a rank that is made again is announced here, with its descriptor; its end means that none is.
     """
     die_with_parent(parent)
     call_process("nb-store")
@@ -65,13 +65,18 @@ def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
         open_store((len(ranks), 0, -1), first)
         channels = {fd: Channel.from_fd(fd) for fd in ranks}
         selector = selectors.DefaultSelector()
-        for fd in ranks:
+        channels[boot.fileno()] = boot
+        for fd in channels:
             selector.register(fd, selectors.EVENT_READ, fd)
         while channels:
             for ready, _ in selector.select():
                 fd = ready.data
                 try:
-                    key, _ = channels[fd].recv()
+                    key, fds = channels[fd].recv()
+                    if channels[fd] is boot:
+                        channels[fds[0]] = Channel.from_fd(fds[0])
+                        selector.register(fds[0], selectors.EVENT_READ, fds[0])
+                        continue
                     if key not in ports:
                         open_store(key, listen())
                     channels[fd].send(ports[key])
@@ -80,9 +85,10 @@ def serve(first: socket.socket, ranks: list[int], parent: int) -> NoReturn:
                     channels.pop(fd).close()
                     continue
                 asked[key] += 1
-                world, number, rank = key
-                if asked[key] >= world:  # all have left the group before this one
-                    stores.pop((world, number - 1, rank), None)
+                world, number, _ = key
+                if asked[key] >= world:  # all have left the groups before this one
+                    for old in [old for old in stores if old[::2] == key[::2] and old[1] < number]:
+                        del stores[old]
     except BaseException:  # noqa: BLE001  # the end of this process: its last words go to rank 0's stderr
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()

@@ -22,16 +22,30 @@ from nbaccel.wire.channel import Channel
 __all__ = ["install"]
 
 
-def install(stores: Channel, spec: RunSpec, rank: int) -> None:
+# More groups than one generation of a session ever opens.
+_GENERATION = 1 << 20
+
+
+def install(stores: Channel, spec: RunSpec, rank: int) -> Callable[[int], None]:
     """Route this rank's rendezvous through the run's store process.
+
+    Returns: what to call with a session's generation, so that ranks that opened different numbers of groups
+    count alike again.
 
     Torch has no public hook for it: `_create_c10d_store` is where both env:// and tcp:// make their
     store. Where a torch lacks it, MASTER_ADDR and MASTER_PORT still lead to the first group's store.
     """
     import torch.distributed as dist
 
+    opened: Counter[int] = Counter()
+    base = [0]
+
+    def renew(generation: int) -> None:
+        opened.clear()
+        base[0] = generation * _GENERATION
+
     if not dist.is_available():
-        return
+        return renew
     import torch.distributed.distributed_c10d as c10d
 
     # torch.distributed.rendezvous as an attribute is the function of that name, not the module
@@ -42,8 +56,7 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> None:
         c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     original: Callable[..., Any] | None = getattr(rendezvous, "_create_c10d_store", None)
     if original is None:
-        return
-    opened: Counter[int] = Counter()
+        return renew
     owner = os.getpid()
     local = {"127.0.0.1", "localhost", "::1", "0.0.0.0", socket.gethostname()}
 
@@ -58,7 +71,7 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> None:
     ) -> Any:
         if hostname not in local or os.getpid() != owner:
             return original(hostname, port, rank_in_group, world_size, timeout, *args, **options)
-        number = opened[world_size]
+        number = base[0] + opened[world_size]
         opened[world_size] += 1
         # a group of one is this rank's own: nobody else counts along
         key = (world_size, number, rank if world_size == 1 else -1)
@@ -69,3 +82,4 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> None:
         )
 
     rendezvous._create_c10d_store = create  # type: ignore[attr-defined]
+    return renew

@@ -19,6 +19,8 @@ from collections.abc import Collection, Iterator
 from types import FrameType
 from typing import Any, final
 
+from nbaccel.rank.free import close_connections
+from nbaccel.rank.spec import Free
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 from nbaccel.wire.snapshot import Answer, Ask, Collective, Line, Peer, Records, Stacks, Thread
 
@@ -62,7 +64,10 @@ class Reporter:
         try:
             while True:
                 ask, _ = self._channel.recv()
-                self._channel.send(self._answer(ask))
+                if isinstance(ask, Free):
+                    close_connections(ask.pids)
+                else:
+                    self._channel.send(self._answer(ask))
         except (ChannelClosed, OSError):
             return  # the notebook's process is gone; the rank's own channel ends the rank
 

@@ -10,7 +10,7 @@ from typing import Any
 from nbaccel.config import RUN_CONFIG_VARIABLE
 from nbaccel.wire.payload import Parcel
 
-__all__ = ["Call", "Exit", "Place", "RunSpec", "rank_environ"]
+__all__ = ["Call", "Exit", "Free", "Join", "Place", "RunSpec", "rank_environ"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,10 @@ class RunSpec:
     """The RunConfig as JSON."""
     collective_timeout: float | None = None
     """Seconds; None is torch's own default."""
+    backend: str = "gloo"
+    """Of the process group a session's ranks have ready."""
+    keep: bool = False
+    """Whether the ranks stay after a call, for the next: a session's do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +54,38 @@ class Place:
     """The call."""
     fds: tuple[int, ...]
     """Channel, stdout, stderr, the store's, and the call's content when it has any."""
+    generation: int = 0
+    """How many times the session's process group has been made before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Run the function that was delivered at the start."""
+    """Run a function."""
 
     id: int
     returns: bool
     """Whether the value is wanted back."""
+    parcel: Parcel | None = None
+    """(function, args, kwargs), its content in the descriptor beside it; None is what was delivered at the
+    start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Between calls: make the session's process group again, in this generation."""
+
+    generation: int
+    keep_groups: bool
+    """Whether every rank still has its groups, so that what was built on them can go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """To a rank's reporter: let go of the collective this rank waits in, by closing its connections to the
+    other ranks."""
+
+    pids: tuple[int, ...]
+    """Processes of the other ranks."""
 
 
 @dataclass(frozen=True, slots=True)

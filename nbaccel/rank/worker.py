@@ -18,18 +18,21 @@ import threading
 import types
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn, final
 
 from nbaccel.errors import PayloadError
 from nbaccel.rank import capture, groups, rendezvous, threads
 from nbaccel.rank.failure import describe
+from nbaccel.rank.membership import Membership
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.process import call_process, die_with_parent
-from nbaccel.rank.spec import Call, Exit, Place, RunSpec, rank_environ
+from nbaccel.rank.reporter import Reporter
+from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
-from nbaccel.wire.events import Applied, Event, Raised, Request, Returned, Status
+from nbaccel.wire.events import Applied, Event, Joined, Raised, Request, Returned, Status
 
 __all__ = ["main", "open_call", "start", "take_over"]
 
@@ -83,12 +86,15 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         if call is None:
             take_over(spec)
         os.environ.update(rank_environ(spec, place.rank, place.port))
-        _set_up(spec, place.rank, Channel.from_fd(stores))
-        call = call or open_call(place)
+        renew = _set_up(spec, place.rank, Channel.from_fd(stores))
+        membership = _join_session(spec, place, renew) if spec.keep else None
+        call = call or (None if spec.keep else open_call(place))
         events.connect(port)
         os.register_at_fork(after_in_child=lambda: events.connect(None))
-        events.emit(Status(state="idle", pid=os.getpid()))
-        code = _serve(port, call)
+        reporter = Reporter()
+        port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
+        reporter.start()
+        code = _Server(port, call, membership).serve()
     except ChannelClosed:
         pass  # the notebook is gone: so are we
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
@@ -97,13 +103,16 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         _leave(code)
 
 
+_Command = Call | Join | Exit
+
+
 @final
 class _Port:
     """The rank's end of the channel: `wire.events` speaks through it."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._commands: deque[tuple[Call | Exit, list[int]]] = deque()
+        self._commands: deque[tuple[_Command, list[int]]] = deque()
         self._lock = threading.Lock()
 
     def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
@@ -119,7 +128,7 @@ class _Port:
                     self._commands.append((message, fds))
         return found
 
-    def next_command(self) -> tuple[Call | Exit, list[int]]:
+    def next_command(self) -> tuple[_Command, list[int]]:
         """Wait for what to do next; requests that come while nothing runs are for nobody."""
         while not self._commands:
             message, fds = self._channel.recv()
@@ -128,8 +137,11 @@ class _Port:
         return self._commands.popleft()
 
 
-def _set_up(spec: RunSpec, rank: int, stores: Channel) -> None:
-    """Random state, threads, device and rendezvous as a fresh process of its own would have them."""
+def _set_up(spec: RunSpec, rank: int, stores: Channel) -> Callable[[int], None]:
+    """Random state, threads, device and rendezvous as a fresh process of its own would have them.
+
+    Returns: what `rendezvous.install` does.
+    """
     import torch
 
     _forget_exit_handlers()
@@ -142,9 +154,26 @@ def _set_up(spec: RunSpec, rank: int, stores: Channel) -> None:
     threads.limit(spec.threads)
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(rank)
-    rendezvous.install(stores, spec, rank)
+    renew = rendezvous.install(stores, spec, rank)
     groups.keep_groups()
     by_value_in_main()
+    return renew
+
+
+def _join_session(spec: RunSpec, place: Place, renew: Callable[[int], None]) -> Membership:
+    """The session's process group, and the names every cell finds."""
+    import torch
+
+    membership = Membership(spec, place.rank, renew)
+    membership.join(place.generation)
+    sys.modules["__main__"].__dict__.update(
+        rank=place.rank,
+        local_rank=place.rank,
+        world_size=spec.num_processes,
+        device=torch.device(spec.device, *([place.rank] if spec.device in ("cuda", "xpu") else [])),
+        dist=torch.distributed,
+    )
+    return membership
 
 
 def _forget_exit_handlers() -> None:
@@ -158,27 +187,104 @@ def _forget_exit_handlers() -> None:
     atexit.register(logging.shutdown)
 
 
-def _serve(port: _Port, call: Any) -> int:
-    """Run calls until told to leave; the exit code."""
-    while True:
-        command, _ = port.next_command()
-        if isinstance(command, Exit):
-            return 0
+@final
+class _Server:
+    """Runs what the notebook asks for, until told to leave.
+
+    Args:
+        port: where it is told.
+        opened: (function, args, kwargs) of the call that was delivered at the start.
+        membership: in a session, whose ranks go on after a failure.
+    """
+
+    def __init__(self, port: _Port, opened: Any, membership: Membership | None) -> None:
+        self._port, self._opened, self._membership = port, opened, membership
+
+    def serve(self) -> int:
+        """The exit code."""
+        while True:
+            command, fds = self._port.next_command()
+            if isinstance(command, Exit):
+                return 0
+            if isinstance(command, Join):
+                self._rejoin(command)
+            elif not self._perform(command, fds) and self._membership is None:
+                return 1
+
+    def _rejoin(self, order: Join) -> None:
+        assert self._membership is not None
+        self._port.emit(Joined(replicas=self._membership.rejoin(order)))
+        self._port.emit(Status(state="idle", pid=os.getpid()))
+
+    def _perform(self, call: Call, fds: list[int]) -> bool:
+        """Run a call and answer; whether it ended well."""
         try:
-            _interruptible(True)
             try:
-                function, args, kwargs = call
+                _interruptible(True)
+                function, args, kwargs = self._open(call, fds)
                 value = function(*args, **kwargs)
                 _tell_of_peers()
             finally:
                 _interruptible(False)
-            _answer(port, command, value)
+            self._answer(call, value)
         except SystemExit as error:
             if error.code not in (None, 0):
-                return _fail(port, command, error)
-            _answer(port, command, None)
-        except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt too: it is told, then we leave
-            return _fail(port, command, error)
+                self._fail(call, error)
+                return False
+            self._answer(call, None)
+        except ChannelClosed:
+            raise
+        except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt too: it is told
+            self._fail(call, error)
+            return False
+        return True
+
+    def _open(self, call: Call, fds: list[int]) -> Any:
+        if self._membership is not None:
+            self._membership.begin_call()
+        if call.parcel is None:
+            return self._opened
+        try:
+            opened, sidecar = payload.unpack(call.parcel, fds[0] if fds else None)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        payload.install(sidecar, sys.modules["__main__"], replace=True)
+        return opened
+
+    def _num_collectives(self) -> int:
+        return 0 if self._membership is None else self._membership.num_collectives()
+
+    def _answer(self, call: Call, value: Any) -> None:
+        """All output first, then the value."""
+        fd = None
+        try:
+            parcel = None
+            if call.returns and value is not None:
+                try:
+                    parcel, fd = payload.pack(value, outward=False)
+                except PayloadError as error:
+                    raise PayloadError(f"the function's return value cannot be sent back: {error}") from None
+            capture.drain()
+            answer = Returned(call=call.id, value=parcel, collectives=self._num_collectives())
+            self._port.emit(answer, () if fd is None else (fd,))
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        """All output first, then the error."""
+        info = describe(error)
+        fd = None
+        try:
+            parcel, fd = payload.pack(error, outward=False)
+        except Exception:  # noqa: BLE001  # an exception that cannot travel is still told in words
+            parcel = None
+        capture.drain()
+        raised = Raised(call=call.id, info=info, error=parcel, collectives=self._num_collectives())
+        self._port.emit(raised, () if fd is None else (fd,))
+        if fd is not None:
+            os.close(fd)
 
 
 def _tell_of_peers() -> None:
@@ -192,36 +298,6 @@ def _tell_of_peers() -> None:
 def _interruptible(on: bool) -> None:
     """Whether SIGINT raises KeyboardInterrupt: only while user code runs."""
     signal.signal(signal.SIGINT, signal.default_int_handler if on else signal.SIG_IGN)
-
-
-def _answer(port: _Port, call: Call, value: Any) -> None:
-    """All output first, then the value."""
-    fd = None
-    try:
-        parcel = None
-        if call.returns:
-            try:
-                parcel, fd = payload.pack(value, outward=False)
-            except PayloadError as error:
-                raise PayloadError(f"the function's return value cannot be sent back: {error}") from None
-        capture.drain()
-        port.emit(Returned(call=call.id, value=parcel), () if fd is None else (fd,))
-    finally:
-        if fd is not None:
-            os.close(fd)
-
-
-def _fail(port: _Port, call: Call, error: BaseException) -> int:
-    """All output first, then the error; the exit code."""
-    info = describe(error)
-    fd = None
-    try:
-        parcel, fd = payload.pack(error, outward=False)
-    except Exception:  # noqa: BLE001  # an exception that cannot travel is still told in words
-        parcel = None
-    capture.drain()
-    port.emit(Raised(call=call.id, info=info, error=parcel), () if fd is None else (fd,))
-    return 1
 
 
 def _leave(code: int) -> NoReturn:

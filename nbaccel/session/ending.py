@@ -1,4 +1,4 @@
-"""How a run comes to its end once something asked for it: which signal is due when."""
+"""How a call, or a group of ranks, comes to its end once something asked for it: what is due when."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import signal
 from dataclasses import dataclass
 from typing import Literal, final
 
-__all__ = ["Ending", "Limits", "Reason"]
+__all__ = ["Action", "Ending", "Limits", "Reason"]
 
 Reason = Literal["returned", "failed", "interrupted", "timeout", "killed"]
+
+Action = signal.Signals | Literal["free"]
+"""A signal to the ranks, or "free" for those that wait in a collective."""
 
 # A rank that ignores SIGTERM has this long to change its mind.
 _AFTER_SIGTERM = 0.2
 # Exit handlers (a tracker's last upload) get longer than a rank that must not disturb the others' error.
 _EXIT_HANDLERS = 30.0
+# In a session the peers of a failed rank finish what they are at, are interrupted, and are freed.
+_PEERS_GO_ON = 0.3
+_AFTER_SIGINT = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +37,22 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class _Due:
     at: float
-    signal: signal.Signals
+    action: Action
 
 
 @final
 class Ending:
-    """The schedule of signals to ranks that do not end by themselves.
+    """The schedule of what is done to ranks that do not end by themselves.
 
     Args:
         grace: seconds the ranks have to end by themselves after a failure or an interrupt.
+        keep: whether the ranks stay when the call is over: they are interrupted, then freed from the
+            collective they wait in, and only then killed.
     """
 
-    def __init__(self, grace: float) -> None:
+    def __init__(self, grace: float, *, keep: bool = False) -> None:
         self._grace = grace
+        self._keep = keep
         self._due: list[_Due] = []
         self.reason: Reason | None = None
         self.began: float | None = None
@@ -54,22 +63,35 @@ class Ending:
             if self.reason is None or self.reason == "returned":
                 self.reason = reason
             self.began = now
-            grace = {"returned": _EXIT_HANDLERS, "killed": 0.0}.get(reason, self._grace)
-            self._due = [
-                _Due(now + grace, signal.SIGTERM),
-                _Due(now + grace + _AFTER_SIGTERM, signal.SIGKILL),
-            ]
-            if reason == "killed":
-                self._due = [_Due(now, signal.SIGKILL)]
-            elif reason in ("interrupted", "timeout"):
-                self._due.insert(0, _Due(now, signal.SIGINT))
+            steps = self._kept(reason) if self._keep else self._last(reason)
+            self._due = [_Due(now + after, action) for after, action in steps]
+
+    def _last(self, reason: Reason) -> list[tuple[float, Action]]:
+        """The steps that end ranks for good."""
+        if reason == "killed":
+            return [(0.0, signal.SIGKILL)]
+        grace = _EXIT_HANDLERS if reason == "returned" else self._grace
+        first: list[tuple[float, Action]] = (
+            [(0.0, signal.SIGINT)] if reason in ("interrupted", "timeout") else []
+        )
+        return [*first, (grace, signal.SIGTERM), (grace + _AFTER_SIGTERM, signal.SIGKILL)]
+
+    def _kept(self, reason: Reason) -> list[tuple[float, Action]]:
+        """The steps that make ranks stop a call and stay."""
+        if reason == "returned":
+            return []
+        if reason == "killed":
+            return [(0.0, signal.SIGKILL)]
+        first = _PEERS_GO_ON if reason == "failed" else 0.0
+        free = first + _AFTER_SIGINT
+        return [(first, signal.SIGINT), (free, "free"), (free + self._grace, signal.SIGKILL)]
 
     def next_at(self) -> float | None:
-        """When the next signal is due; None when none is."""
+        """When the next action is due; None when none is."""
         return self._due[0].at if self._due else None
 
-    def take_due(self, now: float) -> signal.Signals | None:
-        """The signal that is due now, once."""
+    def take_due(self, now: float) -> Action | None:
+        """The action that is due now, once."""
         if self._due and self._due[0].at <= now:
-            return self._due.pop(0).signal
+            return self._due.pop(0).action
         return None

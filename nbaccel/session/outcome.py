@@ -24,6 +24,8 @@ class Ended:
     """What the relay knows once no process of the run is left."""
 
     num_ranks: int
+    ranks: tuple[int, ...]
+    """Those that were to run it."""
     reason: Reason | None
     """What asked for the end first; None when the ranks never came to run."""
     startup_error: NbaccelError | None
@@ -36,6 +38,10 @@ class Ended:
     last_words: Mapping[int, tuple[str, ...]]
     limits: Limits
     folder: str | None
+    keep: bool = False
+    """Whether the ranks stay: those that were interrupted then say where they were."""
+    notes: tuple[str, ...] = ()
+    """What else the person must know."""
 
 
 def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
@@ -50,10 +56,11 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
         )
     if ended.failures:
         return _worker_error(ended, label)
-    values = Results([None] * ended.num_ranks)
-    for rank, (parcel, fd) in ended.values.items():
+    values = Results([None] * len(ended.ranks))
+    for at, rank in enumerate(ended.ranks):
+        parcel, fd = ended.values[rank]
         if parcel is not None:
-            values[rank] = payload.unpack(parcel, fd)[0]
+            values[at] = payload.unpack(parcel, fd)[0]
     return values
 
 

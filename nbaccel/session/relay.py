@@ -1,75 +1,66 @@
-"""The one thread between the ranks and everything that watches them.
+"""The one thread between a group of ranks and everything that watches them.
 
-It reads every rank's channel and output, folds each event into the run's state, hands it to the sinks,
-starts the call once all ranks are there, ends the run when something asks for it, and resolves its
-future when no process of it is left. Nobody else reads, kills or closes.
+It reads every rank's channel and output, folds each event into the group's state, hands it to the call
+under way and its sinks, starts each call once all ranks are ready, ends it when something asks for it,
+and resolves its future. Nobody else reads, kills or closes. A launch is a group that serves one call: its
+future is resolved when no process is left. In a session the ranks stay, and one that is lost is replaced.
 
-        channel, stdout, stderr of each rank ─┐                        ┌─ sinks (text, run folder, …)
+        channel, stdout, stderr of each rank ─┐                        ┌─ call under way: sinks, future
         control (exits)                      ─┼─ select → fold ────────┤
-        commands (interrupt, kill)           ─┘     │                  └─ future of the run
-                                                    └─ Call, Exit, signals → ranks
+        orders (call, interrupt, kill, post) ─┘     │                  └─ the group's own sink
+                                                    └─ Call, Join, Exit, Request, signals → ranks
 """
 
 from __future__ import annotations
 
 import contextvars
-import fcntl
 import os
-import selectors
+import queue
 import signal
-import struct
-import termios
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, final
 
-from nbaccel.engines.base import Engine, Exited, Failed, Opening, Ports, Retry, Started
+from nbaccel.engines.base import Engine, Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.errors import LaunchError, NbaccelError
-from nbaccel.rank.spec import Call, Exit, RunSpec
-from nbaccel.session.ending import Ending, Limits, Reason
-from nbaccel.session.outcome import Ended, conclude
+from nbaccel.rank.spec import Call, Exit, Free, Join, RunSpec
+from nbaccel.session.call import CallInFlight, Delivery
+from nbaccel.session.ending import Action, Ending, Reason
 from nbaccel.session.report import CellLabel, explain_exit, render
-from nbaccel.session.results import Results
+from nbaccel.session.results import rank_ranges
 from nbaccel.session.sinks.base import Sink
-from nbaccel.session.state import RunState, fold, new_state
-from nbaccel.wire import payload
-from nbaccel.wire.channel import ChannelClosed
-from nbaccel.wire.events import Applied, Died, Event, Output, Raised, Returned, Status
+from nbaccel.session.state import RankState, RunState, fold, new_state
+from nbaccel.session.wires import Wires
+from nbaccel.wire.channel import Channel, ChannelClosed
+from nbaccel.wire.events import Died, Event, Joined, Output, Raised, Returned, Status
 
-__all__ = ["Delivery", "Relay"]
+__all__ = ["Relay"]
 
-_READ = 1 << 18
 _TICK = 0.05
 # Importing torch in a cold server, on a slow disk: no fault of the ranks.
 _SERVER_START = 300.0
 _GONE = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
-    """The call on its way: what, and whose value is wanted."""
-
-    parcel: payload.Parcel
-    fd: int | None
-    returns: Literal["all", "rank0", "none"]
+# A group whose ranks are lost again while they come up is given up.
+_MOST_RECOVERIES = 3
 
 
 @final
 class Relay:
-    """Drives one run from its start to the last process's end.
+    """Drives a group of ranks from its start to the last process's end.
 
     Args:
         engine: makes and ends the ranks.
-        spec: the run.
-        delivery: the call; the relay closes its descriptor.
-        sinks: fed with every event on the relay's thread; the relay closes them.
-        say: tells the person one sentence about how the ranks came to be.
+        spec: the group; `spec.keep` tells a session's from a launch's.
+        delivery: what the ranks are given at their start; the first call's, or an empty one.
+        first: the call that is made with it; None when calls come later.
+        start_limit: seconds until all ranks must be ready.
+        say: tells the person one sentence about the group.
         label: what the front end calls a file a cell was compiled from.
-        folder: the run's folder, for messages.
-        expected: options some Accelerator must say it applied, with what to tell the person if none does.
+        idle_sink: shown what happens while no call is under way.
     """
 
     def __init__(
@@ -77,76 +68,103 @@ class Relay:
         engine: Engine,
         spec: RunSpec,
         delivery: Delivery,
-        sinks: Sequence[Sink],
+        first: CallInFlight | None = None,
         *,
-        limits: Limits,
+        start_limit: float,
         say: Callable[[str], None],
         label: CellLabel = lambda _: None,
-        folder: str | None = None,
-        expected: Mapping[str, str] | None = None,
+        idle_sink: Sink | None = None,
     ) -> None:
-        self.future: Future[Results] = Future()
-        self._say = say
-        self._expected = dict(expected or {})
-        self._engine, self._spec, self._delivery, self._sinks = engine, spec, delivery, list(sinks)
-        self._limits, self._label, self._folder = limits, label, folder
+        self.ready: Future[None] = Future()
+        """Resolved when the ranks are first ready, or will never be."""
+        self._engine, self._spec, self._delivery = engine, spec, delivery
+        self._start_limit, self._say, self._label = start_limit, say, label
+        self._idle_sink = idle_sink
+        self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._state = new_state(spec.num_processes, time.time())
-        self._phase: Literal["starting", "running", "ending", "stopping"] = "starting"
-        self._ending = Ending(limits.grace)
-        self._deadline = time.monotonic() + _SERVER_START
+        self._phase: Literal["starting", "ready", "leaving", "stopping", "over"] = "starting"
+        self._call: CallInFlight | None = first
+        self._waiting: deque[CallInFlight] = deque()
+        self._settling: CallInFlight | None = None
+        self._calls = 0
+        self._leaving = first.ending if first is not None and not spec.keep else Ending(1.0)
+        self._deadline: float | None = time.monotonic() + _SERVER_START
         # the sinks' own work waits while the ranks come up, unless that takes long
         self._quiet_until = time.monotonic() + 0.5
         self._opened = False
-        self._failures: dict[int, Raised | Died] = {}
-        self._values: dict[int, tuple[payload.Parcel | None, int | None]] = {}
-        self._errors: dict[int, tuple[payload.Parcel, int | None]] = {}
-        self._signalled: dict[int, signal.Signals] = {}
+        self._started_once = False
+        self._generation = 0
+        self._recoveries = 0
+        self._replicas: dict[int, Mapping[str, str]] = {}
+        self._counts: dict[int, int] = {}
+        self._joined: set[int] = set()
         self._retries: list[Retry] = []
         self._startup_error: NbaccelError | None = None
-        self._commands, self._command_write = os.pipe()
-        os.set_blocking(self._command_write, False)
-        self._ports = engine.start(spec, delivery.parcel, delivery.fd)
+        self._wires = Wires(
+            engine.start(spec, delivery.parcel, delivery.fd),
+            on_control=self._on_control,
+            on_rank=self._on_channel,
+            on_output=lambda rank, stream, data: self._fold(Output(rank=rank, stream=stream, data=data)),
+        )
         self._tell()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._commands, selectors.EVENT_READ, self._on_command)
-        self._watch(self._ports)
         # in a copy of the caller's context: what a sink prints appears in the cell that launched
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._run,), name="nbaccel-relay", daemon=True
         )
         self._thread.start()
 
+    # ── from other threads ────────────────────────────────────────────────────────────────────────
+
     @property
     def state(self) -> RunState:
         """What is known of the ranks now."""
         return self._state
 
-    def interrupt(self) -> None:
-        """Ask for KeyboardInterrupt in every rank; a second time, kill them. Safe in a signal handler."""
-        self._command(b"i")
+    @property
+    def over(self) -> bool:
+        """Whether the group has ended, or is about to: it takes no more calls."""
+        return self._phase in ("leaving", "stopping", "over")
 
-    def kill(self) -> None:
-        """End every rank at once."""
-        self._command(b"k")
+    @property
+    def reporters(self) -> dict[int, tuple[Channel, int | None]]:
+        """By rank: the line to its reporter, and the memory file faulthandler writes its stacks to."""
+        return self._wires.reporters
+
+    def submit(self, call: CallInFlight) -> None:
+        """Make this call once those before it are over."""
+        self._order("submit", call)
+
+    def interrupt(self, call: CallInFlight) -> None:
+        """Ask for KeyboardInterrupt in the call's ranks; a second time, kill them. Safe in a signal handler."""
+        self._order("interrupt", call)
+
+    def kill(self, call: CallInFlight) -> None:
+        """End the call's ranks at once."""
+        self._order("kill", call)
+
+    def post(
+        self, message: Any, ranks: Collection[int] | None = None, call: CallInFlight | None = None
+    ) -> None:
+        """Send a message to ranks (None: all), if and as soon as `call` is under way (None: now)."""
+        self._order("post", (message, ranks, call))
+
+    def close(self) -> None:
+        """End the group: idle ranks leave in order, a call under way is ended. Returns at once."""
+        self._order("close", None)
 
     def join(self) -> None:
-        """Wait for the thread's last line, after the future is resolved."""
+        """Wait for the thread's last line."""
         self._thread.join()
 
-    def forget(self) -> None:
-        """Keep the values no longer, once the run has ended."""
-        self.future = Future()
-        self.future.cancel()
+    def _order(self, what: str, about: Any) -> None:
+        self._orders.put((what, about))
+        self._wires.wake()
+        if self._phase == "over":
+            self._refuse_orders()
 
     def _tell(self) -> None:
-        for note in self._ports.notes:
+        for note in self._wires.ports.notes:
             self._say(note)
-
-    def _command(self, what: bytes) -> None:
-        try:
-            os.write(self._command_write, what)
-        except OSError:
-            pass  # the run is over, or 64 Ki presses are waiting already
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────
 
@@ -154,58 +172,109 @@ class Relay:
         error: BaseException | None = None
         try:
             # before the run's own process exists there is nothing to wait for: it will find us gone
-            while self._phase != "stopping" or (self._opened and not self._ports.control.eof):
-                for key, _ in self._selector.select(self._pause()):
-                    key.data()
+            while self._phase != "stopping" or (self._opened and not self._wires.ports.control.eof):
+                self._wires.wait(self._pause())
+                self._on_orders()
                 self._on_time(time.monotonic())
         except BaseException as problem:  # noqa: BLE001  # whoever waits for the run gets it
             error = problem
         finally:
             self._finish(error)
 
-    def _pause(self) -> float:
-        """Seconds until the loop has something to do by itself."""
-        due = [at for at in (self._ending.next_at(), self._deadline) if at is not None]
-        return max(0.0, min([_TICK, *(at - time.monotonic() for at in due)]))
+    def _pause(self) -> float | None:
+        """Seconds until the loop has something to do by itself; None when nothing will come."""
+        call, now = self._call, time.monotonic()
+        times = (self._deadline, self._leaving.next_at(), call and call.next_at())
+        due = [at - now for at in times if at is not None]
+        if call is not None or self._phase != "ready" or now < self._quiet_until:
+            due.append(_TICK)
+        return max(0.0, min(due)) if due else None
 
     def _on_time(self, now: float) -> None:
-        if self._phase != "starting" or now > self._quiet_until:
-            self._tell_sinks(lambda sink: sink.tick(now))
-        if due := self._ending.take_due(now):
-            self._signal(due)
-        if self._phase == "starting" and now > self._deadline:
+        call = self._call
+        if call is not None:
+            self._on_time_of(call, now)
+        elif self._idle_sink is not None:
+            self._idle_sink.tick(now)
+        if due := self._leaving.take_due(now):
+            self._act(due, [known.rank for known in self._state.ranks if known.exitcode is None])
+        if self._phase == "starting" and self._deadline is not None and now > self._deadline:
             self._give_up(self._late())
-        if self._phase == "running" and self._limits.run is not None and now > self._deadline:
-            self._end("timeout")
-        if self._phase == "ending" and self._all_ended():
+        if self._phase == "leaving" and all(known.exitcode is not None for known in self._state.ranks):
             self._stop()
-        if self._phase == "stopping" and now > self._deadline:
+        if self._phase == "stopping" and self._deadline is not None and now > self._deadline:
             raise LaunchError(f"the run's own process did not end in {_GONE:g} s.\n{self._engine.log()}")
 
-    def _watch(self, ports: Ports) -> None:
-        read = selectors.EVENT_READ
-        self._selector.register(ports.control, read, self._on_control)
-        for rank, channel in enumerate(ports.channels):
-            self._selector.register(channel, read, lambda rank=rank: self._on_channel(rank))
-            self._selector.register(
-                ports.stdouts[rank], read, lambda rank=rank: self._on_output(rank, "stdout")
-            )
-            self._selector.register(
-                ports.stderrs[rank], read, lambda rank=rank: self._on_output(rank, "stderr")
-            )
+    def _on_time_of(self, call: CallInFlight, now: float) -> None:
+        if self._phase != "starting" or now > self._quiet_until:
+            call.tick(now)
+        if self._phase == "ready" and call.overdue(now):
+            self._end("timeout")
+        if not self._spec.keep or self._phase != "ready":
+            return
+        if due := call.ending.take_due(now):
+            self._act(due, call.unanswered())
+        if call.ending.reason is not None and not call.unanswered():
+            self._settle(call)
+        elif call.must_be_told(now):
+            busy = rank_ranges(call.unanswered())
+            call.notes.append(f"still busy, and given {call.limits.grace:g} s in all: rank {busy}")
+            call.resolve()
+
+    # ── what is asked ─────────────────────────────────────────────────────────────────────────────
+
+    def _on_orders(self) -> None:
+        while not self._orders.empty():
+            what, about = self._orders.get()
+            if what == "submit":
+                self._waiting.append(about)
+                self._begin_next()
+            elif what in ("interrupt", "kill"):
+                self._on_stop_order(about, kill=what == "kill")
+            elif what == "post":
+                self._on_post(*about)
+            else:
+                self._on_close()
+
+    def _on_stop_order(self, call: CallInFlight, *, kill: bool) -> None:
+        if call is self._call:
+            again = call.ending.reason in ("interrupted", "failed", "timeout")
+            self._end("killed" if kill or again else "interrupted")
+        elif call in self._waiting:
+            self._waiting.remove(call)
+            call.resolve(KeyboardInterrupt("interrupted before its turn came"))
+
+    def _on_post(self, message: Any, ranks: Collection[int] | None, call: CallInFlight | None) -> None:
+        waits = call is not None and (
+            call in self._waiting or (call is self._call and self._phase == "starting")
+        )
+        if waits and call is not None:
+            call.posts.append((message, ranks))
+        elif call is None or call is self._call:
+            for rank in range(self._spec.num_processes) if ranks is None else ranks:
+                self._send(rank, message)
+
+    def _on_close(self) -> None:
+        if self.over:
+            return
+        if self._phase == "starting":
+            self._give_up(LaunchError("the session was closed"))
+            return
+        self._phase = "leaving"
+        call = self._call
+        if call is not None:
+            call.ending.begin("killed", time.monotonic())
+        self._leaving.begin("returned" if call is None else "killed", time.monotonic())
+        self._send_all(Exit())
 
     # ── what comes in ─────────────────────────────────────────────────────────────────────────────
 
-    def _on_command(self) -> None:
-        for what in os.read(self._commands, 64):
-            kill = what == ord("k") or self._ending.reason in ("interrupted", "failed", "timeout")
-            self._end("killed" if kill else "interrupted")
-
     def _on_control(self) -> None:
-        for message in self._engine.exits(self._ports):
+        control = self._wires.ports.control
+        for message in self._engine.exits(self._wires.ports):
             if isinstance(message, Opening):
                 self._opened = True
-                self._deadline = time.monotonic() + self._limits.start
+                self._deadline = time.monotonic() + self._start_limit
             elif isinstance(message, Retry):
                 self._retry(message)
                 return
@@ -215,162 +284,258 @@ class Relay:
                     LaunchError(f"the function or its arguments could not be opened in the ranks.\n{text}")
                 )
             elif isinstance(message, Started):
-                for known, pid in zip(self._state.ranks, message.pids, strict=True):
-                    if (
-                        known.state == "starting"
-                    ):  # a quick rank has said "idle" before its parent says it exists
-                        self._fold(Status(rank=known.rank, state="starting", pid=pid))
+                for rank, pid in enumerate(message.pids):
+                    self._on_pid(rank, pid)
+            elif isinstance(message, Respawned):
+                self._on_pid(message.rank, message.pid)
             elif isinstance(message, Exited):
                 self._on_exit(message)
-        if self._ports.control.eof:
-            self._selector.unregister(self._ports.control)
+        if control.eof:
+            self._wires.forget_control()
             if self._phase != "stopping":
                 self._on_lost_parent()
 
+    def _on_pid(self, rank: int, pid: int) -> None:
+        if self._state.ranks[rank].state == "starting":  # a quick rank has said "idle" before its parent this
+            self._fold(Status(rank=rank, state="starting", pid=pid))
+
     def _retry(self, retry: Retry) -> None:
-        """The same run again, made in the way `retry` says."""
+        """The same group again, made in the way `retry` says."""
         self._retries.append(retry)
-        self._unwatch()
-        self._ports = self._engine.start(
-            self._spec, self._delivery.parcel, self._delivery.fd, after=tuple(self._retries)
-        )
+        sent = self._delivery
+        self._wires.replace(self._engine.start(self._spec, sent.parcel, sent.fd, after=tuple(self._retries)))
         self._tell()
-        self._watch(self._ports)
 
     def _on_lost_parent(self) -> None:
         """Whoever made the ranks is gone, and so are they."""
-        if self._startup_error is None and self._phase == "starting":
-            log = self._engine.log()
+        if self._startup_error is None and (self._phase == "starting" or self._spec.keep):
+            what = "there" if self._phase == "starting" else "done: the session has ended"
             self._startup_error = LaunchError(
-                f"the process that makes the ranks ended before they were there.\n{log}"
+                f"the process that makes the ranks ended before they were {what}.\n{self._engine.log()}"
             )
-        for rank in range(self._spec.num_processes):
-            if rank not in self._values and rank not in self._failures:
-                self._on_exit(Exited(rank, -signal.SIGKILL, "the process that made it is gone"))
+        self._phase = "stopping"
+        for known in self._state.ranks:
+            if known.exitcode is None:
+                self._on_exit(Exited(known.rank, -signal.SIGKILL, "the process that made it is gone"))
         self._phase = "stopping"
 
     def _on_channel(self, rank: int) -> None:
-        channel = self._ports.channels[rank]
-        for event, fds in channel.drain():
+        for event, fds in self._wires.events(rank):
             self._on_event(replace(event, rank=rank), fds)
-        if channel.eof and channel in self._selector.get_map():
-            self._selector.unregister(channel)
 
     def _on_event(self, event: Event, fds: list[int]) -> None:
         rank = event.rank
         if isinstance(event, (Returned, Raised)):
-            self._drain_output(rank)  # all its output is seen before its result
+            self._wires.drain_output(rank)  # all its output is seen before its result
         self._fold(event)
-        if isinstance(event, Applied):
-            self._expected.pop(event.option, None)
-        elif isinstance(event, Status) and event.state == "idle" and self._phase == "starting":
-            if all(known.state == "idle" for known in self._state.ranks):
-                self._call()
-        elif isinstance(event, Returned):
-            self._values[rank] = (event.value, fds[0] if fds else None)
-            if len(self._values) == self._spec.num_processes:
-                self._end("returned")
-        elif isinstance(event, Raised):
-            self._failures[rank] = event
-            if event.error is not None:
-                self._errors[rank] = (event.error, fds[0] if fds else None)
-            self._end("failed")
+        if isinstance(event, Joined):
+            self._replicas[rank] = event.replicas
+        elif isinstance(event, Status) and event.state == "idle":
+            if fds:
+                self._wires.hear_reporter(rank, fds)
+            self._joined.add(rank)
+            if self._phase == "starting" and len(self._joined) == self._spec.num_processes:
+                self._on_ready()
+        elif isinstance(event, Raised) and event.call < 0:
+            self._on_failed_start(event)
+        elif isinstance(event, (Returned, Raised)) and self._call is not None and event.call == self._call.id:
+            self._counts[rank] = event.collectives
+            if reason := self._call.take(event, fds):
+                self._end(reason)
 
     def _on_exit(self, exited: Exited) -> None:
-        rank = exited.rank
+        rank, call = exited.rank, self._call
         self._on_channel(rank)
-        self._drain_output(rank)
-        answered = rank in self._values or rank in self._failures
+        self._wires.drain_output(rank)
         died = Died(rank=rank, exitcode=exited.exitcode, detail=exited.detail)
         self._fold(died)
-        if answered and exited.exitcode != 0 and rank in self._values:
-            self._say(f"rank {rank} had returned, then {explain_exit(exited.exitcode)} while it was leaving")
-        if not answered:
-            self._failures.setdefault(rank, died)
-            if self._ending.reason in (None, "returned"):
-                self._end("failed")
+        if self._phase == "starting":
+            self._on_failed_start(died)
+        elif call is not None:
+            if rank in call.values and exited.exitcode != 0:
+                what = explain_exit(exited.exitcode)
+                self._say(f"rank {rank} had returned, then {what} while it was leaving")
+            if rank in call.ranks and (reason := call.take(died, ())):
+                self._end(reason)
+        elif self._phase == "ready":
+            self._say(f"rank {rank} {explain_exit(exited.exitcode)}, between two calls")
+            self._recover(None)
 
-    def _on_output(self, rank: int, stream: Literal["stdout", "stderr"]) -> int:
-        """Read what is in a pipe; the number of bytes, 0 when there is nothing more for now."""
-        fd = (self._ports.stdouts if stream == "stdout" else self._ports.stderrs)[rank]
-        try:
-            data = os.read(fd, _READ)
-        except BlockingIOError:
-            return 0
-        if not data:
-            if fd in self._selector.get_map():
-                self._selector.unregister(fd)
-            return 0
-        self._fold(Output(rank=rank, stream=stream, data=data))
-        return len(data)
-
-    def _drain_output(self, rank: int) -> None:
-        """Read what a rank had written until now; not what goes on being written meanwhile."""
-        for stream, fds in (("stdout", self._ports.stdouts), ("stderr", self._ports.stderrs)):
-            waiting = struct.unpack("i", fcntl.ioctl(fds[rank], termios.FIONREAD, b"\0" * 4))[0]
-            while waiting > 0:
-                got = self._on_output(rank, stream)  # type: ignore[arg-type]
-                waiting = waiting - got if got else 0
+    def _on_failed_start(self, event: Raised | Died) -> None:
+        """A rank did not come up, or was lost while the group was made again."""
+        if self._phase != "starting":
+            return
+        if self._started_once:
+            self._recover(None, everyone=True)
+        elif self._call is not None:
+            self._call.failures.setdefault(event.rank, event)
+            self._startup_error = self._startup_error or self._start_failure(event)
+            self._end("failed")
+        else:
+            self._give_up(self._start_failure(event))
 
     def _fold(self, event: Event) -> None:
         self._state = fold(self._state, event)
-        self._tell_sinks(lambda sink: sink.handle(event, self._state))
-
-    def _tell_sinks(self, tell: Callable[[Sink], None]) -> None:
-        """A display that fails is dropped, with a word; the ranks' work goes on."""
-        for sink in list(self._sinks):
-            try:
-                tell(sink)
-            except Exception as error:  # noqa: BLE001  # whatever a display or a disk may raise
-                self._sinks.remove(sink)
-                self._say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")
+        if self._call is not None:
+            self._call.handle(event, self._state)
+        elif self._idle_sink is not None:
+            self._idle_sink.handle(event, self._state)
+            self._quiet_until = time.monotonic() + 0.5
 
     # ── what goes out ─────────────────────────────────────────────────────────────────────────────
 
-    def _call(self) -> None:
-        """All ranks are there: let them run the function."""
-        self._phase = "running"
-        if self._limits.run is not None:
-            self._deadline = time.monotonic() + self._limits.run
+    def _on_ready(self) -> None:
+        """All ranks are there, and wait."""
+        self._phase, self._deadline, self._recoveries = "ready", None, 0
+        self._started_once = True
+        if not self.ready.done():
+            self.ready.set_result(None)
+        if self._settling is not None:
+            self._compare_replicas(self._settling)
+            self._settling.resolve()
+            self._settling = None
+        if self._call is not None:
+            self._begin(self._call)
         else:
-            self._deadline = float("inf")
-        for rank, channel in enumerate(self._ports.channels):
-            wanted = self._delivery.returns == "all" or (self._delivery.returns == "rank0" and rank == 0)
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        if self._phase == "ready" and self._call is None and self._waiting:
+            self._call = self._waiting.popleft()
+            self._state = _for_next_call(self._state)
+            self._begin(self._call)
+
+    def _begin(self, call: CallInFlight) -> None:
+        """Let the ranks run the function."""
+        call.begin(self._calls, self._state, time.monotonic())
+        self._calls += 1
+        delivered = call.delivery is self._delivery
+        parcel, fd = (None, None) if delivered else (call.delivery.parcel, call.delivery.fd)
+        for rank in call.ranks:
             self._fold(Status(rank=rank, state="running"))
+            self._send(rank, Call(call.id, call.wants_value(rank), parcel), () if fd is None else (fd,))
+        for message, ranks in call.posts:
+            self._on_post(message, ranks, call)
+
+    def _send(self, rank: int, message: Any, fds: tuple[int, ...] = ()) -> None:
+        try:
+            self._wires.ports.channels[rank].send(message, fds)
+        except ChannelClosed:
+            pass  # it died just now: its exit says so
+
+    def _send_all(self, message: Any) -> None:
+        for rank in range(self._spec.num_processes):
+            self._send(rank, message)
+
+    def _act(self, action: Action, ranks: Collection[int]) -> None:
+        """A step of an ending."""
+        if action == "free":
+            for rank in ranks:
+                self._free(rank)
+            return
+        if self._call is not None:
+            self._call.signalled.update(dict.fromkeys(ranks, action))
+        self._engine.kill(self._wires.ports, ranks, action)
+
+    def _free(self, rank: int) -> None:
+        """Break the connections a rank waits on for the others; the group is made again afterwards."""
+        channel, _ = self._wires.reporters.get(rank, (None, None))
+        others = tuple(k.pid for k in self._state.ranks if k.pid is not None and k.rank != rank)
+        if channel is not None:
             try:
-                channel.send(Call(0, wanted))
+                channel.send(Free(others))
             except ChannelClosed:
-                pass  # it died just now: its exit says so
+                pass  # it died just now
 
     def _end(self, reason: Reason) -> None:
-        if self._phase == "stopping":
+        call = self._call
+        if self._phase in ("stopping", "over") or call is None:
             return
-        before = self._ending.reason
-        self._ending.begin(reason, time.monotonic())
+        before = call.ending.reason
+        call.ending.begin(reason, time.monotonic())
+        if self._spec.keep:
+            return  # `_on_time` sees to it
         if self._phase == "starting" and reason != "failed":
-            self._startup_error = self._startup_error or LaunchError("interrupted while the ranks started")
-            self._stop()
+            self._give_up(LaunchError("interrupted while the ranks started"))
             return
-        if self._phase == "starting" and self._startup_error is None:
-            self._startup_error = self._start_failure()
-        self._phase = "ending"
-        self._deadline = float("inf")
+        self._phase = "leaving"
+        self._deadline = None
         if before is None:
             # also after a failure: a rank that has returned must not wait for its grace to pass
-            for channel in self._ports.channels:
-                try:
-                    channel.send(Exit())
-                except ChannelClosed:
-                    pass  # it has left already
+            self._send_all(Exit())
 
-    def _signal(self, number: signal.Signals) -> None:
-        alive = [known.rank for known in self._state.ranks if known.exitcode is None]
-        for rank in alive:
-            self._signalled[rank] = number
-        self._engine.kill(self._ports, alive, number)
+    def _settle(self, call: CallInFlight) -> None:
+        """A session's call is over: hand it out, once the group is whole again."""
+        self._call = None
+        if self._all_live() and self._group_is_whole(call):
+            call.resolve()
+            self._begin_next()
+        else:
+            self._settling = call
+            self._recover(call)
 
-    def _all_ended(self) -> bool:
-        return all(known.exitcode is not None for known in self._state.ranks)
+    def _group_is_whole(self, call: CallInFlight) -> bool:
+        """Whether the next call can use the process group as it is: nobody was stopped in the middle of a
+        collective, and after a failure all ranks have called equally many."""
+        if -1 in self._counts.values() or call.signalled:
+            return False
+        return call.ending.reason == "returned" or len(set(self._counts.values())) == 1
+
+    def _all_live(self) -> bool:
+        return all(known.exitcode is None for known in self._state.ranks)
+
+    def _recover(self, call: CallInFlight | None, *, everyone: bool = False) -> None:
+        """Replace the ranks that are lost, and make the process group of all again."""
+        self._recoveries += 1
+        if self._recoveries > _MOST_RECOVERIES:
+            self._give_up(LaunchError("the ranks were lost again and again while they came up"))
+            return
+        lost = [known.rank for known in self._state.ranks if known.exitcode is not None]
+        if everyone:
+            self._engine.kill(self._wires.ports, range(self._spec.num_processes), signal.SIGKILL)
+            lost = list(range(self._spec.num_processes))
+        self._phase, self._deadline = "starting", time.monotonic() + self._start_limit
+        self._generation += 1
+        self._joined = set()
+        keep_groups = not lost and -1 not in self._counts.values()
+        self._state = replace(self._state, ranks=tuple(_between(known, lost) for known in self._state.ranks))
+        for rank in range(self._spec.num_processes):
+            if rank in lost:
+                self._wires.drop_rank(rank)
+                self._engine.respawn(self._wires.ports, rank, self._generation)
+                self._wires.watch_rank(rank)
+            else:
+                self._send(rank, Join(self._generation, keep_groups))
+        if lost:
+            self._name_lost(call, lost)
+
+    def _name_lost(self, call: CallInFlight | None, lost: list[int]) -> None:
+        kept = [rank for rank in range(self._spec.num_processes) if rank not in lost]
+        many = len(lost) > 1
+        note = (
+            f"rank{'s' if many else ''} {rank_ranges(lost)} {'were' if many else 'was'} replaced by a fresh "
+            f"process: {'their' if many else 'its'} variables are lost"
+            + (f"; ranks {rank_ranges(kept)} keep theirs" if kept else "")
+        )
+        if call is not None and not call.resolved:
+            call.notes.append(note)
+        else:
+            self._say(note)
+
+    def _compare_replicas(self, call: CallInFlight) -> None:
+        """Ranks may have been stopped at different steps."""
+        found, self._replicas = self._replicas, {}
+        for name in sorted({name for replicas in found.values() for name in replicas}):
+            sums = {rank: replicas.get(name, "") for rank, replicas in found.items()}
+            odd = [rank for rank, checksum in sums.items() if checksum != sums[min(sums)]]
+            if odd:
+                note = (
+                    f"the replicas of {name} are not equal any more: rank {rank_ranges(odd)} differs from rank "
+                    f"{min(sums)}. They stopped at different steps; broadcast one rank's, or load a checkpoint"
+                )
+                call.notes.append(note)
+                if call.resolved:
+                    self._say(note)
 
     def _give_up(self, error: NbaccelError) -> None:
         self._startup_error = self._startup_error or error
@@ -380,7 +545,7 @@ class Relay:
         """Let the run's own process end whatever is left, and wait for its end."""
         self._phase = "stopping"
         self._deadline = time.monotonic() + _GONE
-        self._engine.stop(self._ports)
+        self._engine.stop(self._wires.ports)
 
     def _late(self) -> LaunchError:
         if not self._opened:
@@ -391,12 +556,12 @@ class Relay:
             f"  rank {known.rank}: {known.state} {known.detail}" for known in self._state.ranks
         )
         return LaunchError(
-            f"not all ranks were ready in {self._limits.start:g} s (start_timeout):\n{states}\n"
+            f"not all ranks were ready in {self._start_limit:g} s (start_timeout):\n{states}\n"
             "Opening the arguments or setting up the device takes longer: give start_timeout=… more seconds."
         )
 
-    def _start_failure(self) -> LaunchError:
-        rank, event = next(iter(self._failures.items()))
+    def _start_failure(self, event: Raised | Died) -> LaunchError:
+        rank = event.rank
         if isinstance(event, Raised):
             text = "\n".join(render(event.info, self._label, title=f"rank {rank}", colour=False))
             return LaunchError(f"rank {rank} could not be set up.\n{text}")
@@ -407,55 +572,46 @@ class Relay:
 
     def _finish(self, problem: BaseException | None) -> None:
         """Close everything, then resolve: whoever waits finds nothing left."""
-        for rank in range(self._spec.num_processes):
-            if problem is None:
-                self._drain_output(rank)
-        try:
-            ended = Ended(
-                num_ranks=self._spec.num_processes,
-                reason=self._ending.reason,
-                startup_error=self._startup_error,
-                failures=self._failures,
-                signalled=self._signalled,
-                values=self._values,
-                errors=self._errors,
-                last_words={known.rank: known.last_lines(20) for known in self._state.ranks},
-                limits=self._limits,
-                folder=self._folder,
-            )
-            outcome: Results | BaseException = problem or conclude(ended, self._label)
-        except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
-            outcome = error
-        self._close()
-        self._tell_sinks(lambda sink: sink.close(self._state))
-        if isinstance(outcome, Results):
-            for complaint in self._expected.values():
-                self._say(complaint)
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
-
-    def _unwatch(self) -> None:
-        """Let go of the present ports."""
-        ports = self._ports
-        everything: list[Any] = [ports.control, *ports.channels, *ports.stdouts, *ports.stderrs]
-        for watched in everything:
-            if watched in self._selector.get_map():
-                self._selector.unregister(watched)
-        ports.control.close()
-        for channel in ports.channels:
-            channel.close()
-        for fd in (*ports.stdouts, *ports.stderrs):
-            os.close(fd)
-
-    def _close(self) -> None:
-        self._unwatch()
-        self._selector.close()
-        for _, fd in (*self._values.values(), *self._errors.values()):
-            if fd is not None:
-                os.close(fd)
-        if self._delivery.fd is not None:
+        if problem is None:
+            for rank in range(self._spec.num_processes):
+                self._wires.drain_output(rank)
+        self._phase = "over"
+        self._wires.close()
+        if self._idle_sink is not None:
+            self._idle_sink.close(self._state)
+        ended = problem or self._startup_error or LaunchError("the session has ended")
+        if not self.ready.done():
+            self.ready.set_exception(ended)
+        if self._call is not None:
+            self._call.startup_error = self._startup_error
+            self._call.resolve(problem)
+        if self._settling is not None:
+            self._settling.resolve(problem)
+        if self._delivery.fd is not None and (
+            self._call is None or self._call.delivery is not self._delivery
+        ):
             os.close(self._delivery.fd)
-        os.close(self._command_write)
-        os.close(self._commands)
+        for call in self._waiting:
+            call.resolve(ended)
+        self._refuse_orders()
+
+    def _refuse_orders(self) -> None:
+        """Calls that came too late."""
+        while True:
+            try:
+                what, about = self._orders.get_nowait()
+            except queue.Empty:
+                return
+            if what == "submit":
+                about.resolve(LaunchError("the session has ended"))
+
+
+def _for_next_call(state: RunState) -> RunState:
+    """Of the call before, a new one shows nothing."""
+    ranks = tuple(RankState(known.rank, state="idle", pid=known.pid) for known in state.ranks)
+    return RunState(ranks=ranks, started=time.time())
+
+
+def _between(known: RankState, lost: Collection[int]) -> RankState:
+    """A rank while the group is made again."""
+    return known._replace(state="starting", exitcode=None, pid=None if known.rank in lost else known.pid)

@@ -15,8 +15,8 @@ from nbaccel.config import RunConfig
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError
 from nbaccel.rank.spec import RunSpec
-from nbaccel.session.ending import Limits
 from nbaccel.session.call import CallInFlight, Delivery
+from nbaccel.session.ending import Limits
 from nbaccel.session.relay import Relay
 from nbaccel.session.report import CellLabel
 from nbaccel.session.resolve import Plan

@@ -9,7 +9,8 @@ taken where the event was made (seconds since the epoch).
 from __future__ import annotations
 
 import time as _time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,7 @@ __all__ = [
     "ExceptionInfo",
     "Frame",
     "InputRequest",
+    "Joined",
     "Knob",
     "Metric",
     "Output",
@@ -31,6 +33,8 @@ __all__ = [
     "Returned",
     "Status",
     "active",
+    "at_call_end",
+    "call_ends",
     "connect",
     "emit",
     "requests",
@@ -142,6 +146,8 @@ class Returned(_Event):
 
     call: int
     value: Any = None
+    collectives: int = 0
+    """How many collectives this rank has called in its session's process group; -1 when it is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +180,16 @@ class Raised(_Event):
     call: int
     info: ExceptionInfo
     error: Any = None
+    collectives: int = 0
+    """As in `Returned`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined(_Event):
+    """A session's rank is in the process group again, after a call that left it broken."""
+
+    replicas: Mapping[str, str]
+    """Checksum of the parameters of each DistributedDataParallel, by its name in this rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +200,20 @@ class Died(_Event):
     detail: str = ""
 
 
-Event = Applied | Display | InputRequest | Knob | Output | Progress | Metric | Status | Returned | Raised | Died
+Event = (
+    Applied
+    | Display
+    | InputRequest
+    | Joined
+    | Knob
+    | Output
+    | Progress
+    | Metric
+    | Status
+    | Returned
+    | Raised
+    | Died
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +233,7 @@ class Port(Protocol):
 
 
 _port: Port | None = None
+_endings: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
 def connect(port: Port | None) -> None:
@@ -226,3 +256,17 @@ def emit(event: Event) -> None:
 def requests() -> list[Request]:
     """What has been asked of this rank since the last call, oldest first. Never blocks."""
     return [] if _port is None else _port.requests()
+
+
+def at_call_end(method: Callable[[], None]) -> None:
+    """Let a rank call this bound method when the user's call has returned and before its result is told: what
+    it raises is the call's error. Its object is not kept alive. Nobody calls it outside a rank."""
+    _endings.append(weakref.WeakMethod(method))
+
+
+def call_ends() -> None:
+    """Calls what `at_call_end` was given, the first first; `rank.worker` does."""
+    _endings[:] = [one for one in _endings if one() is not None]
+    for one in list(_endings):
+        if (method := one()) is not None:
+            method()

@@ -136,10 +136,17 @@ def unpack(parcel: Parcel, fd: int | None = None) -> tuple[Any, Sidecar]:
     return value, sidecar
 
 
-def install(sidecar: Sidecar, main: types.ModuleType) -> None:
-    """Give a rank's `__main__` the notebook's classes and functions, and `linecache` their source."""
+def install(sidecar: Sidecar, main: types.ModuleType, *, replace: bool = False) -> None:
+    """Give a rank's `__main__` the notebook's classes and functions, and `linecache` their source.
+
+    Args:
+        replace: whether a name that is there already gets the notebook's definition: the newer one.
+    """
     for name, value in sidecar.names.items():
-        main.__dict__.setdefault(name, value)
+        if replace:
+            main.__dict__[name] = value
+        else:
+            main.__dict__.setdefault(name, value)
     for filename, text in sidecar.sources.items():
         # no modification time: linecache then never looks for the file, which exists in no rank
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)

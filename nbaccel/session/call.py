@@ -1,0 +1,213 @@
+"""One call on its way: who is asked, who shows it, what came back, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from nbaccel.errors import NbaccelError
+from nbaccel.session.ending import Ending, Limits, Reason
+from nbaccel.session.outcome import Ended, conclude
+from nbaccel.session.report import CellLabel
+from nbaccel.session.results import Results
+from nbaccel.session.sinks.base import Sink
+from nbaccel.session.state import RunState, new_state
+from nbaccel.wire import payload
+from nbaccel.wire.events import Applied, Died, Event, Raised, Returned
+
+__all__ = ["CallInFlight", "Delivery"]
+
+# A failed call tells its cell by then, whatever the other ranks are at.
+_TOLD_BY = 1.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """The call on its way: what, and whose value is wanted."""
+
+    parcel: payload.Parcel
+    fd: int | None
+    returns: Literal["all", "rank0", "none"]
+
+
+@final
+class CallInFlight:
+    """A call from the moment it is asked for until its future is resolved. All but `future` belongs to the
+    relay's thread.
+
+    Args:
+        delivery: what to call; its descriptor is closed at the end.
+        sinks: shown every event of the call, and closed at its end.
+        num_ranks: ranks of the group.
+        ranks: those that are to run it; None is all.
+        keep: whether the ranks stay when it is over.
+        say: tells the person one sentence, where the call was made.
+        label: what the front end calls a file a cell was compiled from.
+        folder: the run's folder, for messages.
+        expected: options some Accelerator must say it applied, with what to tell the person if none does.
+    """
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        sinks: Sequence[Sink],
+        *,
+        num_ranks: int,
+        limits: Limits,
+        say: Callable[[str], None],
+        label: CellLabel = lambda _: None,
+        ranks: Collection[int] | None = None,
+        keep: bool = False,
+        folder: str | None = None,
+        expected: Mapping[str, str] | None = None,
+    ) -> None:
+        self.future: Future[Results] = Future()
+        self.delivery, self.limits, self.label, self.say = delivery, limits, label, say
+        self.ranks = tuple(range(num_ranks)) if ranks is None else tuple(sorted(set(ranks)))
+        self.keep = keep
+        self.id = -1
+        """Its number in the group, once it has begun."""
+        self.state = new_state(num_ranks, time.time())
+        self.ending = Ending(limits.grace, keep=keep)
+        self.deadline: float | None = None
+        self.failures: dict[int, Raised | Died] = {}
+        self.values: dict[int, tuple[payload.Parcel | None, int | None]] = {}
+        self.errors: dict[int, tuple[payload.Parcel, int | None]] = {}
+        self.signalled: dict[int, signal.Signals] = {}
+        self.startup_error: NbaccelError | None = None
+        self.posts: list[tuple[Any, Collection[int] | None]] = []
+        """Messages for its ranks that were sent before it began."""
+        self.notes: list[str] = []
+        """What the error's last lines say besides: ranks that were replaced, replicas that differ."""
+        self._sinks = list(sinks)
+        self._folder = folder
+        self._expected = dict(expected or {})
+        self._closed = False
+
+    def begin(self, number: int, state: RunState, now: float) -> None:
+        """The ranks are told now."""
+        self.id, self.state = number, state
+        self.deadline = None if self.limits.run is None else now + self.limits.run
+
+    def wants_value(self, rank: int) -> bool:
+        """Whether this rank's value is to come back."""
+        return self.delivery.returns == "all" or (self.delivery.returns == "rank0" and rank == self.ranks[0])
+
+    def take(self, event: Returned | Raised | Died, fds: Sequence[int]) -> Reason | None:
+        """A rank's answer, or its end; what the call now has to end for."""
+        rank, fd = event.rank, fds[0] if fds else None
+        if isinstance(event, Returned):
+            self.values[rank] = (event.value, fd)
+            return None if self.unanswered() else "returned"
+        if isinstance(event, Died):
+            if rank in self.values or rank in self.failures:
+                return None
+            self.failures[rank] = event
+            return "failed" if self.ending.reason in (None, "returned") else None
+        self.failures[rank] = event
+        if event.error is not None:
+            self.errors[rank] = (event.error, fd)
+        return "failed"
+
+    def unanswered(self) -> list[int]:
+        """The ranks that still run it."""
+        return [rank for rank in self.ranks if rank not in self.values and rank not in self.failures]
+
+    def handle(self, event: Event, state: RunState) -> None:
+        """Show an event."""
+        self.state = state
+        if isinstance(event, Applied):
+            self._expected.pop(event.option, None)
+        self._tell_sinks(lambda sink: sink.handle(event, state))
+
+    def tick(self, now: float) -> None:
+        """Let the sinks show what they held back."""
+        self._tell_sinks(lambda sink: sink.tick(now))
+
+    def next_at(self) -> float | None:
+        """When something is due by itself."""
+        told_by = self._told_by()
+        due = [at for at in (self.ending.next_at(), self.deadline, told_by) if at is not None]
+        return min(due, default=None)
+
+    def overdue(self, now: float) -> bool:
+        """Whether it has run longer than it may."""
+        return self.deadline is not None and now > self.deadline and self.ending.reason is None
+
+    def must_be_told(self, now: float) -> bool:
+        """Whether a failure has been kept from the person for long enough."""
+        told_by = self._told_by()
+        return told_by is not None and now >= told_by
+
+    def _told_by(self) -> float | None:
+        if not self.keep or self._closed or self.ending.reason != "failed" or self.ending.began is None:
+            return None
+        return self.ending.began + _TOLD_BY
+
+    def resolve(self, problem: BaseException | None = None) -> None:
+        """Close the sinks, then hand out the values or the error; once."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            outcome: Results | BaseException = problem or conclude(self._ended(), self.label)
+        except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
+            outcome = error
+        for _, fd in (*self.values.values(), *self.errors.values()):
+            if fd is not None:
+                os.close(fd)
+        if self.delivery.fd is not None:
+            os.close(self.delivery.fd)
+        self._tell_sinks(lambda sink: sink.close(self.state))
+        if isinstance(outcome, Results):
+            for complaint in self._expected.values():
+                self.say(complaint)
+        future = self.future
+        try:
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+        except InvalidStateError:
+            pass  # it was forgotten meanwhile
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the person has been told."""
+        return self._closed
+
+    def forget(self) -> None:
+        """Keep the values no longer, once it has ended."""
+        self.future = Future()
+        self.future.cancel()
+
+    def _ended(self) -> Ended:
+        return Ended(
+            num_ranks=len(self.state.ranks),
+            ranks=self.ranks,
+            reason=self.ending.reason,
+            startup_error=self.startup_error,
+            failures=self.failures,
+            signalled=self.signalled,
+            values=self.values,
+            errors=self.errors,
+            last_words={known.rank: known.last_lines(20) for known in self.state.ranks},
+            limits=self.limits,
+            folder=self._folder,
+            keep=self.keep,
+            notes=tuple(self.notes),
+        )
+
+    def _tell_sinks(self, tell: Callable[[Sink], Any]) -> None:
+        """A display that fails is dropped, with a word; the ranks' work goes on."""
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except Exception as error:  # noqa: BLE001  # whatever a display or a disk may raise
+                self._sinks.remove(sink)
+                self.say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")

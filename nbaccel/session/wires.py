@@ -1,0 +1,167 @@
+"""The notebook's ends of a group of ranks, and one selector over all of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import selectors
+import struct
+import termios
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, final
+
+from nbaccel.engines.base import Ports
+from nbaccel.wire.channel import Channel
+from nbaccel.wire.events import Event
+
+__all__ = ["Wires"]
+
+_READ = 1 << 18
+_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+
+
+@final
+class Wires:
+    """Everything of a group that is read. Belongs to the relay's thread.
+
+    Args:
+        ports: what is read first; `replace` and `renew_rank` put others in their place.
+        on_control: called when whoever makes the ranks has said something or is gone.
+        on_rank: called with a rank whose channel has something.
+        on_output: called with a rank, the stream and what came.
+    """
+
+    def __init__(
+        self,
+        ports: Ports,
+        *,
+        on_control: Callable[[], None],
+        on_rank: Callable[[int], None],
+        on_output: Callable[[int, Literal["stdout", "stderr"], bytes], None],
+    ) -> None:
+        self.ports = ports
+        self.reporters: dict[int, tuple[Channel, int | None]] = {}
+        """By rank: the line to its reporter, and the memory file faulthandler writes its stacks to."""
+        self._on_control, self._on_rank, self._on_output = on_control, on_rank, on_output
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        os.set_blocking(self._wake_read, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
+        self._watch()
+
+    def wake(self) -> None:
+        """End `wait` now. Safe in a signal handler and from any thread."""
+        try:
+            os.write(self._wake_write, b"!")
+        except OSError:
+            pass  # it is over, or wakes up already
+
+    def wait(self, timeout: float | None) -> None:
+        """Call back for whatever comes within `timeout` seconds (None: until something does)."""
+        for key, _ in self._selector.select(timeout):
+            try:
+                watched = self._selector.get_key(key.fileobj) is key
+            except (KeyError, ValueError):
+                watched = False  # the one before it let go of it
+            if watched:
+                key.data()
+
+    def replace(self, ports: Ports) -> None:
+        """Read these instead of all the present ones."""
+        self._let_go()
+        self.ports = ports
+        self._watch()
+
+    def drop_rank(self, rank: int) -> None:
+        """Read nothing of this rank any more, and close what was read."""
+        ports = self.ports
+        self._forget([ports.channels[rank], ports.stdouts[rank], ports.stderrs[rank]])
+        self._close_rank(rank)
+
+    def watch_rank(self, rank: int) -> None:
+        """Read what the ports now have for this rank."""
+        read, ports = selectors.EVENT_READ, self.ports
+        self._selector.register(ports.channels[rank], read, lambda: self._on_rank(rank))
+        for stream in _STREAMS:
+            fd = (ports.stdouts if stream == "stdout" else ports.stderrs)[rank]
+            self._selector.register(fd, read, lambda stream=stream: self._read(rank, stream))
+
+    def hear_reporter(self, rank: int, fds: list[int]) -> None:
+        """Keep the line to a rank's reporter, which came with its first word."""
+        self._close_reporter(rank)
+        if fds:
+            self.reporters[rank] = (Channel.from_fd(fds[0]), fds[1] if len(fds) > 1 else None)
+
+    def events(self, rank: int) -> Iterator[tuple[Event, list[int]]]:
+        """What has come over a rank's channel."""
+        channel = self.ports.channels[rank]
+        yield from channel.drain()
+        if channel.eof:
+            self._forget([channel])
+
+    def drain_output(self, rank: int) -> None:
+        """Read what a rank had written until now; not what goes on being written meanwhile."""
+        for stream in _STREAMS:
+            fd = (self.ports.stdouts if stream == "stdout" else self.ports.stderrs)[rank]
+            waiting = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
+            while waiting > 0:
+                got = self._read(rank, stream)
+                waiting = waiting - got if got else 0
+
+    def forget_control(self) -> None:
+        """Its other end is gone."""
+        self._forget([self.ports.control])
+
+    def close(self) -> None:
+        """Close everything."""
+        self._let_go()
+        self._selector.close()
+        os.close(self._wake_write)
+        os.close(self._wake_read)
+
+    def _woken(self) -> None:
+        os.read(self._wake_read, 4096)
+
+    def _watch(self) -> None:
+        self._selector.register(self.ports.control, selectors.EVENT_READ, self._on_control)
+        for rank in range(len(self.ports.channels)):
+            self.watch_rank(rank)
+
+    def _read(self, rank: int, stream: Literal["stdout", "stderr"]) -> int:
+        """Read what is in a pipe; the number of bytes, 0 when there is nothing more for now."""
+        fd = (self.ports.stdouts if stream == "stdout" else self.ports.stderrs)[rank]
+        try:
+            data = os.read(fd, _READ)
+        except BlockingIOError:
+            return 0
+        if not data:
+            self._forget([fd])
+            return 0
+        self._on_output(rank, stream, data)
+        return len(data)
+
+    def _forget(self, watched: list[Any]) -> None:
+        for one in watched:
+            if one in self._selector.get_map():
+                self._selector.unregister(one)
+
+    def _let_go(self) -> None:
+        ports = self.ports
+        self._forget([ports.control, *ports.channels, *ports.stdouts, *ports.stderrs])
+        ports.control.close()
+        for rank in range(len(ports.channels)):
+            self._close_rank(rank)
+
+    def _close_rank(self, rank: int) -> None:
+        self.ports.channels[rank].close()
+        os.close(self.ports.stdouts[rank])
+        os.close(self.ports.stderrs[rank])
+        self._close_reporter(rank)
+
+    def _close_reporter(self, rank: int) -> None:
+        channel, memory = self.reporters.pop(rank, (None, None))
+        if channel is not None:
+            channel.close()
+        if memory is not None:
+            os.close(memory)
