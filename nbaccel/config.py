@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -32,7 +32,30 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "output": ("auto", "all", "rank0", "none"),
     "strategy": ("auto", "single", "ddp"),
     "log_with": ("jsonl", "tensorboard"),
+    "loss_weighting": ("samples", "equal"),
+    "scheduler_steps": ("one", "per_rank"),
+    "shard": ("interleaved", "contiguous", "node", "none"),
+    "check_collectives": ("sampled", "always", "never"),
 }
+_FLAGS = (
+    "step_scheduler_with_optimizer",
+    "split_batches",
+    "even_batches",
+    "dispatch_batches",
+    "per_sample_seed",
+    "verify",
+)
+_DDP_OPTIONS = (
+    "bucket_cap_mb",
+    "find_unused_parameters",
+    "static_graph",
+    "gradient_as_bucket_view",
+    "broadcast_buffers",
+    "comm_hook",
+    "power_sgd_rank",
+    "power_sgd_start",
+)
+_TEXTS = ("project_dir", "stop_after", "resume")
 # Known to be wanted, not built yet: refused by name rather than ignored.
 _LATER: dict[str, dict[str, str]] = {
     "mixed_precision": {"fp8": "fp8 is not built yet; use 'bf16'"},
@@ -41,6 +64,15 @@ _LATER: dict[str, dict[str, str]] = {
         "deepspeed": "DeepSpeed is not built yet; use 'ddp'",
     },
     "device": {"tpu": "TPU ranks are not built yet; use device='cpu' or 'cuda'"},
+}
+_LATER_KEYS = {
+    "fsdp": "FSDP2 is not built yet; leave it out and use strategy 'ddp'",
+    "deepspeed": "DeepSpeed is not built yet; leave it out and use strategy 'ddp'",
+    "tensor_parallel": "tensor parallelism is not built yet; leave it out",
+    "context_parallel": "context parallelism is not built yet; leave it out",
+    "pipeline": "pipeline schedules are not built yet; leave it out",
+    "megatron": "Megatron-LM is not built yet; leave it out and use strategy 'ddp'",
+    "fp8": "fp8 is not built yet; leave it out and use mixed_precision 'bf16'",
 }
 
 
@@ -68,6 +100,28 @@ class RunConfig:
     """Seconds a collective may take before it fails."""
     gradient_accumulation_steps: int | None = None
     """Micro-steps per optimizer step."""
+    gradient_clipping: float | None = None
+    """Largest norm of the gradients; `Accelerator.step` clips to it, `clip_grad_norm_` takes it when given none."""
+    loss_weighting: Literal["samples", "equal"] | None = None
+    """Whether micro-steps and ranks count by their samples or alike."""
+    scheduler_steps: Literal["one", "per_rank"] | None = None
+    """Scheduler steps per optimizer step."""
+    step_scheduler_with_optimizer: bool | None = None
+    """False when the loop steps the scheduler on its own account."""
+    split_batches: bool | None = None
+    """The loaders' batch size is that of all ranks together."""
+    even_batches: bool | None = None
+    """Fill the last batches with repeated samples."""
+    dispatch_batches: bool | None = None
+    """Rank 0 reads for all ranks."""
+    shard: Literal["interleaved", "contiguous", "node", "none"] | None = None
+    """Which samples are whose."""
+    per_sample_seed: bool | None = None
+    """Seed each sample's random numbers, so that augmentation resumes too."""
+    ddp: Mapping[str, Any] | None = None
+    """Options of the strategy "ddp", by the names of `DDPOptions`."""
+    check_collectives: Literal["sampled", "always", "never"] | None = None
+    """How often the ranks' arguments to collectives are compared."""
     seed: int | None = None
     """Seed of every generator; None leaves them as a fresh process has them."""
     compile: bool | str | None = None
@@ -101,14 +155,38 @@ class RunConfig:
             raise ConfigError(f"{self._where('seed')} must be an int, not {self.seed!r}")
         if self.collective_timeout is not None:
             _require_seconds(self._where("collective_timeout"), self.collective_timeout)
-        if isinstance(self.devices, str) and self.devices != "free":
-            raise ConfigError(
-                f"{self._where('devices')} is {self.devices!r}: give indices ([4, 5]) or 'free'"
-            )
+        self._check_types()
         for name in ("save_every", "stop_after"):
             value = getattr(self, name)
             if isinstance(value, str):
                 duration_seconds(value, what=self._where(name))
+
+    def _check_types(self) -> None:
+        for name in _FLAGS:
+            self._require(name, isinstance(getattr(self, name), bool), "true or false")
+        for name in _TEXTS:
+            self._require(name, isinstance(getattr(self, name), str), "text")
+        self._require(
+            "compile", isinstance(self.compile, (bool, str)), "true, false or a mode of torch.compile"
+        )
+        self._require("ddp", isinstance(self.ddp, Mapping), "options by name, as in {bucket_cap_mb: 50}")
+        for name in self.ddp if isinstance(self.ddp, Mapping) else ():
+            if name not in _DDP_OPTIONS:
+                raise ConfigError(
+                    f"{self._where('ddp')} has no option {name!r}{_nearest(name, _DDP_OPTIONS)}"
+                )
+        every, clip, listed = self.save_every, self.gradient_clipping, self.devices
+        is_time = isinstance(every, str)
+        self._require("save_every", is_time or _is_count(every), "steps (an int from 1) or a time ('15min')")
+        is_norm = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
+        self._require("gradient_clipping", is_norm, "a number above 0")
+        indices = isinstance(listed, (tuple, list)) and all(isinstance(one, int) for one in listed)
+        self._require("devices", indices or listed == "free", "indices ([4, 5]) or 'free'")
+
+    def _require(self, name: str, fits: bool, wanted: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not fits:
+            raise ConfigError(f"{self._where(name)} is {value!r}; it must be {wanted}")
 
     def _where(self, name: str) -> str:
         place = self.sources.get(name)
@@ -156,9 +234,10 @@ class RunConfig:
         """A RunConfig from plain values; an unknown key is an error with the nearest name."""
         known = cls.names()
         for key in values:
+            if key in _LATER_KEYS:
+                raise ConfigError(f"{key}{f' (from {place})' if place else ''}: {_LATER_KEYS[key]}")
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = _nearest(key, known - {"sources"})
                 raise ConfigError(f"unknown option {key!r}{f' in {place}' if place else ''}{hint}")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(plain.get("collective_timeout"), str):
@@ -225,6 +304,15 @@ def duration_seconds(text: str | float, *, what: str = "duration") -> float:
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*", "", str(text)).strip():
         raise ConfigError(f"{what} is {text!r}: write it like '90s', '15min' or '11h30m'")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f". There are {', '.join(sorted(known))}."
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _require_seconds(what: str, value: object) -> None:

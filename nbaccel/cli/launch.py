@@ -9,9 +9,8 @@ from typing import Any
 import click
 
 from nbaccel.cli.foreground import run_here, run_to_end
-from nbaccel.cli.options import config_options, environment_pairs
+from nbaccel.cli.options import config_options, configuration, environment_pairs, file_options
 from nbaccel.cli.target import find_target
-from nbaccel.config import RunConfig, combine
 from nbaccel.session.request import make_request
 
 __all__ = ["launch"]
@@ -19,6 +18,7 @@ __all__ = ["launch"]
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @config_options
+@file_options
 @click.option("-m", "module", is_flag=True, help="SCRIPT is a module, as in python -m.")
 @click.option(
     "--output", default="auto", metavar="KIND", help="auto (folds equal lines), all, rank0 or none."
@@ -51,6 +51,8 @@ def launch(
     no_folder: bool,
     script: str,
     arguments: tuple[str, ...],
+    config_file: str | None,
+    assignments: tuple[str, ...],
     **keys: Any,
 ) -> int:
     """Run SCRIPT on N ranks: a Python file, a notebook, or a module with -m.
@@ -64,16 +66,11 @@ def launch(
     """
     _leave_own_folder()
     target = find_target(script, arguments, module=module)
-    flags = [
-        RunConfig.from_mapping({key: value}, place=f"--{key.replace('_', '-')}")
-        for key, value in keys.items()
-        if value is not None
-    ]
     request = make_request(
         target.function,
         (target.path, target.arguments),
         None,
-        config=combine(*flags),
+        config=configuration(config_file, keys, assignments),
         returns="none",
         output=output,
         max_time=max_time,

@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "main"]
 # Name: (module, one line of help). The line stands here so that the list needs no import.
 COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("nbaccel.cli.launch", "Run a script, a module or a notebook on N ranks."),
+    "config": ("nbaccel.cli.config", "Write, show, check and change a configuration file."),
 }
 _EPILOG = (
     "Exit codes: the script's own; 1 when a rank raised; 2 when what was asked cannot be done; 124 after "

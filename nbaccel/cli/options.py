@@ -1,13 +1,17 @@
-"""What several commands take: options that are RunConfig's keys, and the texts users type for their values."""
+"""What several commands take: options that are RunConfig's keys, the file, and texts users type for values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["config_options", "environment_pairs", "read_devices"]
+from nbaccel.config import RunConfig, combine
+from nbaccel.errors import ConfigError
+
+__all__ = ["config_options", "configuration", "environment_pairs", "file_options", "read_devices"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,6 +50,56 @@ _CONFIG = (
     click.option("--resume", metavar="auto|DIR", help="Go on from the newest checkpoint, or from this one."),
     click.option("--start-method", metavar="KIND", help="fork (default on Linux) or spawn."),
 )
+
+
+_FILE = (
+    click.option("--config", "config_file", metavar="FILE", help="A YAML file, or none; otherwise searched."),
+    click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any key of the configuration, over all.",
+    ),
+)
+
+
+def file_options(command: F) -> F:
+    """`--config` and `--set`, added to a command; `configuration` takes their values."""
+    for option in reversed(_FILE):
+        command = option(command)
+    return command
+
+
+def configuration(config_file: str | None, flags: Mapping[str, Any], assignments: Iterable[str]) -> RunConfig:
+    """What the file in force and the command's own options ask together, and over both what `--set` says.
+
+    Args:
+        config_file: the file that was named; "none" for none; None to search.
+        flags: RunConfig's keys; None is not asked.
+
+    Raises:
+        ConfigError: something is wrong, or asked twice with different values.
+    """
+    from nbaccel.session import configfile
+
+    assignments = list(assignments)
+    decided = {configfile.assignment(text)[0] for text in assignments}
+    asked = [
+        RunConfig.from_mapping({key: value}, place=f"--{key.replace('_', '-')}")
+        for key, value in flags.items()
+        if value is not None
+    ]
+    path = None if config_file == "none" else configfile.find_file(config_file)
+    if path is not None:
+        found = configfile.read_file(path)
+        kept = {key: value for key, value in found.values.items() if key not in decided}
+        asked.append(replace(found, values=kept).config())
+    try:
+        together = combine(*asked)
+    except ConfigError as error:
+        raise ConfigError(f"{error} --set key=value goes over all.") from error
+    return configfile.override(together, assignments)
 
 
 def config_options(command: F) -> F:

@@ -82,7 +82,7 @@ def launch(
     device: Device | None = None,
     devices: Sequence[int] | Literal["free"] | None = None,
     strategy: str | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     returns: Literal["all", "rank0", "none"] = "all",
     output: Mode = "auto",
     max_time: float | str | None = None,
@@ -101,7 +101,8 @@ def launch(
         device: "cpu", "cuda", "xpu" or "mps"; "auto" (the same as None) is the accelerators there are.
         devices: which accelerators, by index ([4, 5]), or "free" for the least used ones.
         strategy: how an `Accelerator` in the function spreads the model: "ddp" or "single".
-        config: further options, as a RunConfig or a mapping; one asked twice must have one value.
+        config: further options, as a RunConfig, a mapping or a file (a path; "auto" is the project's or the
+            user's, see docs/cli.md); one asked twice must have one value.
         returns: whose values come back: "all", "rank0" or "none". The list is one per rank all the same.
         output: "auto" folds what several ranks print alike, "all" labels every line, "rank0", "none".
         max_time: seconds, or "2h30m", after which the run is ended with RunTimeout.

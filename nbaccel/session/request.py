@@ -80,7 +80,7 @@ def make_request(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
     *,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     returns: Any = "all",
     output: Any = "auto",
     max_time: float | str | None = None,
@@ -109,8 +109,12 @@ def make_request(
         layers.append(config)
     elif isinstance(config, Mapping):
         layers.append(RunConfig.from_mapping(config, place="config"))
+    elif isinstance(config, (str, Path)):
+        from nbaccel.session.configfile import load_config  # YAML's reader, for who has a file only
+
+        layers.append(load_config(config))
     elif config is not None:
-        raise ConfigError(f"config must be a RunConfig or a mapping, not {config!r}")
+        raise ConfigError(f"config must be a RunConfig, a mapping or a file, not {config!r}")
     combined = combine(*layers)
     for_ranks = {key: str(value) for key, value in (env or {}).items()}
     environment = probe()

@@ -1,0 +1,144 @@
+"""`nbaccel config`, and a file's way to the ranks."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import Command, Writer
+
+
+def test_default_writes_what_is_here_and_the_flags(nbaccel: Command):
+    done = nbaccel("config", "--default", "--device", "cpu", "-n", 3, "--set", "keep=2")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(Path("nbaccel.yaml").read_text()) == {
+        "num_processes": 3, "device": "cpu", "mixed_precision": "no", "keep": 2,
+    }  # fmt: skip
+    again = nbaccel("config", "--default")
+    assert again.code == 2
+    assert "--force" in again.err
+    assert nbaccel("config", "--default", "--force", "--user").code == 0
+
+
+def test_questions_are_those_that_flags_leave_open(nbaccel: Command, monkeypatch: pytest.MonkeyPatch):
+    answers = ["0", "2", "bf16", "4", "1.0", "n", "7", "jsonl", "out", "later", "10min", "", "y"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(answers) + "\n"))
+    done = nbaccel("config", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "num_processes must be at least 1" in done.out
+    assert "'later'" in done.out
+    assert yaml.safe_load(Path("nbaccel.yaml").read_text()) == {
+        "num_processes": 2, "device": "cpu", "mixed_precision": "bf16", "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0, "seed": 7, "log_with": ["jsonl"], "project_dir": "out", "save_every": "10min",
+        "keep": 3, "resume": "auto",
+    }  # fmt: skip
+
+
+def test_questions_without_a_terminal_write_nothing(nbaccel: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    done = nbaccel("config")
+    assert done.code == 2
+    assert "--default" in done.err
+    assert not Path("nbaccel.yaml").exists()
+
+
+def test_show_names_the_line_of_each_value(nbaccel: Command):
+    Path("nbaccel.yaml").write_text("# a comment\nseed: 3\n")
+    done = nbaccel("config", "show", "--set", "keep=2")
+    assert done.out.split() == ["file:", str(Path("nbaccel.yaml").resolve()), "seed", "3", "nbaccel.yaml:2",
+                                "keep", "2", "--set"]  # fmt: skip
+    assert json.loads(nbaccel("config", "show", "--json").out)["seed"] == 3
+    Path("nbaccel.yaml").unlink()
+    assert "no configuration file" in nbaccel("config", "show").out
+
+
+def test_validate_and_update_say_what_is_wrong(nbaccel: Command):
+    Path("nbaccel.yaml").write_text("device: cpu\nnum_processes: two  # many\n")
+    done = nbaccel("config", "validate")
+    assert (done.code, "nbaccel.yaml:2" in done.err) == (2, True)
+    assert nbaccel("config", "update", "num_processes=2").code == 0
+    assert Path("nbaccel.yaml").read_text() == "device: cpu\nnum_processes: 2  # many\n"
+    assert "2 rank(s) on cpu" in nbaccel("config", "validate").out
+    assert nbaccel("config", "update", "num_procs=2").code == 2
+    assert nbaccel("config", "validate", "nothing.yaml").code == 2
+
+
+def test_import_takes_over_what_accelerate_wrote(nbaccel: Command):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    theirs = ClusterConfig(
+        compute_environment="LOCAL_MACHINE", distributed_type="MULTI_CPU", mixed_precision="bf16",
+        use_cpu=True, debug=False, num_processes=2, machine_rank=0, num_machines=1, rdzv_backend="static",
+        same_network=True, main_training_function="main", enable_cpu_affinity=True,
+        dynamo_config={"dynamo_backend": "INDUCTOR", "dynamo_mode": "max-autotune"},
+    )  # fmt: skip
+    theirs.to_yaml_file("theirs.yaml")
+    done = nbaccel("config", "import", "theirs.yaml")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(Path("nbaccel.yaml").read_text()) == {
+        "num_processes": 2, "device": "cpu", "mixed_precision": "bf16", "compile": "max-autotune",
+    }  # fmt: skip
+    assert [line for line in done.out.splitlines() if "left out" in line] == [
+        "left out: enable_cpu_affinity: True (theirs.yaml:8): not built"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n",
+            "theirs.yaml:2) is FSDP: FSDP2 is not",
+        ),
+        ("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\n", "DeepSpeed is not built"),
+        ("compute_environment: AMAZON_SAGEMAKER\n", "only LOCAL_MACHINE"),
+        ("seed: 1\n", "is no configuration file of accelerate's"),
+    ],
+)
+def test_import_refuses_what_is_not_built(nbaccel: Command, text: str, words: str):
+    Path("theirs.yaml").write_text(text)
+    done = nbaccel("config", "import", "theirs.yaml")
+    assert done.code == 2
+    assert words in done.err
+    assert not Path("nbaccel.yaml").exists()
+
+
+TRAIN = """
+    from nbaccel import Accelerator
+    acc = Accelerator()
+    print(acc.num_processes, acc.mixed_precision, acc.gradient_accumulation_steps, acc.config.seed)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
+def test_file_flags_and_set_reach_the_ranks(clean, nbaccel: Command, script: Writer):
+    name = script(TRAIN)
+    Path("nbaccel.yaml").write_text("device: cpu\nnum_processes: 2\nmixed_precision: bf16\nseed: 3\n")
+    assert nbaccel("launch", "--no-folder", name).out.endswith("[ranks 0-1] 2 bf16 1 3\n")
+    flags = ("--gradient-accumulation-steps", 4, "--set", "num_processes=1", "--set", "seed=5")
+    assert nbaccel("launch", "--no-folder", *flags, name).out.endswith("1 bf16 4 5\n")
+    twice = nbaccel("launch", "-n", 1, name)
+    assert twice.code == 2
+    assert "asked twice: 1 by --num-processes and 2 by nbaccel.yaml:2" in twice.err
+    assert "--set" in twice.err
+    other = nbaccel("launch", "--config", "none", "--device", "cpu", "-n", 1, "--no-folder", name)
+    assert other.out.endswith("1 no 1 None\n")
+
+
+def test_same_file_serves_the_notebook(clean, nbaccel: Command):
+    from nbaccel import notebook_launcher
+
+    def train() -> tuple[int, int | None]:
+        from nbaccel import Accelerator
+
+        acc = Accelerator()
+        return acc.num_processes, acc.config.seed
+
+    path = Path("nbaccel.yaml")
+    path.write_text("device: cpu\nnum_processes: 2\nseed: 3\n")
+    assert notebook_launcher(train, config=path, folder=False) == [(2, 3)] * 2
+    assert notebook_launcher(train, config="auto", folder=False) == [(2, 3)] * 2
