@@ -46,9 +46,8 @@ _Value = TypeVar("_Value")
 
 
 class Pace(NamedTuple):
-    """How fast the loop that moves now is, of late: what is long ago counts ever less."""
+    """How fast a loop is, of late: what is long ago counts ever less."""
 
-    name: str
     step: int
     at: float
     """When it was there, on the rank's clock."""
@@ -88,8 +87,8 @@ class RankState(NamedTuple):
     error: ExceptionInfo | None = None
     seen: float | None = None
     """When it last gave a sign of life, in seconds since the epoch on the rank's clock."""
-    pace: Pace | None = None
-    """Of the loop that moved last; None before the first Progress."""
+    paces: Mapping[str, Pace] = {}
+    """How fast each loop is, the most recently moved one last."""
     curves: Mapping[str, Curve] = {}
     """The history of each metric, those first logged first; no more than twelve."""
     since: float | None = None
@@ -196,7 +195,8 @@ def _changed(rank: RankState, event: Event) -> RankState:
     rank = rank._replace(seen=event.time)
     if isinstance(event, Progress):
         progress = _updated(rank.progress, {event.name: event})
-        return rank._replace(progress=progress, pace=_paced(rank.pace, event))
+        paces = _updated(rank.paces, {event.name: _paced(rank.paces.get(event.name), event)})
+        return rank._replace(progress=progress, paces=paces)
     if isinstance(event, Metric):
         metrics = _updated(rank.metrics, dict.fromkeys(event.values, event))
         return rank._replace(metrics=metrics, curves=_drawn(rank.curves, event))
@@ -219,9 +219,9 @@ def _changed(rank: RankState, event: Event) -> RankState:
 
 
 def _paced(pace: Pace | None, event: Progress) -> Pace:
-    """The pace after a Progress; a new loop, or one that began again, starts anew but for its parts."""
-    if pace is None or pace.name != event.name:
-        return Pace(event.name, event.step, event.time)
+    """The pace after a Progress; a loop that begins again goes on from its first step."""
+    if pace is None:
+        return Pace(event.step, event.time)
     steps, seconds = event.step - pace.step, event.time - pace.at
     if steps < 0 or seconds < 0:
         return pace._replace(step=event.step, at=event.time)
@@ -229,9 +229,7 @@ def _paced(pace: Pace | None, event: Progress) -> Pace:
     parts = {name: spent * fade for name, spent in pace.parts.items()}
     for name, spent in (event.times or {}).items():
         parts[name] = parts.get(name, 0.0) + spent
-    return Pace(
-        event.name, event.step, event.time, pace.steps * fade + steps, pace.seconds * fade + seconds, parts
-    )
+    return Pace(event.step, event.time, pace.steps * fade + steps, pace.seconds * fade + seconds, parts)
 
 
 def _drawn(curves: Mapping[str, Curve], event: Metric) -> Mapping[str, Curve]:

@@ -23,6 +23,7 @@ PARTS = ("data", "transfer", "forward", "backward", "communication", "optimizer"
 _DOMINATES = 0.4
 _STRAGGLES = 1.3
 _LATE = 5.0
+_LATELY = 3.0
 # Before that many steps what they took says little.
 _ENOUGH_STEPS = 5
 _MOST_CHARTS = 6
@@ -114,8 +115,10 @@ def read(state: RunState, heading: Heading, now: float) -> View:
     if state.ended is not None:
         now = state.ended
     ranks = state.ranks
-    rates = [rate for rank in ranks if (rate := _rate(rank)) is not None]
-    own = {rank.rank: _own_seconds(rank.pace) for rank in ranks if rank.pace is not None and _rate(rank)}
+    loops = [_current(rank) for rank in ranks]
+    rates = [rate for rank, loop in zip(ranks, loops, strict=True) if (rate := _rate(rank, loop)) is not None]
+    timed = {rank.rank: pace for rank in ranks if (pace := _timed(rank)) is not None}
+    own = {rank: _own_seconds(pace) for rank, pace in timed.items()}
     states: dict[str, list[int]] = {}
     for rank in ranks:
         states.setdefault(_shown_state(rank, state), []).append(rank.rank)
@@ -131,7 +134,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         left=max(lefts, default=None),
         rate=min(rates, default=None),
         unit=rows[0].unit if rows else "it",
-        sentences=() if state.failure else tuple(_sentences(state, now)),
+        sentences=() if state.failure else tuple(_sentences(state, timed, now)),
         rows=rows,
         strip=_strip(states, own, len(ranks)) if len(ranks) > _MOST_ROWS else (),
         states={name: tuple(of) for name, of in states.items()},
@@ -149,14 +152,20 @@ def _situation(state: RunState) -> Situation:
     return "starting" if any(rank.state in ("starting", "idle") for rank in state.ranks) else "running"
 
 
-def _rate(rank: RankState) -> float | None:
-    return None if rank.pace is None else rank.pace.rate
+def _rate(rank: RankState, loop: Progress | None) -> float | None:
+    pace = rank.paces.get(loop.name) if loop is not None else None
+    return None if pace is None else pace.rate
+
+
+def _timed(rank: RankState) -> Pace | None:
+    """The pace of the loop that says where its time goes, the one that moved last; None without one."""
+    return next((pace for pace in list(rank.paces.values())[::-1] if pace.parts and pace.rate), None)
 
 
 def _row(rank: RankState, state: RunState, now: float) -> Row:
     shown, ended = _shown_state(rank, state), state.ended is not None
     progress = _current(rank)
-    rate = _rate(rank)
+    rate = _rate(rank, progress)
     left = None
     if progress is not None and progress.total and rate:
         left = max(0.0, (progress.total - progress.step) / rate)
@@ -173,17 +182,30 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
         rate=rate,
         left=None if rank.state in ENDED else left,
         metrics=_latest(rank),
-        parts=_shares(rank.pace),
+        parts=_shares(_timed(rank)),
         last_line=lines[-1] if lines else "",
         age=None if ended or rank.seen is None or rank.state in ENDED else max(0.0, now - rank.seen),
     )
 
 
 def _current(rank: RankState) -> Progress | None:
-    """The loop to show: of those that go on, the one that moved last; else the one that moved last."""
+    """The loop to show. Of those that go on and have moved lately: one that says where its time goes, else
+    the fastest, which is the innermost; by name, so that the choice stays. Else the one that moved last."""
     moved = list(rank.progress.values())[::-1]
-    going = [progress for progress in moved if progress.total is None or progress.step < progress.total]
-    return next(iter(going or moved), None)
+    if not moved:
+        return None
+    going = [
+        progress
+        for progress in moved
+        if (progress.total is None or progress.step < progress.total)
+        and moved[0].time - progress.time < _LATELY
+    ]
+
+    def worth(progress: Progress) -> tuple[bool, float, str]:
+        pace = rank.paces.get(progress.name)
+        return bool(pace and pace.parts), round((pace and pace.rate) or 0.0, 1), progress.name
+
+    return max(going, key=worth) if going else moved[0]
 
 
 def _latest(rank: RankState) -> tuple[tuple[str, float], ...]:
@@ -258,24 +280,19 @@ def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
 # ── what dominates ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _sentences(state: RunState, now: float) -> Iterable[str]:
+def _sentences(state: RunState, timed: Mapping[int, Pace], now: float) -> Iterable[str]:
     if state.ended is None:
         yield from _late(state.ranks, now)
-    paced = [
-        rank
-        for rank in state.ranks
-        if rank.pace is not None and rank.pace.parts and rank.pace.step >= _ENOUGH_STEPS and _rate(rank)
-    ]
-    if not paced:
+    if not timed or min(pace.step for pace in timed.values()) < _ENOUGH_STEPS:
         return
-    straggler = _straggler(paced)
+    straggler = _straggler(timed)
     if straggler:
         yield straggler
         return
     shares: dict[str, float] = {}
-    for rank in paced:
-        for name, share in _shares(rank.pace):
-            shares[name] = shares.get(name, 0.0) + share / len(paced)
+    for pace in timed.values():
+        for name, share in _shares(pace):
+            shares[name] = shares.get(name, 0.0) + share / len(timed)
     part = max(shares, key=lambda name: shares[name])
     if shares[part] >= _DOMINATES and part in _ADVICE:
         yield f"{shares[part]:.0%} of each step {_ADVICE[part]}".replace("%", " %", 1)
@@ -290,20 +307,18 @@ _ADVICE = {
 }
 
 
-def _straggler(paced: Sequence[RankState]) -> str | None:
+def _straggler(timed: Mapping[int, Pace]) -> str | None:
     """A rank whose own work takes clearly longer than the others': they wait for it in communication."""
-    if len(paced) < 2:
+    if len(timed) < 2:
         return None
-    own = {rank.rank: _own_seconds(rank.pace) for rank in paced if rank.pace is not None}
+    own = {rank: _own_seconds(pace) for rank, pace in timed.items()}
     slowest = max(own, key=lambda rank: own[rank])
     usual = median(seconds for rank, seconds in own.items() if rank != slowest)
     if usual <= 0 or own[slowest] < _STRAGGLES * usual:
         return None
-    rank = next(rank for rank in paced if rank.rank == slowest)
-    shares = [(share, name) for name, share in _shares(rank.pace) if name != "communication"]
+    shares = [(share, name) for name, share in _shares(timed[slowest]) if name != "communication"]
     where = f", mostly in {max(shares)[1]}" if shares and max(shares)[1] != "other" else ""
-    times = own[slowest] / usual
-    return f"rank {slowest} is {times:.1f}× slower than the others and holds them up{where}"
+    return f"rank {slowest} is {own[slowest] / usual:.1f}× slower than the others and holds them up{where}"
 
 
 def _own_seconds(pace: Pace) -> float:
