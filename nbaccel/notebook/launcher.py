@@ -89,6 +89,7 @@ def launch(
     collective_timeout: float | str | None = None,
     start_timeout: float | str = 60,
     grace: float = 1.0,
+    stall_after: float | str = 30,
     env: Mapping[str, str] | None = None,
     name: str | None = None,
     start_method: StartMethod | None = None,
@@ -109,6 +110,8 @@ def launch(
         collective_timeout: seconds a collective waits for the other ranks; None is torch's default.
         start_timeout: seconds until all ranks must be ready to call the function.
         grace: seconds the other ranks get after one failed, and all after an interrupt.
+        stall_after: seconds after which ranks that wait for one another are named with every rank's stack;
+            a word comes after 5 s. 0 never looks.
         env: environment variables for the ranks.
         name: what the run is called; the function's name otherwise.
         start_method: "fork" from the warm server (default on Linux), or "spawn".
@@ -134,6 +137,7 @@ def launch(
         collective_timeout=collective_timeout,
         start_timeout=start_timeout,
         grace=grace,
+        stall_after=stall_after,
         env=env,
         name=name,
         start_method=start_method,

@@ -17,6 +17,7 @@ from nbaccel.session.report import CellLabel
 from nbaccel.session.results import Results
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.state import RunState, new_state
+from nbaccel.session.watch import Stall
 from nbaccel.wire import payload
 from nbaccel.wire.events import Applied, Died, Event, Raised, Returned
 
@@ -82,6 +83,8 @@ class CallInFlight:
         self.startup_error: NbaccelError | None = None
         self.posts: list[tuple[Any, Collection[int] | None]] = []
         """Messages for its ranks that were sent before it began."""
+        self.stall: Stall | None = None
+        """The latest thing that was told of ranks that wait."""
         self.notes: list[str] = []
         """What the error's last lines say besides: ranks that were replaced, replicas that differ."""
         self._sinks = list(sinks)

@@ -32,6 +32,8 @@ class Limits:
     """For the other ranks after a failure, and for all after an interrupt."""
     run: float | None = None
     """For the call; None is for ever."""
+    stall: float = 30.0
+    """Until ranks that wait for one another are told with their stacks; 0 never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from nbaccel.rank.reporter import STACKS_SIGNAL
+from nbaccel.rank.spec import Free
 from nbaccel.session.stacks import Condition, Process, RankView, WorkerView
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.snapshot import Answer, Ask, Line, Records, Stacks, Thread
@@ -77,6 +78,20 @@ class Probes:
             for probe in self._probes.values():
                 _close(probe)
             self._probes.clear()
+
+    def free(self, rank: int, peers: Sequence[int]) -> None:
+        """Have a rank let go of the collective it waits in, by closing its connections to these processes."""
+        if (probe := self._probes.get(rank)) is not None:
+            try:
+                probe.channel.send(Free(tuple(peers)))
+            except ChannelClosed:
+                pass  # it died just now
+
+    def crash(self, rank: int) -> tuple[Line, ...]:
+        """The stack of a rank that a signal has ended; see `crash_stack`."""
+        with self._lock:
+            probe = self._probes.get(rank)
+            return () if probe is None or probe.memory is None else crash_stack(probe.memory)
 
     def pulse(self) -> dict[int, float]:
         """Have every reporter note where its main thread is. By rank: for how many seconds it has not moved

@@ -27,16 +27,18 @@ from typing import Any, Literal, final
 
 from nbaccel.engines.base import Engine, Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.errors import LaunchError, NbaccelError
-from nbaccel.rank.spec import Call, Exit, Free, Join, RunSpec
+from nbaccel.rank.spec import Call, Exit, Join, RunSpec
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Action, Ending, Reason
 from nbaccel.session.report import CellLabel, explain_exit, render
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.sinks.base import Sink
+from nbaccel.session.stacks import StackReport, place, user_line
 from nbaccel.session.state import RankState, RunState, fold, new_state
+from nbaccel.session.watch import Stall, Watch
 from nbaccel.session.wires import Wires
-from nbaccel.wire.channel import Channel, ChannelClosed
-from nbaccel.wire.events import Died, Event, Joined, Output, Raised, Returned, Status
+from nbaccel.wire.channel import ChannelClosed
+from nbaccel.wire.events import Died, Event, Joined, Output, Raised, Returned, Stalled, Status
 
 __all__ = ["Relay"]
 
@@ -100,6 +102,7 @@ class Relay:
         self._joined: set[int] = set()
         self._retries: list[Retry] = []
         self._startup_error: NbaccelError | None = None
+        self._watch = Watch(spec.num_processes, ended=self._fates, label=label)
         self._wires = Wires(
             engine.start(spec, delivery.parcel, delivery.fd),
             on_control=self._on_control,
@@ -125,10 +128,9 @@ class Relay:
         """Whether the group has ended, or is about to: it takes no more calls."""
         return self._phase in ("leaving", "stopping", "over")
 
-    @property
-    def reporters(self) -> dict[int, tuple[Channel, int | None]]:
-        """By rank: the line to its reporter, and the memory file faulthandler writes its stacks to."""
-        return self._wires.reporters
+    def look(self) -> StackReport:
+        """Every rank's stacks now, and who waits for whom; from the thread that asks."""
+        return self._watch.look()
 
     def submit(self, call: CallInFlight) -> None:
         """Make this call once those before it are over."""
@@ -208,6 +210,8 @@ class Relay:
     def _on_time_of(self, call: CallInFlight, now: float) -> None:
         if self._phase != "starting" or now > self._quiet_until:
             call.tick(now)
+        if self._phase == "ready" and call.ending.reason is None:
+            self._watch.tick(now)
         if self._phase == "ready" and call.overdue(now):
             self._end("timeout")
         if not self._spec.keep or self._phase != "ready":
@@ -233,6 +237,8 @@ class Relay:
                 self._on_stop_order(about, kill=what == "kill")
             elif what == "post":
                 self._on_post(*about)
+            elif what == "stall":
+                self._on_stall(*about)
             else:
                 self._on_close()
 
@@ -253,6 +259,14 @@ class Relay:
         elif call is None or call is self._call:
             for rank in range(self._spec.num_processes) if ranks is None else ranks:
                 self._send(rank, message)
+
+    def _on_stall(self, call: CallInFlight, stall: Stall) -> None:
+        if call is not self._call or call.resolved:
+            return
+        call.stall = stall
+        call.say(stall.text if stall.report is None else repr(stall.report))
+        report = "" if stall.report is None else repr(stall.report)
+        self._fold(Stalled(rank=call.ranks[0], text=stall.text, report=report))
 
     def _on_close(self) -> None:
         if self.over:
@@ -332,7 +346,7 @@ class Relay:
             self._replicas[rank] = event.replicas
         elif isinstance(event, Status) and event.state == "idle":
             if fds:
-                self._wires.hear_reporter(rank, fds)
+                self._watch.add(rank, event.pid or 0, fds)
             self._joined.add(rank)
             if self._phase == "starting" and len(self._joined) == self._spec.num_processes:
                 self._on_ready()
@@ -347,7 +361,8 @@ class Relay:
         rank, call = exited.rank, self._call
         self._on_channel(rank)
         self._wires.drain_output(rank)
-        died = Died(rank=rank, exitcode=exited.exitcode, detail=exited.detail)
+        died = Died(rank=rank, exitcode=exited.exitcode, detail=exited.detail or self._crash(rank))
+        self._watch.drop(rank)
         self._fold(died)
         if self._phase == "starting":
             self._on_failed_start(died)
@@ -360,6 +375,29 @@ class Relay:
         elif self._phase == "ready":
             self._say(f"rank {rank} {explain_exit(exited.exitcode)}, between two calls")
             self._recover(None)
+
+    def _crash(self, rank: int) -> str:
+        """Where a rank was in its Python code when a signal ended it, as far as it could say."""
+        frames = self._watch.crash(rank)
+        line = user_line(frames) or (frames[0] if frames else None)
+        return f"it was in {line.function}, {place(line, self._label)}" if line else ""
+
+    def _fates(self) -> dict[int, str]:
+        """How the call of each rank ended, of those whose call has."""
+        call = self._call
+        taken = range(self._spec.num_processes) if call is None else call.ranks
+        found = {}
+        for known in self._state.ranks:
+            if known.rank not in taken:
+                found[known.rank] = "it has no part in this call"
+            elif known.state == "done":
+                found[known.rank] = "its function returned"
+            elif known.state == "failed":
+                kind = known.error.type_name if known.error else "an exception"
+                found[known.rank] = f"it raised {kind}"
+            elif known.exitcode is not None:
+                found[known.rank] = f"it {explain_exit(known.exitcode)}"
+        return found
 
     def _on_failed_start(self, event: Raised | Died) -> None:
         """A rank did not come up, or was lost while the group was made again."""
@@ -408,6 +446,7 @@ class Relay:
     def _begin(self, call: CallInFlight) -> None:
         """Let the ranks run the function."""
         call.begin(self._calls, self._state, time.monotonic())
+        self._watch.began(call.limits.stall, lambda stall: self._order("stall", (call, stall)))
         self._calls += 1
         delivered = call.delivery is self._delivery
         parcel, fd = (None, None) if delivered else (call.delivery.parcel, call.delivery.fd)
@@ -439,13 +478,8 @@ class Relay:
 
     def _free(self, rank: int) -> None:
         """Break the connections a rank waits on for the others; the group is made again afterwards."""
-        channel, _ = self._wires.reporters.get(rank, (None, None))
-        others = tuple(k.pid for k in self._state.ranks if k.pid is not None and k.rank != rank)
-        if channel is not None:
-            try:
-                channel.send(Free(others))
-            except ChannelClosed:
-                pass  # it died just now
+        others = [k.pid for k in self._state.ranks if k.pid is not None and k.rank != rank]
+        self._watch.free(rank, others)
 
     def _end(self, reason: Reason) -> None:
         call = self._call
@@ -453,6 +487,7 @@ class Relay:
             return
         before = call.ending.reason
         call.ending.begin(reason, time.monotonic())
+        self._watch.finished()
         if self._spec.keep:
             return  # `_on_time` sees to it
         if self._phase == "starting" and reason != "failed":
@@ -576,6 +611,7 @@ class Relay:
             for rank in range(self._spec.num_processes):
                 self._wires.drain_output(rank)
         self._phase = "over"
+        self._watch.close()
         self._wires.close()
         if self._idle_sink is not None:
             self._idle_sink.close(self._state)

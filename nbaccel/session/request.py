@@ -34,6 +34,7 @@ _OWN_NAMES = frozenset(
         "name",
         "output",
         "returns",
+        "stall_after",
         "start_timeout",
     }
 )
@@ -86,6 +87,7 @@ def make_request(
     max_time: float | str | None = None,
     start_timeout: float | str = 60,
     grace: float = 1.0,
+    stall_after: float | str = 30,
     env: Mapping[str, str] | None = None,
     name: str | None = None,
     folder: str | Path | bool | None = None,
@@ -128,6 +130,7 @@ def make_request(
             start=duration_seconds(start_timeout, what="start_timeout"),
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
             run=None if max_time is None else duration_seconds(max_time, what="max_time"),
+            stall=0.0 if stall_after == 0 else duration_seconds(stall_after, what="stall_after"),
         ),
         env=for_ranks,
         output=_one_of("output", output, ("auto", "all", "rank0", "none")),

@@ -17,7 +17,9 @@ from nbaccel.session.relay import Relay
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.sinks.capped import read_log
 from nbaccel.session.sinks.folder import log_path
+from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RunState
+from nbaccel.session.watch import Stall
 from nbaccel.wire.events import Request
 
 __all__ = ["Run"]
@@ -35,13 +37,22 @@ class Run:
         meanwhile: called ten times a second or more by the thread that waits for the run.
     """
 
-    def __init__(self, relay: Relay, call: CallInFlight, *, name: str, folder: Path | None) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        call: CallInFlight,
+        *,
+        name: str,
+        folder: Path | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         self.name = name
         self.folder = folder
         """Where the run's files are; None when no run folder was wanted."""
         self._relay = relay
         self._call = call
         self._future = call.future
+        self._meanwhile = meanwhile
 
     def result(self, timeout: float | None = None) -> Results:
         """The ranks' values, in rank order.
@@ -88,6 +99,9 @@ class Run:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on")
+            if self._meanwhile is not None:
+                self._meanwhile()
+                left = _MEANWHILE if left is None else min(left, _MEANWHILE)
             if presses.wait(left) == "press":
                 self._relay.interrupt(self._call)
         if not self._call.keep:
@@ -126,6 +140,21 @@ class Run:
 
     def _ask(self, request: Request) -> None:
         self._relay.post(request, call=self._call)
+
+    def stacks(self) -> StackReport:
+        """What every rank is doing now, and who waits for whom. Takes 0.1 to 0.3 s.
+
+        Raises:
+            ConfigError: the run is over.
+        """
+        if self._relay.over:
+            raise ConfigError(f"{self.name} is over: its ranks have no stacks any more")
+        return self._relay.look()
+
+    @property
+    def stall(self) -> Stall | None:
+        """The latest that was noticed of ranks that wait for one another; None when nothing was."""
+        return self._call.stall
 
     def logs(self, rank: int) -> str:
         """What a rank has printed so far, stdout and stderr in the order they came.

@@ -33,6 +33,8 @@ Condition = Literal["answers", "silent", "stopped", "gone"]
 """Of a rank: its reporter answers; it does not, but its process lives; SIGSTOP; no such process."""
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# What stands around the person's call, and around an import.
+_AROUND = (*(_OURS + room + os.sep for room in ("rank", "wire", "engines")), "<frozen")
 _STDLIB = tuple(
     {os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("stdlib", "platstdlib")}
     | {sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib")}
@@ -152,7 +154,7 @@ class StackReport:
 
     def _stack(self, frames: Sequence[Line], indent: str = "  ") -> Iterator[str]:
         """The person's own frames and the innermost few, outermost first."""
-        frames = [line for line in frames if not line.filename.startswith("<frozen")]
+        frames = [line for line in frames if not line.filename.startswith(_AROUND)]
         shown = [line for at, line in enumerate(frames) if at < _INNERMOST or is_users(line)]
         if len(shown) > _MOST_FRAMES:
             yield f"{indent}… {len(shown) - _MOST_FRAMES} frames around it …"

@@ -17,6 +17,7 @@ from typing import final
 from nbaccel.session.diagnosis import diagnose, in_debugger
 from nbaccel.session.probes import Probes
 from nbaccel.session.stacks import CellLabel, StackReport
+from nbaccel.wire.snapshot import Line
 
 __all__ = ["HINT_AFTER", "Stall", "Watch"]
 
@@ -29,22 +30,30 @@ _LAG = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """What the watch tells: ranks wait (`report` at first without, then with the stacks), or go on."""
+    """What the watch tells: that ranks wait, and for whom; or that they go on."""
 
     text: str
     report: StackReport | None
-    seconds: float
-    full: bool
+    """With every rank's stack, once it has lasted for `stall_after`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Vigil:
+    """What one call wants of the watch."""
+
+    began: float
+    stall_after: float
+    tell: Callable[[Stall], None]
+    over: threading.Event
 
 
 @final
 class Watch:
-    """Looks after the ranks of one run or session.
+    """Looks after the ranks of one run or session. `look` may be called from any thread, the rest belongs to
+    one.
 
     Args:
         num_ranks: how many there are.
-        stall_after: seconds until the full report; 0 never looks by itself.
-        tell: called on the watch's thread.
         ended: how the call of a rank ended, by rank; asked on any thread.
         label: what the front end calls a file a cell was compiled from.
     """
@@ -53,18 +62,13 @@ class Watch:
         self,
         num_ranks: int,
         *,
-        stall_after: float,
-        tell: Callable[[Stall], None],
         ended: Callable[[], Mapping[int, str]],
         label: CellLabel = lambda _: None,
     ) -> None:
-        self._num_ranks, self._stall_after = num_ranks, stall_after
-        self._tell, self._ended, self._label = tell, ended, label
+        self._num_ranks, self._ended, self._label = num_ranks, ended, label
         self._probes = Probes()
-        self._began: float | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._context = contextvars.copy_context()  # what is told appears in the cell that started us
+        self._vigil: _Vigil | None = None
+        self._threads: list[tuple[_Vigil, threading.Thread]] = []
 
     def add(self, rank: int, pid: int, descriptors: Sequence[int]) -> None:
         """A rank is there; takes over the descriptors its reporter sent."""
@@ -74,27 +78,43 @@ class Watch:
         """A rank's process has ended."""
         self._probes.drop(rank)
 
-    def began(self) -> None:
-        """A call runs from now on."""
-        self._began = time.monotonic()
+    def free(self, rank: int, peers: Sequence[int]) -> None:
+        """Have a rank let go of the collective it waits in, by closing its connections to these processes."""
+        self._probes.free(rank, peers)
+
+    def crash(self, rank: int) -> tuple[Line, ...]:
+        """The Python stack of a rank that a signal has ended, the innermost frame first; empty when it is not
+        known."""
+        return self._probes.crash(rank)
+
+    def began(self, stall_after: float, tell: Callable[[Stall], None]) -> None:
+        """A call runs from now on.
+
+        Args:
+            stall_after: seconds until the full report; 0 never looks by itself.
+            tell: called on the watch's thread.
+        """
+        self.finished()
+        self._vigil = _Vigil(time.monotonic(), stall_after, tell, threading.Event())
 
     def tick(self, now: float) -> None:
         """Called now and then while a call runs; `now` is `time.monotonic()`."""
-        due = self._began is not None and now - self._began > _FIRST_LOOK
-        if due and self._stall_after > 0 and self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(
-                target=self._context.run, args=(self._look_after,), name="nbaccel-watch", daemon=True
-            )
-            self._thread.start()
+        vigil = self._vigil
+        if vigil is None or vigil.stall_after <= 0 or now - vigil.began <= _FIRST_LOOK:
+            return
+        if not self._threads or self._threads[-1][0] is not vigil:
+            # what it tells appears in the cell that called
+            run = contextvars.copy_context().run
+            name = "nbaccel-watch"
+            thread = threading.Thread(target=run, args=(self._look_after, vigil), name=name, daemon=True)
+            self._threads = [*(pair for pair in self._threads if pair[1].is_alive()), (vigil, thread)]
+            thread.start()
 
     def finished(self) -> None:
-        """The call has ended. Waits for a look that is under way."""
-        self._began = None
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """The call has ended: nothing more is told of it."""
+        if self._vigil is not None:
+            self._vigil.over.set()
+            self._vigil = None
 
     def look(self) -> StackReport:
         """Every rank's stacks now, and who waits for whom."""
@@ -104,30 +124,28 @@ class Watch:
     def close(self) -> None:
         """Let go of everything; may be called twice."""
         self.finished()
+        for _, thread in self._threads:
+            thread.join()
         self._probes.close()
 
-    def _look_after(self) -> None:
-        stage: list[float] = (
-            [HINT_AFTER, self._stall_after] if self._stall_after > HINT_AFTER else [self._stall_after]
-        )
-        due, told = list(stage), False
-        not_before = 0.0
-        while not self._stop.wait(_PERIOD):
+    def _look_after(self, vigil: _Vigil) -> None:
+        stages = [at for at in (HINT_AFTER, vigil.stall_after) if at <= vigil.stall_after]
+        due, told, not_before = list(stages), False, 0.0
+        while not vigil.over.wait(_PERIOD):
             still = max(self._probes.pulse().values(), default=0.0)
             if still < 2 * _PERIOD:
                 if told:
-                    self._tell(Stall("the ranks go on", None, still, full=False))
-                due, told, not_before = list(stage), False, 0.0
-            elif due and still >= due[0] - _LAG and still >= not_before:
-                full = due[0] == stage[-1]
+                    vigil.tell(Stall("the ranks go on", None))
+                due, told, not_before = list(stages), False, 0.0
+            elif due and still >= max(due[0] - _LAG, not_before):
+                full = len(due) == 1
                 stall = self._judge(due[0], full=full)
                 if stall is not None:
-                    self._tell(stall)
+                    vigil.tell(stall)
                     due, told, not_before = due[1:], told or full, 0.0
                 elif still > due[0] + _LAG:
-                    not_before = 2 * still  # it computes, or somebody debugs it: ask less often
-                    if not full:
-                        due = due[1:]
+                    # it computes, or somebody debugs it: ask less often
+                    due, not_before = (due, 2 * still) if full else (due[1:], 0.0)
 
     def _judge(self, after: float, *, full: bool) -> Stall | None:
         """What to tell of a stall that has lasted `after` seconds; None when there is nothing wrong."""
@@ -139,5 +157,4 @@ class Watch:
         ]
         if not found:
             return None
-        text = "\n".join(one.text for one in found[:4])
-        return Stall(text, report, found[0].seconds, full=full)
+        return Stall("\n".join(one.text for one in found[:4]), report if full else None)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, final
 
 from nbaccel.engines.base import Ports
-from nbaccel.wire.channel import Channel
 from nbaccel.wire.events import Event
 
 __all__ = ["Wires"]
@@ -40,8 +39,6 @@ class Wires:
         on_output: Callable[[int, Literal["stdout", "stderr"], bytes], None],
     ) -> None:
         self.ports = ports
-        self.reporters: dict[int, tuple[Channel, int | None]] = {}
-        """By rank: the line to its reporter, and the memory file faulthandler writes its stacks to."""
         self._on_control, self._on_rank, self._on_output = on_control, on_rank, on_output
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -86,12 +83,6 @@ class Wires:
         for stream in _STREAMS:
             fd = (ports.stdouts if stream == "stdout" else ports.stderrs)[rank]
             self._selector.register(fd, read, lambda stream=stream: self._read(rank, stream))
-
-    def hear_reporter(self, rank: int, fds: list[int]) -> None:
-        """Keep the line to a rank's reporter, which came with its first word."""
-        self._close_reporter(rank)
-        if fds:
-            self.reporters[rank] = (Channel.from_fd(fds[0]), fds[1] if len(fds) > 1 else None)
 
     def events(self, rank: int) -> Iterator[tuple[Event, list[int]]]:
         """What has come over a rank's channel."""
@@ -157,11 +148,3 @@ class Wires:
         self.ports.channels[rank].close()
         os.close(self.ports.stdouts[rank])
         os.close(self.ports.stderrs[rank])
-        self._close_reporter(rank)
-
-    def _close_reporter(self, rank: int) -> None:
-        channel, memory = self.reporters.pop(rank, (None, None))
-        if channel is not None:
-            channel.close()
-        if memory is not None:
-            os.close(memory)

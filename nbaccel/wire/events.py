@@ -31,6 +31,7 @@ __all__ = [
     "Raised",
     "Request",
     "Returned",
+    "Stalled",
     "Status",
     "active",
     "at_call_end",
@@ -193,6 +194,15 @@ class Joined(_Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stalled(_Event):
+    """Not from a rank but seen from outside: ranks wait for one another, or go on again."""
+
+    text: str
+    report: str = ""
+    """With every rank's stack, once it has lasted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Died(_Event):
     """The rank's process ended. Negative exit codes are signals."""
 
@@ -211,6 +221,7 @@ Event = (
     | Metric
     | Status
     | Returned
+    | Stalled
     | Raised
     | Died
 )
