@@ -1,7 +1,7 @@
 """`display`, `plt.show`, rich results and `clear_output` in a rank: shown in the notebook.
 
-IPython's functions ask for the shell that runs the code. In a rank they find one that has what they need,
-formatters and a publisher, and that is made when they first ask: a rank that shows nothing pays nothing.
+IPython's functions ask for the shell that runs the code. In a rank it is made when something first asks: a
+rank that shows nothing pays nothing.
 """
 
 from __future__ import annotations
@@ -11,58 +11,60 @@ import builtins
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any
 
 from nbaccel.rank.late import when_imported
 from nbaccel.wire import events
 from nbaccel.wire.events import Display
 
-__all__ = ["Displays"]
+__all__ = ["clear", "publish", "relay_displays", "show_figures"]
 
 _MOST_BYTES = 16 << 20
 _INLINE = "matplotlib_inline.backend_inline"
 
 
-@final
-class Displays:
-    """Relays what this rank shows, from construction on."""
+def relay_displays() -> None:
+    """Let what this rank shows appear in the notebook from now on."""
+    builtins.display = _display  # type: ignore[attr-defined]  # as in a notebook's cells
+    when_imported("IPython.core.interactiveshell", _make_shell_when_asked)
 
-    def __init__(self) -> None:
-        self._shell: Any = None
-        builtins.display = _display  # type: ignore[attr-defined]  # as in a notebook's cells
-        when_imported("IPython.core.interactiveshell", self._adopt)
 
-    def show(self, value: Any) -> None:
-        """What a notebook does with the last expression of a cell."""
-        if value is not None:
-            _display(value)
+def publish(
+    data: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    update: bool = False,
+) -> None:
+    """Show contents by MIME type; `name` is the display id."""
+    if not events.active():
+        return
+    plain = {mime: _plain(mime, value) for mime, value in data.items()}
+    size = sum(len(value) for value in plain.values() if isinstance(value, str))
+    if size > _MOST_BYTES:
+        words = str(plain.get("text/plain", ""))[:1000]
+        size >>= 20
+        plain = {"text/plain": f"{words}\n(what was to be shown has {size} MB, too many for a notebook)"}
+    events.emit(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
 
-    def finish(self) -> None:
-        """Show the figures that were drawn and not shown, as at the end of a cell."""
-        inline = sys.modules.get(_INLINE)
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        if inline is None or pyplot is None or not pyplot.get_fignums():
-            return
-        if "inline" not in str(pyplot.get_backend()):
-            return
-        import IPython
 
-        if IPython.get_ipython() is not None:
-            inline.show(True)
+def clear(*, wait: bool = False) -> None:
+    """Remove what this rank has shown; with `wait`, when it shows the next thing."""
+    if events.active():
+        events.emit(Display(data={}, clear="next" if wait else "now"))
 
-    def _adopt(self, module: Any) -> None:
-        """Let IPython find our shell where it looks for the one there is."""
-        shell_class = module.InteractiveShell
 
-        def instance(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if self._shell is None:
-                self._shell = _make_shell(module)
-                if (inline := sys.modules.get(_INLINE)) is not None:
-                    inline._enable_matplotlib_integration()
-            return self._shell
+def show_figures() -> None:
+    """Show the figures that were drawn and not shown, as at the end of a cell."""
+    inline = sys.modules.get(_INLINE)
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if inline is None or pyplot is None or not pyplot.get_fignums():
+        return
+    if "inline" in str(pyplot.get_backend()):
+        from IPython.core.getipython import get_ipython
 
-        shell_class.instance = classmethod(instance)
-        shell_class.initialized = classmethod(lambda cls: True)
+        get_ipython()
+        inline.show(True)
 
 
 def _display(*objects: Any, **options: Any) -> Any:
@@ -71,66 +73,25 @@ def _display(*objects: Any, **options: Any) -> Any:
     return display(*objects, **options)
 
 
-def _make_shell(module: Any) -> Any:
-    """What stands in for IPython's shell: formatters, events, a namespace and the publisher."""
-    from IPython.core.events import EventManager, available_events
-    from IPython.core.formatters import DisplayFormatter
-    from traitlets.config.configurable import Configurable
+def _make_shell_when_asked(module: Any) -> None:
+    shell_class = module.InteractiveShell
+    if shell_class.initialized():
+        return
+    plain = vars(shell_class).get("initialized")
 
-    class RankShell(Configurable):  # type: ignore[misc]
-        """No terminal, no history, no magics."""
+    def initialized(cls: Any) -> bool:
+        if plain is None:
+            del shell_class.initialized
+        else:
+            shell_class.initialized = plain
+        from nbaccel.rank import shell
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.display_formatter = DisplayFormatter(parent=self)
-            self.display_formatter.active_types = self.display_formatter.format_types
-            self.display_pub = _Publisher()
-            self.events = EventManager(self, available_events)
-            self.configurables: list[Any] = [self]
-            self.user_module = sys.modules["__main__"]
-            self.user_ns = vars(self.user_module)
+        shell.warm_up()
+        if (inline := sys.modules.get(_INLINE)) is not None:
+            inline._enable_matplotlib_integration()  # it looked for a shell when it was imported
+        return True
 
-        def showtraceback(self, *_: Any, **__: Any) -> None:
-            """IPython's callbacks show what they caught; here it is the rank's error."""
-            raise
-
-    module.InteractiveShellABC.register(RankShell)
-    return RankShell()
-
-
-@final
-class _Publisher:
-    """IPython's `display_pub`."""
-
-    is_publishing = False
-
-    def publish(
-        self,
-        data: Mapping[str, Any],
-        metadata: Mapping[str, Any] | None = None,
-        source: str | None = None,
-        *,
-        transient: Mapping[str, Any] | None = None,
-        update: bool = False,
-        **_: Any,
-    ) -> None:
-        """Send it to the notebook."""
-        if not events.active():
-            return
-        name = (transient or {}).get("display_id")
-        plain = {mime: _plain(mime, value) for mime, value in data.items()}
-        size = sum(len(value) for value in plain.values() if isinstance(value, str))
-        if size > _MOST_BYTES:
-            words = str(plain.get("text/plain", ""))[:1000]
-            plain = {
-                "text/plain": f"{words}\n(what was to be shown has {size >> 20} MB, too many for a notebook)"
-            }
-        events.emit(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
-
-    def clear_output(self, wait: bool = False) -> None:
-        """Remove what this rank has shown."""
-        if events.active():
-            events.emit(Display(data={}, clear="next" if wait else "now"))
+    shell_class.initialized = classmethod(initialized)
 
 
 def _plain(mime: str, value: Any) -> Any:
