@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, final
 
-from nbaccel.wire.channel import Channel
+from nbaccel.wire.channel import Channel, ChannelClosed
 
 __all__ = ["Children"]
 
@@ -50,8 +50,13 @@ class Children:
         while True:
             for pid in self.ended():
                 self.reap(pid)
+            # one read may have brought two messages: then the second is here and not at the descriptor
+            for message in channel.drain():
+                return message
+            if channel.eof:
+                raise ChannelClosed("the other end of the channel is gone")
             if self.wait(channel.fileno(), timeout=timeout):
-                return channel.recv()
+                continue
             if timeout is not None:
                 raise TimeoutError
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 from nbaccel.engines.parent import Launch
-from nbaccel.engines.server import WARM_UP, Template
+from nbaccel.engines.server import WARM_UP, Hurry, Template
 from nbaccel.engines.template import Preload, Preloaded
 from nbaccel.errors import LaunchError
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
@@ -75,6 +75,7 @@ class ForkServer:
         self._seen: set[str] = set()
         self._wanted: list[str] = []
         self._without: tuple[str, ...] = ()
+        self._hurried = False
         self._stamps = {name: stamp for name in WARM_UP if "." not in name and (stamp := _stamp(name))}
         self._log = tempfile.TemporaryFile(prefix="nbaccel-server-")  # noqa: SIM115  # as long as the server
         ours, theirs = pair()
@@ -128,6 +129,12 @@ class ForkServer:
                     self._stamps.setdefault(package, stamp)
             self._template.send(Preload(tuple(wanted)))
 
+    def _hurry(self) -> None:
+        """Before the first launch: the server may still be at what can wait."""
+        if not self._hurried:
+            self._hurried = True
+            self._server.send(Hurry())
+
     def do_without(self, package: str) -> None:
         """Replace the template by one that never imports `package`."""
         with self._lock:
@@ -145,6 +152,7 @@ class ForkServer:
         """
         with self._lock:
             try:
+                self._hurry()
                 self._preload()
                 self._template.send(launch, fds)
             except ChannelClosed:  # somebody killed it: the server makes another

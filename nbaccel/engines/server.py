@@ -12,16 +12,17 @@ import os
 import signal
 import traceback
 import warnings
+from collections import deque
 from dataclasses import dataclass
 from typing import NoReturn
 
-from nbaccel.engines import template
+from nbaccel.engines import hugepages, template
 from nbaccel.engines.children import Children
 from nbaccel.rank import threads
 from nbaccel.rank.process import call_process, die_with_parent
 from nbaccel.wire.channel import Channel, ChannelClosed
 
-__all__ = ["WARM_UP", "Template", "serve"]
+__all__ = ["WARM_UP", "Hurry", "Template", "serve"]
 
 # What the first DistributedDataParallel step and a compiled one import: 820 modules, 1.5 s in a cold rank.
 WARM_UP = (
@@ -49,20 +50,28 @@ class Template:
     """Packages that made an earlier template unsafe."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """To the server: a launch waits already, so fork the template before anything else."""
+
+
 def serve(control: int, *, guardian: int, start_method: str) -> NoReturn:
     """Be the server until the notebook closes the channel."""
     die_with_parent(guardian)
     call_process("nb-server")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel.from_fd(control)
+    orders: deque[tuple[Template | Hurry, list[int]]] = deque()
     if start_method == "fork":
         _warm_up()
+        orders += _settle(channel)
     me = os.getpid()
     children = Children()
     try:
         while True:
-            order, fds = children.next_message(channel)
-            assert isinstance(order, Template)
+            order, fds = orders.popleft() if orders else children.next_message(channel)
+            if isinstance(order, Hurry):
+                continue
             if os.fork() == 0:
                 channel.close()
                 children.forget()
@@ -78,6 +87,16 @@ def serve(control: int, *, guardian: int, start_method: str) -> NoReturn:
     except ChannelClosed:
         template.outlive_children()  # runs die with the processes above them
         os._exit(0)
+
+
+def _settle(channel: Channel) -> list[tuple[Template | Hurry, list[int]]]:
+    """Make this process quick to fork unless somebody is in a hurry; the orders that came meanwhile."""
+    orders: list[tuple[Template | Hurry, list[int]]] = []
+    for address in hugepages.own_ranges():
+        orders += channel.drain()
+        if any(isinstance(order, Hurry) for order, _ in orders) or not hugepages.collapse(address):
+            break
+    return orders
 
 
 def _warm_up() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
-from nbaccel.engines import parent
+from nbaccel.engines import hugepages, parent
 from nbaccel.engines.base import Retry
 from nbaccel.engines.children import Children
 from nbaccel.rank import threads
@@ -104,7 +104,17 @@ class _Room:
                 return self._children.next_message(self._channel, timeout=_STAND_BY_AFTER if idle else None)
             except TimeoutError:
                 pass  # left before forking: what a rank raises must not carry this as its context
-            self._stand_by(self._ranks)
+            if self._settled():
+                self._stand_by(self._ranks)
+
+    def _settled(self) -> bool:
+        """Make what was imported here quick to fork; False when the notebook wants something first."""
+        for address in hugepages.own_ranges():
+            if self._children.wait(self._channel.fileno(), timeout=0):
+                return False
+            if not hugepages.collapse(address):
+                break
+        return True
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import module after module; stop at the first that makes this process unsafe to fork."""
