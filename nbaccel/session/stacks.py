@@ -39,6 +39,7 @@ _STDLIB = tuple(
     {os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("stdlib", "platstdlib")}
     | {sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib")}
 )
+_STATES = {"R": "runs", "S": "sleeps", "D": "waits for a device", "T": "is stopped", "Z": "has ended"}
 _MOST_FRAMES = 16
 _INNERMOST = 3
 # A machine with more work than cores keeps a thread waiting for a while.
@@ -211,10 +212,12 @@ def _state(views: Sequence[RankView]) -> str:
         return "its process is gone"
     if view.condition == "stopped":
         return "stopped (SIGSTOP); it goes on at SIGCONT"
-    busy = [one.process.cpu for one in views if one.process.cpu is not None]
-    words = _words(view.process)
-    if len({one.process.state for one in views}) > 1 or len(busy) > 1:
-        words = ", ".join(f"rank {one.rank} {_words(one.process)}" for one in views)
+    states = sorted({one.process.state for one in views})
+    used = [one.process.cpu for one in views if one.process.cpu is not None]
+    words = " or ".join(_STATES.get(state, "lives") for state in states)
+    if used:
+        low, high = min(used), max(used)
+        words += f", cpu {low:.0f} %" if round(low) == round(high) else f", cpu {low:.0f} to {high:.0f} %"
     if view.condition == "silent":
         why = "C code holds the interpreter's lock" if view.seconds > SURELY_SILENT else "so far"
         words += f"; it does not answer: {why}"
@@ -222,6 +225,4 @@ def _state(views: Sequence[RankView]) -> str:
 
 
 def _words(process: Process) -> str:
-    state = {"R": "runs", "S": "sleeps", "D": "waits for a device", "T": "is stopped", "Z": "has ended"}
-    words = state.get(process.state, "lives")
-    return words if process.cpu is None else f"{words}, cpu {process.cpu:.0f} %"
+    return _STATES.get(process.state, "lives")
