@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
 from nbaccel.session.ending import Limits, Reason
-from nbaccel.session.report import CellLabel, Outcome, worker_error
+from nbaccel.session.report import CellLabel, Outcome, waited_in, worker_error
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.wire import payload
 from nbaccel.wire.events import Died, Raised
@@ -47,7 +47,7 @@ class Ended:
 def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
     """The values, or what to raise instead."""
     if ended.reason in ("interrupted", "killed"):
-        return KeyboardInterrupt(_where(ended, label))
+        return KeyboardInterrupt("; ".join([_where(ended, label), *ended.notes]))
     if ended.startup_error is not None:
         return ended.startup_error
     if ended.reason == "timeout":
@@ -56,7 +56,7 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
         )
     if ended.failures:
         return _worker_error(ended, label)
-    values = Results([None] * len(ended.ranks))
+    values = Results([None] * len(ended.ranks), ranks=ended.ranks)
     for at, rank in enumerate(ended.ranks):
         parcel, fd = ended.values[rank]
         if parcel is not None:
@@ -67,7 +67,7 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
 def _where(ended: Ended, label: CellLabel) -> str:
     """Where each rank was when it was interrupted, ranks at the same place together."""
     places: dict[str, list[int]] = {}
-    for rank in range(ended.num_ranks):
+    for rank in ended.ranks:
         places.setdefault(_place(ended, rank, label), []).append(rank)
     return "; ".join(f"rank{'s' if len(r) > 1 else ''} {rank_ranges(r)} {text}" for text, r in places.items())
 
@@ -76,6 +76,8 @@ def _place(ended: Ended, rank: int, label: CellLabel) -> str:
     event = ended.failures.get(rank)
     if rank in ended.values:
         return "had returned"
+    if isinstance(event, Raised) and (waited := waited_in(event.info, label)):
+        return waited
     if isinstance(event, Raised) and event.info.frames:
         frames = event.info.frames
         frame = next((f for f in reversed(frames) if label(f.filename)), frames[-1])
@@ -94,6 +96,9 @@ def _worker_error(ended: Ended, label: CellLabel) -> WorkerError:
         last_words=ended.last_words,
         folder=ended.folder,
         grace=ended.limits.grace,
+        keep=ended.keep,
+        notes=ended.notes,
+        ranks=ended.ranks,
     )
     error = worker_error(outcome, label)
     sent = ended.errors.get(error.ranks[0])

@@ -63,6 +63,7 @@ class Relay:
         say: tells the person one sentence about the group.
         label: what the front end calls a file a cell was compiled from.
         idle_sink: shown what happens while no call is under way.
+        idle_stop: seconds without a call after which the group ends by itself.
     """
 
     def __init__(
@@ -76,12 +77,15 @@ class Relay:
         say: Callable[[str], None],
         label: CellLabel = lambda _: None,
         idle_sink: Sink | None = None,
+        idle_stop: float | None = None,
     ) -> None:
         self.ready: Future[None] = Future()
         """Resolved when the ranks are first ready, or will never be."""
         self._engine, self._spec, self._delivery = engine, spec, delivery
         self._start_limit, self._say, self._label = start_limit, say, label
         self._idle_sink = idle_sink
+        self._idle_stop = idle_stop
+        self._idle_since = time.monotonic()
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._state = new_state(spec.num_processes, time.time())
         self._phase: Literal["starting", "ready", "leaving", "stopping", "over"] = "starting"
@@ -131,6 +135,15 @@ class Relay:
     def look(self) -> StackReport:
         """Every rank's stacks now, and who waits for whom; from the thread that asks."""
         return self._watch.look()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way or waits, or the group is being made."""
+        return self._phase != "ready" or self._call is not None or bool(self._waiting)
+
+    def interrupt_current(self) -> None:
+        """As `interrupt`, for the call that is under way; nothing happens without one."""
+        self._order("interrupt", None)
 
     def submit(self, call: CallInFlight) -> None:
         """Make this call once those before it are over."""
@@ -186,11 +199,17 @@ class Relay:
     def _pause(self) -> float | None:
         """Seconds until the loop has something to do by itself; None when nothing will come."""
         call, now = self._call, time.monotonic()
-        times = (self._deadline, self._leaving.next_at(), call and call.next_at())
+        times = (self._deadline, self._leaving.next_at(), self._idle_at(), call and call.next_at())
         due = [at - now for at in times if at is not None]
         if call is not None or self._phase != "ready" or now < self._quiet_until:
             due.append(_TICK)
         return max(0.0, min(due)) if due else None
+
+    def _idle_at(self) -> float | None:
+        """When an idle group ends by itself."""
+        if self._idle_stop is None or self._call is not None or self._phase != "ready":
+            return None
+        return self._idle_since + self._idle_stop
 
     def _on_time(self, now: float) -> None:
         call = self._call
@@ -200,6 +219,9 @@ class Relay:
             self._idle_sink.tick(now)
         if due := self._leaving.take_due(now):
             self._act(due, [known.rank for known in self._state.ranks if known.exitcode is None])
+        if self._idle_at() is not None and now >= (self._idle_at() or 0.0):
+            self._say(f"the session had nothing to do for {self._idle_stop:g} s (idle_stop) and has ended")
+            self._on_close()
         if self._phase == "starting" and self._deadline is not None and now > self._deadline:
             self._give_up(self._late())
         if self._phase == "leaving" and all(known.exitcode is not None for known in self._state.ranks):
@@ -242,11 +264,12 @@ class Relay:
             else:
                 self._on_close()
 
-    def _on_stop_order(self, call: CallInFlight, *, kill: bool) -> None:
-        if call is self._call:
+    def _on_stop_order(self, call: CallInFlight | None, *, kill: bool) -> None:
+        call = call or self._call
+        if call is not None and call is self._call:
             again = call.ending.reason in ("interrupted", "failed", "timeout")
             self._end("killed" if kill or again else "interrupted")
-        elif call in self._waiting:
+        elif call is not None and call in self._waiting:
             self._waiting.remove(call)
             call.resolve(KeyboardInterrupt("interrupted before its turn came"))
 
@@ -426,6 +449,7 @@ class Relay:
         """All ranks are there, and wait."""
         self._phase, self._deadline, self._recoveries = "ready", None, 0
         self._started_once = True
+        self._idle_since = time.monotonic()
         if not self.ready.done():
             self.ready.set_result(None)
         if self._settling is not None:
@@ -502,6 +526,7 @@ class Relay:
     def _settle(self, call: CallInFlight) -> None:
         """A session's call is over: hand it out, once the group is whole again."""
         self._call = None
+        self._idle_since = time.monotonic()
         if self._all_live() and self._group_is_whole(call):
             call.resolve()
             self._begin_next()

@@ -13,7 +13,7 @@ from nbaccel.session.stacks import is_users, place
 from nbaccel.wire.events import Died, ExceptionInfo, Raised
 from nbaccel.wire.snapshot import Line
 
-__all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "worker_error"]
+__all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "waited_in", "worker_error"]
 
 CellLabel = Callable[[str], str | None]
 """From a file name to what the front end calls it ("Cell In[3]"); None for an ordinary file."""
@@ -46,6 +46,12 @@ class Outcome:
     """The last lines of output by rank."""
     folder: str | None = None
     grace: float = 1.0
+    keep: bool = False
+    """Whether the ranks stay: `ended_by_us` then says which were stopped."""
+    ranks: tuple[int, ...] | None = None
+    """Those that were to run it; None is all."""
+    notes: tuple[str, ...] = ()
+    """Last lines."""
 
 
 def worker_error(outcome: Outcome, label: CellLabel) -> WorkerError:
@@ -101,6 +107,7 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
             yield f"last words of rank {ranks[0]}:"
             yield from (f"  {word}" for word in words[-12:])
     yield from _fates(outcome, ranks, label)
+    yield from outcome.notes
     if outcome.folder:
         yield f"logs of every rank: {outcome.folder}"
 
@@ -108,7 +115,7 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
 def _fates(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel) -> Iterable[str]:
     """One line per group of other ranks with the same end."""
     fates: dict[str, list[int]] = {}
-    for rank in range(outcome.num_ranks):
+    for rank in range(outcome.num_ranks) if outcome.ranks is None else outcome.ranks:
         if rank not in ranks:
             fates.setdefault(_fate(outcome, rank, label), []).append(rank)
     for fate, who in fates.items():
@@ -117,9 +124,11 @@ def _fates(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel) -> Iterab
 
 def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
     event = outcome.failures.get(rank)
-    if isinstance(event, Raised) and (op := _waited_in(event.info)):
+    if isinstance(event, Raised) and (waited := waited_in(event.info, label)):
+        return waited
+    if outcome.keep and rank in outcome.ended_by_us and isinstance(event, Raised):
         where = _user_place(event.info, label)
-        return f"waited in {op}{f', called from {where}' if where else ''}"
+        return f"were stopped{f' at {where}' if where else ''}"
     if isinstance(event, Raised):
         last = event.info.message.splitlines()[-1] if event.info.message else event.info.type_name
         return f"raised after it: {last[:200]}"
@@ -129,6 +138,15 @@ def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
     if isinstance(event, Died):
         return explain_exit(event.exitcode)
     return "had returned" if rank in outcome.returned else "ended by itself"
+
+
+def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
+    """In which collective, called from where, a rank waited that was stopped or lost its peers."""
+    op = _waited_in(info)
+    if op is None:
+        return None
+    where = _user_place(info, label)
+    return f"waited in {op}{f', called from {where}' if where else ''}"
 
 
 def _waited_in(info: ExceptionInfo) -> str | None:

@@ -15,15 +15,24 @@ _MAX_TEXT = 400
 class Results(list[Any]):
     """One value per rank, in rank order; None for ranks whose value was not asked for.
 
+    Args:
+        values: as a list takes them.
+        ranks: which rank each value is from; None is 0, 1, ….
+
     Shows nothing when all are None, equal values once, and large ones abbreviated.
     """
+
+    def __init__(self, values: Iterable[Any] = (), *, ranks: Sequence[int] | None = None) -> None:
+        super().__init__(values)
+        self.ranks = ranks
 
     def __repr__(self) -> str:
         texts = [_brief(value) for value in self]
         if len(set(texts)) == 1 and len(texts) == 1:
             return f"[{texts[0]}]"
         groups: dict[str, list[int]] = {}
-        for rank, text in enumerate(texts):
+        known = self.ranks if self.ranks is not None and len(self.ranks) == len(texts) else range(len(texts))
+        for rank, text in zip(known, texts, strict=True):
             groups.setdefault(text, []).append(rank)
         lines = []
         for text, ranks in groups.items():

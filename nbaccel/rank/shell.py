@@ -1,0 +1,161 @@
+"""Cells in a rank, run by IPython's own machinery: magics, top-level await, `?`, rich last expressions.
+
+The only module of a rank that knows IPython; it is imported by the first cell.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from nbaccel.rank.display import Publisher
+
+__all__ = ["Cell", "Shown", "complete", "run_cell", "warm_up"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A cell's text, and what the notebook calls it."""
+
+    source: str
+    filename: str | None = None
+    """The name the notebook compiles the cell under; None for one of this rank's own."""
+    number: int = 1
+    """Its execution count."""
+    first_line: int = 1
+    """Where `source` begins in the notebook's cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A cell's last expression as it is displayed."""
+
+    data: Mapping[str, Any]
+    """By MIME type."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return str(self.data.get("text/plain", ""))
+
+
+def run_cell(cell: Cell) -> Shown | None:
+    """Run a cell in this rank's `__main__`; its last expression, or None.
+
+    Raises: what the cell raises, its traceback without IPython's frames.
+    """
+    shell = _shell()
+    shell.shown = None
+    shell.execution_count = cell.number
+    if cell.filename is not None:
+        shell.compile.get_code_name = lambda *_: cell.filename
+    else:
+        vars(shell.compile).pop("get_code_name", None)
+    # comments keep the numbers of the lines; a cell magic must come first
+    above = "" if cell.source.lstrip().startswith("%%") else "#\n" * (cell.first_line - 1)
+    result = shell.run_cell(above + cell.source, store_history=False)
+    error = result.error_before_exec or result.error_in_exec
+    if error is not None:
+        raise error.with_traceback(_users_part(error.__traceback__))
+    shown: Shown | None = shell.shown
+    shell.shown = None
+    return shown
+
+
+def complete(text: str, cursor: int) -> list[str]:
+    """What could stand at `cursor`, by this rank's own names; whole words."""
+    shell = _shell()
+    line_start = text.rfind("\n", 0, cursor) + 1
+    line_end = text.find("\n", cursor)
+    line = text[line_start : line_end if line_end >= 0 else None]
+    _, matches = shell.complete("", line, cursor - line_start)
+    return list(matches)[:500]
+
+
+def warm_up() -> None:
+    """Make IPython's shell ahead of the first cell."""
+    _shell()
+
+
+def _users_part(tb: TracebackType | None) -> TracebackType | None:
+    """The traceback from the cell's own frame on; all of it when there is none, as for a magic's error."""
+    found = tb
+    while found is not None:
+        if found.tb_frame.f_globals is sys.modules["__main__"].__dict__:
+            return found
+        found = found.tb_next
+    return None
+
+
+_made: list[Any] = []
+
+
+def _shell() -> Any:
+    """This rank's shell, made by the first cell; from then on IPython's functions find it."""
+    if _made:
+        return _made[0]
+    from IPython.core.interactiveshell import InteractiveShell
+
+    main = sys.modules["__main__"]
+    shell = _kind()(config=_config(), user_module=main, user_ns=main.__dict__)
+    shell.display_pub = Publisher()
+    shell.set_hook("show_in_pager", _page, 90)
+    shell.Completer.use_jedi = False
+    InteractiveShell.instance = classmethod(lambda cls, *args, **options: shell)
+    InteractiveShell.initialized = classmethod(lambda cls: True)
+    _made.append(shell)
+    return shell
+
+
+def _config() -> Any:
+    from traitlets.config import Config
+
+    config = Config()
+    config.HistoryManager.enabled = False  # the notebook keeps it; and it would start a thread
+    config.InteractiveShell.cache_size = 0  # `Out` would keep every tensor that was looked at
+    config.InteractiveShell.banner1 = ""
+    return config
+
+
+def _kind() -> Any:
+    from IPython.core.displayhook import DisplayHook
+    from IPython.core.interactiveshell import InteractiveShell
+
+    class Hook(DisplayHook):
+        """Keeps what the last expression would display."""
+
+        def start_displayhook(self) -> None:
+            pass
+
+        def write_output_prompt(self) -> None:
+            pass
+
+        def write_format_data(self, format_dict: Any, md_dict: Any = None) -> None:
+            self.shell.shown = Shown(dict(format_dict), dict(md_dict or {}))
+
+        def finish_displayhook(self) -> None:
+            pass
+
+    class RankShell(InteractiveShell):
+        """IPython's shell without a terminal: what is raised goes to the notebook."""
+
+        displayhook_class = Hook
+        shown: Shown | None = None
+
+        def showtraceback(self, *args: Any, **options: Any) -> None:
+            pass
+
+        def showsyntaxerror(self, *args: Any, **options: Any) -> None:
+            pass
+
+        def enable_gui(self, gui: Any = None) -> None:
+            pass
+
+    return RankShell
+
+
+def _page(_shell: Any, data: Any, *_: Any, **__: Any) -> None:
+    """`?` prints; there is no pager."""
+    print(data.get("text/plain", "") if isinstance(data, Mapping) else data)

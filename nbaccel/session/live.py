@@ -1,0 +1,312 @@
+"""Ranks that stay: a session runs functions and cells on the same N processes, one after another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
+from nbaccel.engines.local import LocalEngine
+from nbaccel.errors import ConfigError, LaunchError
+from nbaccel.rank import namespace, shell
+from nbaccel.session.call import CallInFlight, Delivery
+from nbaccel.session.ending import Limits
+from nbaccel.session.environment import probe
+from nbaccel.session.front import cell_label, running_cell
+from nbaccel.session.interrupts import Presses
+from nbaccel.session.relay import Relay
+from nbaccel.session.resolve import Plan, resolve
+from nbaccel.session.results import Results, rank_ranges
+from nbaccel.session.run import Run
+from nbaccel.session.session import Task, check_call, default_start_method, expectations, make_spec
+from nbaccel.session.sinks.base import Sink
+from nbaccel.session.sinks.text import Mode, TextSink
+from nbaccel.session.state import RunState
+from nbaccel.wire import payload
+
+__all__ = ["Session"]
+
+
+@final
+class Session:
+    """N ranks that stay, each with its own variables and a process group that is ready.
+
+    Every rank finds `rank`, `local_rank`, `world_size`, `device` and `dist` in its namespace. Use it as a
+    context manager, or `close` it; it also ends with this process, whatever ends that.
+
+    Args:
+        num_processes: ranks; None is every accelerator, or on the CPU every core this process may use.
+        device, devices, mixed_precision, strategy, config, env, start_method: as `nbaccel.launch`.
+        grace: seconds ranks have after an interrupt, or after another rank failed, before they are replaced
+            and their variables lost.
+        start_timeout: seconds until all ranks must be ready.
+        output: how what ranks print is shown: "auto", "all", "rank0" or "none".
+        idle_stop: seconds, or "30min", without a call after which the session ends by itself.
+        name: what it is called in messages.
+
+    Raises:
+        ConfigError: something asked cannot be done; nothing was started.
+        LaunchError: the ranks could not be brought up.
+    """
+
+    def __init__(
+        self,
+        num_processes: int | None = None,
+        *,
+        device: Device | None = None,
+        devices: Sequence[int] | Literal["free"] | None = None,
+        mixed_precision: Precision | None = None,
+        strategy: str | None = None,
+        config: RunConfig | Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        start_method: StartMethod | None = None,
+        grace: float = 5.0,
+        start_timeout: float | str = 60,
+        output: Mode = "auto",
+        idle_stop: float | str | None = None,
+        name: str = "session",
+    ) -> None:
+        asked = {
+            "num_processes": num_processes,
+            "device": device,
+            "devices": devices,
+            "mixed_precision": mixed_precision,
+            "strategy": strategy,
+            "start_method": start_method,
+        }
+        layers = [
+            RunConfig.from_mapping({k: v for k, v in asked.items() if v is not None}, place="the session")
+        ]
+        if config is not None:
+            own = isinstance(config, RunConfig)
+            layers.append(config if own else RunConfig.from_mapping(config, place="config"))  # type: ignore[arg-type]
+        self.name = name
+        self._config = combine(*layers)
+        self._env = {key: str(value) for key, value in (env or {}).items()}
+        self._output = output
+        self._limits = Limits(
+            start=duration_seconds(start_timeout, what="start_timeout"),
+            grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
+        )
+        self._idle_stop = None if idle_stop is None else duration_seconds(idle_stop, what="idle_stop")
+        self._environment = probe()
+        self._plan: Plan = resolve(self._config, self._environment)
+        if self._plan.in_place:
+            raise ConfigError(
+                "this process already is a rank (RANK and WORLD_SIZE are set): a session starts its own"
+            )
+        for note in self._plan.notes:
+            _say(note)
+        self._relay = self._start()
+
+    # ── calls ─────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Results:
+        """Run `function(*args, **kwargs)` on every rank; their values, in rank order.
+
+        Raises: as `Run.result`. The session goes on after a failure or an interrupt.
+        """
+        return self._finish(self._submit(_task(function, args, kwargs)))
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Run:
+        """Let the ranks run it after the calls before it; returns at once."""
+        return self._submit(_task(function, args, kwargs))
+
+    def execute(self, source: str, ranks: Collection[int] | None = None) -> Results:
+        """Run a cell's text on these ranks (None: all) as a notebook would; what each last expression shows.
+
+        Raises: as `run`.
+        """
+        cell = self._cell(source)
+        return self._finish(self._submit(_task(shell.run_cell, (cell,), {}, "cell"), ranks=ranks))
+
+    def push(self, **values: Any) -> None:
+        """Set these names in every rank."""
+        self._finish(self._submit(_task(namespace.push, (values,), {}, "push")))
+
+    def pull(self, name: str, ranks: Collection[int] | None = None) -> Results:
+        """The value of a name, or of a dotted path ("model.fc.weight"), on these ranks (None: all).
+
+        Raises:
+            WorkerError: a rank has no such name.
+        """
+        return self._finish(self._submit(_task(namespace.pull, (name,), {}, "pull"), ranks=ranks))
+
+    def variables(self, ranks: Collection[int] | None = None) -> dict[int, list[namespace.Variable]]:
+        """Every variable of each rank: type, shape, dtype, device, bytes and a checksum of its value."""
+        found = self._finish(self._submit(_task(namespace.variables, (), {}, "vars"), ranks=ranks))
+        return dict(zip(self._checked(ranks), found, strict=True))
+
+    def launch(self, task: Task, sinks: Sequence[Sink], *, folder: Path | None = None) -> Run:
+        """A call with displays of its own: what `notebook_launcher(f, session=…)` makes."""
+        return self._submit(task, sinks=sinks, folder=folder)
+
+    def complete(self, text: str, cursor: int, ranks: Collection[int] | None = None) -> list[str]:
+        """What could stand at `cursor` in a cell, by the first of these ranks' names; nothing while they work."""
+        if self._relay.busy:
+            return []
+        first = self._checked(ranks)[0]
+        run = self._submit(_task(shell.complete, (text, cursor), {}, "complete"), ranks=[first], sinks=[])
+        try:
+            return list(run.result(timeout=2.0)[0])
+        except TimeoutError:
+            run.interrupt()
+            return []
+
+    # ── the ranks ─────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_processes(self) -> int:
+        """How many ranks there are."""
+        return self._plan.num_processes
+
+    @property
+    def state(self) -> RunState:
+        """What is known of every rank now."""
+        return self._relay.state
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended, by `close`, `idle_stop` or because its processes were killed."""
+        return self._relay.over
+
+    @property
+    def relay(self) -> Relay:
+        """What drives the ranks, for reports about them."""
+        return self._relay
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the ranks that run something; they keep their variables."""
+        self._relay.interrupt_current()
+
+    def restart(self) -> None:
+        """End every rank and start fresh ones, without variables."""
+        self.close()
+        self._relay = self._start()
+
+    def close(self) -> None:
+        """End the ranks and what they started; may be called twice."""
+        self._relay.close()
+        self._relay.join()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        states: dict[str, list[int]] = {}
+        for known in self.state.ranks:
+            states.setdefault("closed" if self.closed else known.state, []).append(known.rank)
+        text = ", ".join(f"{state}: {rank_ranges(ranks)}" for state, ranks in states.items())
+        return f"<Session {self.name!r} on {self._plan.device}, ranks {text}>"
+
+    # ── within ────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self) -> Relay:
+        spec = make_spec(self._config, self._plan, self._env, keep=True)
+        parcel, fd = payload.pack((int, (), {}), outward=True)
+        relay = Relay(
+            LocalEngine(self._config.start_method or default_start_method()),
+            spec,
+            Delivery(parcel=parcel, fd=fd, returns="none"),
+            start_limit=self._limits.start,
+            say=_say,
+            label=cell_label,
+            idle_sink=self._text_sink(),
+            idle_stop=self._idle_stop,
+        )
+        with Presses() as presses:
+            relay.ready.add_done_callback(lambda _: presses.done())
+            while not relay.ready.done():
+                if presses.wait(None) == "press":
+                    relay.close()
+                    relay.join()
+                    raise KeyboardInterrupt("the session was still starting")
+        if relay.ready.exception() is not None:
+            relay.join()
+        relay.ready.result()
+        return relay
+
+    def _submit(
+        self,
+        task: Task,
+        *,
+        ranks: Collection[int] | None = None,
+        sinks: Sequence[Sink] | None = None,
+        folder: Path | None = None,
+    ) -> Run:
+        if self.closed:
+            raise LaunchError(f"the {self.name} has ended: start another, or restart() this one")
+        chosen = self._checked(ranks)
+        check_call(task)
+        parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
+        call = CallInFlight(
+            Delivery(parcel=parcel, fd=fd, returns=task.returns),
+            [self._text_sink()] if sinks is None else sinks,
+            num_ranks=self.num_processes,
+            ranks=chosen,
+            limits=self._limits,
+            say=_say,
+            label=cell_label,
+            keep=True,
+            folder=str(folder) if folder else None,
+            expected=expectations(self._config) if folder else None,
+        )
+        self._relay.submit(call)
+        return Run(self._relay, call, name=task.name, folder=folder)
+
+    def _finish(self, run: Run) -> Results:
+        with Presses() as presses:
+            run.wait_done(presses)
+            presses.absorb()
+        return run.take_result()
+
+    def _checked(self, ranks: Collection[int] | None) -> tuple[int, ...]:
+        if ranks is None:
+            return tuple(range(self.num_processes))
+        wrong = [rank for rank in ranks if rank not in range(self.num_processes)]
+        if wrong or not ranks:
+            what = f"there is no rank {rank_ranges(wrong)}" if wrong else "no rank was chosen"
+            raise ConfigError(f"{what}: this session has ranks 0 to {self.num_processes - 1}")
+        return tuple(sorted(set(ranks)))
+
+    def _cell(self, source: str) -> shell.Cell:
+        """`source` under the name of the notebook's cell it came from."""
+        running = running_cell()
+        if running is None:
+            return shell.Cell(source=source)
+        return shell.Cell(source=source, filename=running[0], number=running[1])
+
+    def _text_sink(self) -> TextSink:
+        streams = {"stdout": sys.stdout, "stderr": sys.stderr}  # a later cell may have redirected them
+        environment = self._environment
+
+        def write(text: str, stream: str) -> None:
+            streams[stream].write(text)
+
+        return TextSink(
+            write,
+            num_ranks=self.num_processes,
+            mode=self._output,
+            label="short" if environment.kernel == "ipykernel" else "long",
+            transient=environment.live or environment.is_tty,
+        )
+
+
+def _task(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str | None = None
+) -> Task:
+    called = name or getattr(function, "__name__", None) or type(function).__name__
+    return Task(function=function, args=args, kwargs=kwargs, name=called)
+
+
+def _say(note: str) -> None:
+    """One sentence to the person, in the cell that runs now."""
+    try:
+        sys.stderr.write(f"nbaccel: {note}\n")
+    except (OSError, ValueError):
+        pass  # the stream is closed: nobody is there to be told
