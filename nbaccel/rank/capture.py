@@ -5,7 +5,6 @@ The relay holds the reading ends, so the last words of a rank that crashes are i
 
 from __future__ import annotations
 
-import builtins
 import ctypes
 import io
 import os
@@ -15,7 +14,7 @@ from typing import Any
 __all__ = ["drain", "redirect"]
 
 
-def redirect(stdout: int, stderr: int, *, rank: int) -> None:
+def redirect(stdout: int, stderr: int) -> None:
     """Make these descriptors this process's 1 and 2, for Python, for C and for what it starts."""
     drain()
     nowhere = os.open(os.devnull, os.O_RDONLY)
@@ -31,7 +30,6 @@ def redirect(stdout: int, stderr: int, *, rank: int) -> None:
     # some libraries print to the originals
     vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
     _buffer_c_stdout_by_line()
-    builtins.input = _refuse_input(rank)
 
 
 def drain() -> None:
@@ -55,10 +53,3 @@ def _buffer_c_stdout_by_line() -> None:
     libc = ctypes.CDLL(None)
     name = "__stdoutp" if sys.platform == "darwin" else "stdout"
     libc.setvbuf(ctypes.c_void_p.in_dll(libc, name), None, 1, 0)  # 1 is _IOLBF on glibc, musl and Darwin
-
-
-def _refuse_input(rank: int) -> Any:
-    def input(prompt: object = "", /) -> str:
-        raise EOFError(f"input() on rank {rank}: a rank has no keyboard; pass the value as an argument")
-
-    return input

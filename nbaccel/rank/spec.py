@@ -37,6 +37,8 @@ class RunSpec:
     """Seconds; None is torch's own default."""
     backend: str = "gloo"
     """Of the process group a session's ranks have ready."""
+    panel: bool = False
+    """Whether bars are painted by the notebook, and need not be written to stdout and stderr."""
     keep: bool = False
     """Whether the ranks stay after a call, for the next: a session's do."""
 

@@ -12,6 +12,7 @@ import logging
 import multiprocessing.util
 import os
 import random
+import select
 import signal
 import sys
 import threading
@@ -23,8 +24,10 @@ from dataclasses import replace
 from typing import Any, NoReturn, final
 
 from nbaccel.errors import PayloadError
-from nbaccel.rank import capture, groups, rendezvous, threads
+from nbaccel.rank import capture, display, groups, rendezvous, threads
+from nbaccel.rank.bars import relay_bars
 from nbaccel.rank.failure import describe
+from nbaccel.rank.input import relay_input
 from nbaccel.rank.membership import Membership
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.process import call_process, die_with_parent
@@ -79,7 +82,7 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
     die_with_parent(place.parent)
     call_process(f"nb-rank-{place.rank}")
     channel, stdout, stderr, stores, *_ = place.fds
-    capture.redirect(stdout, stderr, rank=place.rank)
+    capture.redirect(stdout, stderr)
     port = _Port(Channel.from_fd(channel))
     code = 1
     try:
@@ -90,6 +93,9 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         membership = _join_session(spec, place, renew) if spec.keep else None
         call = call or (None if spec.keep else open_call(place))
         events.connect(port)
+        relay_bars(quiet=spec.panel)
+        display.relay_displays()
+        relay_input(port)
         os.register_at_fork(after_in_child=lambda: events.connect(None))
         reporter = Reporter()
         port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
@@ -113,20 +119,41 @@ class _Port:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._commands: deque[tuple[_Command, list[int]]] = deque()
+        self._replies: dict[str, Any] = {}
+        self._requests: list[Request] = []
         self._lock = threading.Lock()
 
     def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
         self._channel.send(event, fds)
 
     def requests(self) -> list[Request]:
-        found = []
         with self._lock:
-            for message, fds in self._channel.drain():
-                if isinstance(message, Request):
-                    found.append(message)
-                else:
-                    self._commands.append((message, fds))
+            self._read()
+            found, self._requests = self._requests, []
         return found
+
+    def wait_reply(self, id: str) -> Any:
+        """The answer to the question of this id, once it is there."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while True:
+            with self._lock:
+                self._read()
+                if id in self._replies:
+                    return self._replies.pop(id)
+            if self._channel.eof:
+                raise ChannelClosed("the notebook is gone")
+            poll.poll(200)  # not for ever: another thread may have read the answer
+
+    def _read(self) -> None:
+        """Sort what has arrived by who it is for."""
+        for message, fds in self._channel.drain():
+            if not isinstance(message, Request):
+                self._commands.append((message, fds))
+            elif message.kind == "input":
+                self._replies[message.name] = message.value
+            else:
+                self._requests.append(message)
 
     def next_command(self) -> tuple[_Command, list[int]]:
         """Wait for what to do next; requests that come while nothing runs are for nobody."""
@@ -223,6 +250,7 @@ class _Server:
                 _interruptible(True)
                 function, args, kwargs = self._open(call, fds)
                 value = function(*args, **kwargs)
+                display.show_figures()
                 _tell_of_peers()
             finally:
                 _interruptible(False)

@@ -73,6 +73,7 @@ def start_run(
     say: Callable[[str], None],
     label: CellLabel,
     meanwhile: Callable[[], None] | None = None,
+    panel: bool = False,
 ) -> Run:
     """Start the ranks `plan` describes and hand them the task; returns at once.
 
@@ -80,12 +81,13 @@ def start_run(
         env: variables for the ranks on top of this process's.
         sinks: what shows and keeps the run; they are closed at its end.
         meanwhile: called by the thread that waits for the run, ten times a second or more.
+        panel: whether a sink paints the ranks' bars.
 
     Raises:
         PayloadError: the function or an argument cannot travel; the message names it.
         LaunchError: the process that makes ranks cannot be started.
     """
-    spec = make_spec(config, plan, env)
+    spec = make_spec(config, plan, env, panel=panel)
     parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
     delivery = Delivery(parcel=parcel, fd=fd, returns=task.returns)
     call = CallInFlight(
@@ -100,11 +102,13 @@ def start_run(
     )
     engine = LocalEngine(config.start_method or default_start_method())
     relay = Relay(engine, spec, delivery, call, start_limit=limits.start, say=say, label=label)
-    return Run(relay, call, name=task.name, folder=folder)
+    return Run(relay, call, name=task.name, folder=folder, meanwhile=meanwhile)
 
 
-def make_spec(config: RunConfig, plan: Plan, env: Mapping[str, str], *, keep: bool = False) -> RunSpec:
-    """What the ranks are told; `keep`: whether they are a session's."""
+def make_spec(
+    config: RunConfig, plan: Plan, env: Mapping[str, str], *, keep: bool = False, panel: bool = False
+) -> RunSpec:
+    """What the ranks are told; `keep`: whether they are a session's; `panel`: whether bars are painted."""
     environ = {**os.environ, **env}
     run_id = uuid.uuid4().hex[:12]
     return RunSpec(
@@ -120,6 +124,7 @@ def make_spec(config: RunConfig, plan: Plan, env: Mapping[str, str], *, keep: bo
         config=config.to_json(),
         collective_timeout=config.collective_timeout,
         backend=plan.backend if plan.backend != "nccl" else "cpu:gloo,cuda:nccl",
+        panel=panel,
         keep=keep,
     )
 
