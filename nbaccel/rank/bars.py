@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from functools import partial
 from typing import Any, final
 
 from nbaccel.rank.late import when_imported
@@ -28,7 +29,7 @@ def relay_bars(*, quiet: bool) -> None:
     when_imported("tqdm.std", lambda std: _follow(std.tqdm, quiet=quiet))
     # drawn with what lives in the notebook's process; by tqdm itself they are the same bars
     for name, own in (("tqdm.notebook", "tqdm_notebook"), ("tqdm.rich", "tqdm_rich")):
-        when_imported(name, lambda module, own=own: _make_plain(module, own))
+        when_imported(name, partial(_make_plain, own))
 
 
 def _follow(bar: Any, *, quiet: bool) -> None:
@@ -80,7 +81,7 @@ def _tell(bar: Any) -> None:
     )
 
 
-def _make_plain(module: Any, own: str) -> None:
+def _make_plain(own: str, module: Any) -> None:
     """Names of `module` that make its own kind of bar make a plain one."""
     std = sys.modules["tqdm.std"]
     for name in ("tqdm", own):

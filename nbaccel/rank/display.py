@@ -11,13 +11,13 @@ import builtins
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 from nbaccel.rank.late import when_imported
 from nbaccel.wire import events
 from nbaccel.wire.events import Display
 
-__all__ = ["clear", "publish", "relay_displays", "show_figures"]
+__all__ = ["Publisher", "relay_displays", "show_figures"]
 
 _MOST_BYTES = 16 << 20
 _INLINE = "matplotlib_inline.backend_inline"
@@ -27,31 +27,6 @@ def relay_displays() -> None:
     """Let what this rank shows appear in the notebook from now on."""
     builtins.display = _display  # type: ignore[attr-defined]  # as in a notebook's cells
     when_imported("IPython.core.interactiveshell", _make_shell_when_asked)
-
-
-def publish(
-    data: Mapping[str, Any],
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    name: str | None = None,
-    update: bool = False,
-) -> None:
-    """Show contents by MIME type; `name` is the display id."""
-    if not events.active():
-        return
-    plain = {mime: _plain(mime, value) for mime, value in data.items()}
-    size = sum(len(value) for value in plain.values() if isinstance(value, str))
-    if size > _MOST_BYTES:
-        words = str(plain.get("text/plain", ""))[:1000]
-        size >>= 20
-        plain = {"text/plain": f"{words}\n(what was to be shown has {size} MB, too many for a notebook)"}
-    events.emit(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
-
-
-def clear(*, wait: bool = False) -> None:
-    """Remove what this rank has shown; with `wait`, when it shows the next thing."""
-    if events.active():
-        events.emit(Display(data={}, clear="next" if wait else "now"))
 
 
 def show_figures() -> None:
@@ -67,31 +42,66 @@ def show_figures() -> None:
         inline.show(True)
 
 
+@final
+class Publisher:
+    """What IPython's functions hand displays to, as a shell's `display_pub`."""
+
+    is_publishing = False
+
+    def publish(
+        self,
+        data: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+        *_: Any,
+        transient: Mapping[str, Any] | None = None,
+        update: bool = False,
+        **__: Any,
+    ) -> None:
+        """Show contents by MIME type in the notebook."""
+        if not events.active():
+            return
+        plain = {mime: _plain(mime, value) for mime, value in data.items()}
+        size = sum(len(value) for value in plain.values() if isinstance(value, str))
+        if size > _MOST_BYTES:
+            words = str(plain.get("text/plain", ""))[:1000]
+            size >>= 20
+            plain = {"text/plain": f"{words}\n(what was to be shown has {size} MB, too many for a notebook)"}
+        name = (transient or {}).get("display_id")
+        events.emit(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
+
+    def clear_output(self, wait: bool = False) -> None:
+        """Remove what this rank has shown; with `wait`, when it shows the next thing."""
+        if events.active():
+            events.emit(Display(data={}, clear="next" if wait else "now"))
+
+
 def _display(*objects: Any, **options: Any) -> Any:
     from IPython.display import display
 
-    return display(*objects, **options)
+    show: Any = display
+    return show(*objects, **options)
 
 
 def _make_shell_when_asked(module: Any) -> None:
+    """IPython's question whether there is a shell makes it; `shell` then answers such questions itself."""
     shell_class = module.InteractiveShell
-    if shell_class.initialized():
-        return
-    plain = vars(shell_class).get("initialized")
 
-    def initialized(cls: Any) -> bool:
-        if plain is None:
-            del shell_class.initialized
-        else:
-            shell_class.initialized = plain
+    def make() -> None:
         from nbaccel.rank import shell
 
         shell.warm_up()
         if (inline := sys.modules.get(_INLINE)) is not None:
             inline._enable_matplotlib_integration()  # it looked for a shell when it was imported
+
+    def initialized(cls: Any) -> bool:
+        make()
         return True
 
-    shell_class.initialized = classmethod(initialized)
+    def instance(cls: Any, *args: Any, **options: Any) -> Any:
+        make()
+        return shell_class.instance()
+
+    shell_class.initialized, shell_class.instance = classmethod(initialized), classmethod(instance)
 
 
 def _plain(mime: str, value: Any) -> Any:
