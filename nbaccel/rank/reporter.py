@@ -41,7 +41,7 @@ class Reporter:
 
     Attributes:
         descriptors: what the notebook's process needs: its end of the socketpair, then the memory file that
-            holds what faulthandler writes (not everywhere). `handed_over` closes this process's copy.
+            holds what faulthandler writes (not everywhere). `start` closes this process's copy of the first.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,6 @@ class Reporter:
         self._channel = Channel(ours)
         self._theirs = theirs
         self._memory = _memory_file()
-        self._place = _Place()
         self.descriptors = (theirs.fileno(), *(() if self._memory is None else (self._memory,)))
 
     def start(self) -> None:
@@ -61,21 +60,24 @@ class Reporter:
 
     def _answer_all(self) -> None:
         _leave_signals_to_others()
+        place: _Place | None = None
         try:
             while True:
                 ask, _ = self._channel.recv()
+                place = place or _Place()
                 if isinstance(ask, Free):
                     close_connections(ask.pids)
                 else:
-                    self._channel.send(self._answer(ask))
+                    self._channel.send(_answer(ask, place))
         except (ChannelClosed, OSError):
             return  # the notebook's process is gone; the rank's own channel ends the rank
 
-    def _answer(self, ask: Ask) -> Answer:
-        still = self._place.look()
-        if ask.what == "stacks":
-            return Answer(ask.id, _stacks(self._place), still)
-        return Answer(ask.id, _records() if ask.what == "records" else None, still)
+
+def _answer(ask: Ask, place: _Place) -> Answer:
+    still = place.look()
+    if ask.what == "stacks":
+        return Answer(ask.id, _stacks(place), still)
+    return Answer(ask.id, _records() if ask.what == "records" else None, still)
 
 
 def _memory_file() -> int | None:

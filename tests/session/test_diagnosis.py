@@ -196,7 +196,7 @@ def test_nothing_is_found_when_ranks_compute() -> None:
     busy = [view(rank, at(5), records=records("all_reduce", ranks=2), process=RUNS) for rank in (0, 1)]
     assert diagnose(busy) == ()
     assert repr(StackReport(views=tuple(busy))).startswith(
-        "no rank waits for another\nranks 0-1: rank 0 runs"
+        "no rank waits for another\nranks 0-1: runs, cpu 97 %"
     )
 
 
