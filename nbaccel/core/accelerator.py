@@ -6,49 +6,42 @@ there are many; nothing is decided here that `loop`, `strategies`, `saving` and 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
-from nbaccel.config import RunConfig, combine, duration_seconds
 from nbaccel.core import collectives, processes, refused
-from nbaccel.core.accumulate import LossWeighting, Window
+from nbaccel.core.accumulate import LossWeighting
+from nbaccel.core.assembly import asked_config, choose_strategy, ddp_options, make_control, split_trackers
 from nbaccel.core.checkpoint import Loaded
-from nbaccel.core.control import Control
+from nbaccel.core.communicator import Communicator
 from nbaccel.core.data import Shard, ShardedLoader
+from nbaccel.core.knobs import Knobs
 from nbaccel.core.loop import Loop
-from nbaccel.core.nested import map_leaves
+from nbaccel.core.micro_steps import MicroSteps
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
+from nbaccel.core.preparing import Preparing
 from nbaccel.core.rng import set_seed
 from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
-from nbaccel.core.step_times import StepTimes, Stopwatch
-from nbaccel.core.strategies.base import Strategy
-from nbaccel.core.strategies.ddp import DDP, DDPOptions
-from nbaccel.core.strategies.single import Single
-from nbaccel.core.trackers import MetricLog, Tracker, Trackers, open_trackers
+from nbaccel.core.step_times import StepTimes, Stopwatch, profiled
+from nbaccel.core.strategies.ddp import DDPOptions
+from nbaccel.core.trackers import Logbook, Tracker
 from nbaccel.core.trust import TrustChecks
-from nbaccel.core.world import World, join, read_environment
-from nbaccel.core.wrappers import (
-    PreparedOptimizer,
-    PreparedScheduler,
-    is_scheduler,
-    patch_forward,
-    restore_forward,
-)
+from nbaccel.core.world import join, read_environment
+from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
 from nbaccel.errors import ConfigError
 from nbaccel.wire import events
 
 __all__ = ["Accelerator"]
 
-_PLACE = "Accelerator(...)"
+T = TypeVar("T", bool, int, float, str)
 
 
 @final
@@ -65,6 +58,7 @@ class Accelerator:
         strategy: "auto", "single" or "ddp".
         ddp: options of DistributedDataParallel.
         scaler: options of the fp16 gradient scaler.
+        gradient_clipping: what `step` and `clip_grad_norm_` clip to when the loop names no norm.
         loss_weighting: "samples": unequal batches count by their samples; "equal": each micro-step alike.
         scheduler_steps: scheduler steps per optimizer step: "one", or one "per_rank" as in scripts whose
             schedule was written for that.
@@ -96,14 +90,15 @@ class Accelerator:
         strategy: str | None = None,
         ddp: DDPOptions | None = None,
         scaler: ScalerOptions | None = None,
-        loss_weighting: LossWeighting = "samples",
-        scheduler_steps: Literal["one", "per_rank"] = "one",
-        step_scheduler_with_optimizer: bool = True,
-        split_batches: bool = False,
-        even_batches: bool = False,
-        dispatch_batches: bool = False,
-        shard: Shard = "interleaved",
-        per_sample_seed: bool = False,
+        gradient_clipping: float | None = None,
+        loss_weighting: LossWeighting | None = None,
+        scheduler_steps: Literal["one", "per_rank"] | None = None,
+        step_scheduler_with_optimizer: bool | None = None,
+        split_batches: bool | None = None,
+        even_batches: bool | None = None,
+        dispatch_batches: bool | None = None,
+        shard: Shard | None = None,
+        per_sample_seed: bool | None = None,
         seed: int | None = None,
         compile: bool | str | None = None,
         project_dir: str | Path | None = None,
@@ -111,7 +106,7 @@ class Accelerator:
         stop_after: str | None = None,
         resume: str | None = None,
         keep: int | None = None,
-        check_collectives: collectives.CheckMode = "sampled",
+        check_collectives: collectives.CheckMode | None = None,
         measure: bool | None = None,
         verify: bool | None = None,
         log_with: str | Tracker | Sequence[str | Tracker] | None = None,
@@ -119,73 +114,95 @@ class Accelerator:
     ) -> None:
         refused.refuse_arguments(unknown)
         environment = read_environment()
-        trackers: list[str | Tracker] = (
-            [*log_with] if isinstance(log_with, (list, tuple)) else [log_with] if log_with else []  # type: ignore[list-item]
+        names, trackers = split_trackers(log_with)
+        self.config = config = asked_config(
+            environment.config,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            device="cpu" if cpu else None,
+            strategy=strategy,
+            gradient_clipping=gradient_clipping,
+            loss_weighting=loss_weighting,
+            scheduler_steps=scheduler_steps,
+            step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+            split_batches=split_batches,
+            even_batches=even_batches,
+            dispatch_batches=dispatch_batches,
+            shard=shard if isinstance(shard, str) else None,
+            per_sample_seed=per_sample_seed,
+            check_collectives=check_collectives,
+            seed=seed,
+            compile=compile,
+            project_dir=None if project_dir is None else str(project_dir),
+            save_every=save_every,
+            stop_after=stop_after,
+            resume=resume,
+            keep=keep,
+            verify=verify,
+            log_with=names,
         )
-        named = tuple(one for one in trackers if isinstance(one, str))
-        asked = {
-            "mixed_precision": mixed_precision,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "device": "cpu" if cpu else None,
-            "strategy": strategy,
-            "seed": seed,
-            "compile": compile,
-            "project_dir": None if project_dir is None else str(project_dir),
-            "save_every": save_every,
-            "stop_after": stop_after,
-            "resume": resume,
-            "keep": keep,
-            "verify": verify,
-            "log_with": named or None,
-        }
-        given = {name: value for name, value in asked.items() if value is not None}
-        config = combine(environment.config, RunConfig.from_mapping(given, place=_PLACE))
-        self.config = config
-        self.world = join(config, environment)
+        self.world = world = join(config, environment)
+        hardware = probe_hardware(world.device)
         self._precision = choose_precision(
-            config.mixed_precision, probe_hardware(self.device), scaler=scaler, speak=self.world.is_main
+            config.mixed_precision, hardware, scaler=scaler, speak=world.is_main
         )
         if config.seed is not None:
             set_seed(config.seed)
-        self._place = device_placement
-        self.strategy = _choose_strategy(config, self.world, ddp or DDPOptions(), device_placement)
+        self.strategy = choose_strategy(config, world, ddp_options(config, ddp), device_placement)
         events.emit(events.Applied(option="mixed_precision", value=self._precision.kind))
         events.emit(events.Applied(option="strategy", value=self.strategy.name))
-        watch = Stopwatch(self.device) if (events.active() if measure is None else measure) else None
-        self._loop = Loop(
-            world=self.world,
+        watched = events.active()
+        self._knobs = Knobs(world)
+        self._loop = loop = Loop(
+            world=world,
             strategy=self.strategy,
             precision=self._precision,
-            control=_make_control(config, self.world, self._precision.kind),
-            stopwatch=watch,
+            control=make_control(config, world, self._knobs, self._precision.kind),
+            stopwatch=Stopwatch(world.device) if (watched if measure is None else measure) else None,
             length=config.gradient_accumulation_steps or 1,
-            weighting=loss_weighting,
+            weighting=config.loss_weighting or "samples",
         )
-        self._saving = Saving(self.world, self._loop, project_dir=config.project_dir, keep=config.keep)
-        self._check = collectives.MismatchCheck(check_collectives)
-        self._log = MetricLog(Trackers(), world=self.world)
-        self._log_with: list[str | Tracker] = [
-            *(config.log_with or ()),
-            *(t for t in trackers if not isinstance(t, str)),
-        ]
+        self._saving = Saving(
+            world,
+            loop,
+            self._knobs,
+            project_dir=config.project_dir,
+            keep=config.keep,
+            resume=config.resume,
+        )
+        self._talk = Communicator(loop, config.check_collectives or "sampled")
+        self._log = Logbook(
+            world,
+            wanted=(*(config.log_with or ()), *trackers),
+            folder=config.project_dir,
+            reduce=self._talk.reduce,
+        )
+        loop.after_pass = self._log.flush
+        events.at_call_end(self._log.flush)
+        trust = None
+        if watched if config.verify is None else config.verify:
+            trust = TrustChecks(loop, self.strategy.unwrap)
+            loop.watch(trust)
         self._loader_options: dict[str, Any] = {
-            "split_batches": split_batches,
-            "even_batches": even_batches,
-            "dispatch": dispatch_batches,
-            "shard": shard,
-            "per_sample_seed": per_sample_seed,
+            "split_batches": bool(config.split_batches),
+            "even_batches": bool(config.even_batches),
+            "dispatch": bool(config.dispatch_batches),
+            "shard": shard or config.shard or "interleaved",
+            "per_sample_seed": bool(config.per_sample_seed),
             "seed": config.seed,
         }
-        self._scheduler_repeat = self.world.size if scheduler_steps == "per_rank" else 1
-        self._scheduler_follows = step_scheduler_with_optimizer
-        self._prepared: dict[int, tuple[Any, Any]] = {}
-        self._accumulating = _Accumulating(self._loop)
-        self._trigger = False
-        self._resume_from = config.resume
-        if events.active() if config.verify is None else config.verify:
-            self._loop.watch_steps(TrustChecks(self._loop, self.strategy.unwrap).check)
-        self._loop.before_pass = self._before_pass
-        self._loop.before_batch = self._save_now
+        self._preparing = Preparing(
+            loop,
+            self._saving,
+            self._precision,
+            place=device_placement,
+            compile=config.compile,
+            loader_options=self._loader_options,
+            scheduler_follows=config.step_scheduler_with_optimizer is not False,
+            scheduler_repeat=world.size if config.scheduler_steps == "per_rank" else 1,
+            trust=trust,
+        )
+        self._micro_steps = MicroSteps(loop, self._preparing.prepared_or_same)
 
     # Who and where -----------------------------------------------------------------------------------
 
@@ -280,7 +297,7 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """Waits until every rank is here."""
-        collectives.barrier(self.world)
+        self._talk.barrier()
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """A block that rank 0 runs before the others."""
@@ -304,13 +321,13 @@ class Accelerator:
 
     def on_process(self, function: Callable[..., Any] | None = None, process_index: int | None = None) -> Any:
         """Decorator: runs on the given rank only."""
-        return _on(function, process_index, self.process_index)
+        return processes.on(function, process_index, self.process_index)
 
     def on_local_process(
         self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
     ) -> Any:
         """Decorator: runs on the given local rank of each machine only."""
-        return _on(function, local_process_index, self.local_process_index)
+        return processes.on(function, local_process_index, self.local_process_index)
 
     @contextmanager
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
@@ -319,14 +336,11 @@ class Accelerator:
 
     def set_trigger(self) -> None:
         """Raises a flag that `check_trigger` shows to all ranks."""
-        self._trigger = True
+        self._talk.set_trigger()
 
     def check_trigger(self) -> bool:
         """Whether any rank has called `set_trigger` since the last check. Called on all ranks."""
-        raised = collectives.reduce(torch.tensor(int(self._trigger)), world=self.world, reduction="max")
-        if raised.item():
-            self._trigger = False
-        return bool(raised.item())
+        return self._talk.check_trigger()
 
     # The loop ----------------------------------------------------------------------------------------
 
@@ -337,80 +351,19 @@ class Accelerator:
         Raises:
             ConfigError: nothing was given, or something that cannot be prepared.
         """
-        if not objects:
-            raise ConfigError(
-                "prepare() was given nothing; give models, optimizers, DataLoaders or schedulers"
-            )
-        places: Sequence[bool | None] = device_placement or [None] * len(objects)
-        if len(places) != len(objects):
-            raise ConfigError(f"device_placement has {len(places)} values for {len(objects)} objects")
-        done = [
-            map_leaves(partial(self._prepare_one, place=place), one)
-            for one, place in zip(objects, places, strict=True)
-        ]
-        return done[0] if len(done) == 1 else tuple(done)
-
-    def _prepare_one(self, value: Any, *, place: bool | None) -> Any:
-        if isinstance(value, nn.Module):
-            return self.prepare_model(value, device_placement=place)
-        if isinstance(value, torch.optim.Optimizer):
-            return self.prepare_optimizer(value)
-        if isinstance(value, (DataLoader, ShardedLoader)):
-            return self.prepare_data_loader(value, device_placement=place)
-        if isinstance(value, PreparedScheduler) or is_scheduler(value):
-            return self.prepare_scheduler(value)
-        raise ConfigError(
-            f"prepare cannot do anything with a {type(value).__name__}; give models (nn.Module), optimizers, "
-            "DataLoaders or learning-rate schedulers"
-        )
-
-    def _known(self, value: Any) -> Any:
-        found = self._prepared.get(id(value))
-        return None if found is None else found[1]
-
-    def _keep(self, original: Any, prepared: Any) -> Any:
-        # The original is kept too, so that its id cannot be given to another object.
-        self._prepared[id(original)] = self._prepared[id(prepared)] = (original, prepared)
-        return prepared
+        return self._preparing.all(objects, device_placement)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
         """The model on its device, in its precision, spread over the ranks unless `evaluation_mode`."""
-        known: nn.Module | None = self._known(model)
-        if known is not None:
-            return known
-        inner = self.strategy.unwrap(model)
-        restore_forward(inner)
-        place = self._place if device_placement is None else device_placement
-        if place:
-            inner.to(self.device)
-        mode = self.config.compile
-        if mode:
-            inner.compile(**({} if mode is True else {"mode": mode}))
-        wrapped = inner if evaluation_mode else self.strategy.wrap(model)
-        watch = self._loop.stopwatch
-        if wrapped is inner:
-            patch_forward(inner, self._precision, watch)
-        else:
-            patch_forward(inner, self._precision, None)
-            patch_forward(wrapped, choose_precision("no", probe_hardware(self.device), speak=False), watch)
-        self._loop.models.append(wrapped)
-        self._loop.windows = {(): self._loop.windows[()]}  # which models are "all" has changed
-        return self._keep(model, wrapped)  # type: ignore[no-any-return]
+        return self._preparing.model(model, device_placement, evaluation_mode)
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
     ) -> PreparedOptimizer:
         """The optimizer, stepping only where gradients are synchronised."""
-        known: PreparedOptimizer | None = self._known(optimizer)
-        if known is not None:
-            return known
-        inner = optimizer.optimizer if isinstance(optimizer, PreparedOptimizer) else optimizer
-        prepared = PreparedOptimizer(inner, self._loop, leads=not self._saving.optimizers)
-        self._saving.optimizers.append(inner)
-        self._keep(inner, prepared)
-        return self._keep(optimizer, prepared)  # type: ignore[no-any-return]
+        return self._preparing.optimizer(optimizer)
 
     def prepare_data_loader(
         self,
@@ -419,38 +372,11 @@ class Accelerator:
         **options: Any,
     ) -> ShardedLoader:
         """The loader divided over the ranks; `options` are those of `ShardedLoader`."""
-        known: ShardedLoader | None = self._known(data_loader)
-        if known is not None:
-            return known
-        loader = data_loader.dataloader if isinstance(data_loader, ShardedLoader) else data_loader
-        place = self._place if device_placement is None else device_placement
-        number = len(self._saving.loaders)
-        name = "train" if number == 0 else f"loader {number}"
-        prepared = ShardedLoader(
-            loader,
-            world=self.world,
-            device=self.device if place else "cpu",
-            loop=self._loop,
-            **{"name": name, **self._loader_options, **options},
-        )
-        self._saving.loaders.append(prepared)
-        if self._loop.stopwatch is not None:
-            self._loop.stopwatch.watch(prepared)
-        self._keep(loader, prepared)
-        return self._keep(data_loader, prepared)  # type: ignore[no-any-return]
+        return self._preparing.loader(data_loader, device_placement, **options)
 
     def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
         """The scheduler, stepping once per optimizer step."""
-        known: PreparedScheduler | None = self._known(scheduler)
-        if known is not None:
-            return known
-        inner = scheduler.scheduler if isinstance(scheduler, PreparedScheduler) else scheduler
-        prepared = PreparedScheduler(
-            inner, self._loop, follows=self._scheduler_follows, repeat=self._scheduler_repeat
-        )
-        self._saving.schedulers.append(prepared)
-        self._keep(inner, prepared)
-        return self._keep(scheduler, prepared)  # type: ignore[no-any-return]
+        return self._preparing.scheduler(scheduler)
 
     def backward(self, loss: Tensor, weight: float | Tensor | None = None, **kwargs: Any) -> None:
         """Computes gradients; scaled so that the window's gradient is that of the mean over its samples.
@@ -474,16 +400,7 @@ class Accelerator:
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
         """A micro-step: gradients of these models (of all, if none is named) are synchronised in the last
         one of a window, and only then do optimizers and schedulers step."""
-        self._accumulating.window = self._loop.windows.get(models) or self._window(models)
-        return self._accumulating
-
-    def _window(self, models: tuple[nn.Module, ...]) -> Window:
-        loop = self._loop
-        prepared = [self._known(model) or model for model in models]
-        # The common case, one model or all of them, shares the window of a bare accumulate().
-        window = loop.windows[()] if set(prepared) == set(loop.models) else loop.new_window(prepared)
-        loop.windows[models] = window
-        return window
+        return self._micro_steps.of(models)
 
     def step(
         self,
@@ -496,35 +413,13 @@ class Accelerator:
     ) -> Tensor | None:
         """The five obligations of a micro-step: backward, clip, optimizer, scheduler, zero_grad.
 
-        Inside or outside `accumulate`. Returns the norm before clipping, where it was clipped.
+        Inside or outside `accumulate`. Returns the norm before clipping, where it was clipped: to `clip`, or to
+        the gradient_clipping that was asked of the Accelerator or the launch.
         """
-        loop, outside = self._loop, not self._accumulating.inside
-        if outside:
-            window = loop.window
-            expected = window.micro + 1 >= window.length
-            window.begin(loop.loader)
-            if window.sync and not expected and self.world.size > 1:
-                for model in window.models:
-                    self.strategy.sync_in_backward(model, [loss])
-        self.backward(loss, weight)
-        norm = None
-        if loop.window.sync:
-            if clip is not None:
-                norm = self.clip_grad_norm_(self._parameters(optimizer), clip)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            optimizer.zero_grad()
-        if outside:
-            loop.window.end()
-            if loop.length > 1:
-                for model in loop.window.models:
-                    self.strategy.set_sync(model, loop.window.micro + 1 >= loop.length)
-        return norm
-
-    @staticmethod
-    def _parameters(optimizer: PreparedOptimizer) -> list[Tensor]:
-        return [p for group in optimizer.param_groups for p in group["params"]]
+        clip = self._norm(clip)
+        return self._micro_steps.step(
+            loss, optimizer, scheduler, weight, clip, do_backward=self.backward, do_clip=self.clip_grad_norm_
+        )
 
     @property
     def sync_gradients(self) -> bool:
@@ -562,10 +457,13 @@ class Accelerator:
         self._loop.unscale([o.optimizer if isinstance(o, PreparedOptimizer) else o for o in listed])
 
     def clip_grad_norm_(
-        self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float | None = None, norm_type: float = 2.0
     ) -> Tensor | None:
         """Clips the gradients' total norm at the end of a window; returns the norm before (0-d), or None
-        where the window goes on."""
+        where the window goes on. Without `max_norm` it is the gradient_clipping that was asked."""
+        max_norm = self._norm(max_norm)
+        if max_norm is None:
+            raise ConfigError("clip_grad_norm_ needs max_norm: no gradient_clipping was asked of the launch")
         loop = self._loop
         if not loop.window.sync:
             return None
@@ -573,6 +471,16 @@ class Accelerator:
             loop.unscale(self._saving.optimizers)
         listed = [parameters] if isinstance(parameters, Tensor) else parameters
         return self.strategy.clip_grad_norm(listed, max_norm, norm_type)
+
+    def _norm(self, given: float | None) -> float | None:
+        """What to clip to, given what the loop says."""
+        asked = self.config.gradient_clipping
+        if asked is None or given is None or given == asked:
+            return given if asked is None else asked
+        place = self.config.sources.get("gradient_clipping", "the launch")
+        raise ConfigError(
+            f"gradient_clipping is asked twice: {asked} by {place} and {given} by the loop. Ask for it in one place."
+        )
 
     def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
         """Clips each gradient's values at the end of a window."""
@@ -585,7 +493,7 @@ class Accelerator:
         self, joinables: Sequence[Any], even_batches: bool | None = None
     ) -> Iterator[None]:
         """A context in which ranks may run out of batches at different times."""
-        with self.strategy.join([one for one in joinables if isinstance(one, nn.Module)]):
+        with self._loop.unevenly(), self.strategy.join([m for m in joinables if isinstance(m, nn.Module)]):
             yield
 
     def unwrap_model(
@@ -605,17 +513,7 @@ class Accelerator:
 
     def free_memory(self, *objects: Any) -> list[Any]:
         """Forgets everything prepared; returns a None for each object: `a, b = acc.free_memory(a, b)`."""
-        for original, prepared in self._prepared.values():
-            for one in (original, prepared):
-                if isinstance(one, nn.Module):
-                    restore_forward(one)
-        self._prepared.clear()
-        self._loop.models.clear()
-        self._loop.windows = {(): self._loop.windows[()]}
-        for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):
-            listed.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._preparing.forget()
         return [None] * len(objects)
 
     clear = free_memory
@@ -624,74 +522,48 @@ class Accelerator:
 
     def gather(self, tensor: Any) -> Any:
         """Every rank's tensors, concatenated along dimension 0, in any nested structure."""
-        with self._communicating():
-            return collectives.gather(tensor, world=self.world, check=self._check)
+        return self._talk.gather(tensor)
 
     def gather_object(self, value: Any) -> list[Any]:
         """One object from each rank, in rank order."""
-        with self._communicating():
-            return collectives.gather_object(value, world=self.world)
+        return self._talk.gather_object(value)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """What all ranks computed for the batch in hand: every real sample once, repeated ones left out.
 
         Objects (or any leaf that is no tensor) come back as one flat list.
         """
-        loader = self._loop.loader
-        size = real = None
-        if loader is not None:
-            real, size = loader.batch_samples, loader.batch_samples + loader.batch_repeated
-        with self._communicating():
-            if use_gather_object or not _all_tensors(input_data):
-                mine = input_data if isinstance(input_data, (list, tuple)) else [input_data]
-                kept = mine[:real] if len(mine) == size else mine
-                return [one for part in collectives.gather_object(kept, world=self.world) for one in part]
-            kept = map_leaves(lambda t: t[:real] if t.ndim and len(t) == size else t, input_data)
-            return collectives.gather_uneven(kept, world=self.world)
+        return self._talk.gather_for_metrics(input_data, use_gather_object)
 
     def reduce(self, tensor: Any, reduction: collectives.Reduction = "sum", scale: float = 1.0) -> Any:
         """The sum, mean, max or min over the ranks."""
-        with self._communicating():
-            return collectives.reduce(
-                tensor, world=self.world, reduction=reduction, scale=scale, check=self._check
-            )
+        return self._talk.reduce(tensor, reduction, scale)
 
     def broadcast(self, tensor: Any, from_process: int = 0) -> Any:
         """One rank's tensors on every rank."""
-        with self._communicating():
-            return collectives.broadcast(tensor, world=self.world, source=from_process, check=self._check)
+        return self._talk.broadcast(tensor, from_process)
 
     def broadcast_object_list(self, object_list: list[Any], from_process: int = 0) -> list[Any]:
         """One rank's objects in every rank's list."""
-        with self._communicating():
-            return collectives.broadcast_object_list(object_list, world=self.world, source=from_process)
+        return self._talk.broadcast_object_list(object_list, from_process)
 
     def broadcast_module(self, module: nn.Module, from_process: int = 0) -> None:
         """One rank's parameters and buffers in every rank's module."""
-        collectives.broadcast_module(module, world=self.world, source=from_process)
+        self._talk.broadcast_module(module, from_process)
 
     def pad_across_processes(
         self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False
     ) -> Any:
         """Tensors padded along `dim` to the longest of all ranks."""
-        with self._communicating():
-            return collectives.pad_across_processes(
-                tensor, world=self.world, dim=dim, pad_index=pad_index, pad_first=pad_first
-            )
+        return self._talk.pad_across_processes(tensor, dim, pad_index, pad_first)
 
     def all_to_all(self, tensor: Any) -> Any:
         """Chunk i of each rank's tensors goes to rank i."""
-        with self._communicating():
-            return collectives.all_to_all(tensor, world=self.world, check=self._check)
+        return self._talk.all_to_all(tensor)
 
     def scatter(self, tensor: Any, from_process: int = 0) -> Any:
         """One rank's tensors cut into a piece for each rank."""
-        with self._communicating():
-            return collectives.scatter(tensor, world=self.world, source=from_process)
-
-    def _communicating(self) -> AbstractContextManager[None]:
-        watch = self._loop.stopwatch
-        return contextlib.nullcontext() if watch is None else watch.measure("communication")
+        return self._talk.scatter(tensor, from_process)
 
     # Logging and times -------------------------------------------------------------------------------
 
@@ -706,19 +578,7 @@ class Accelerator:
 
         With `reduce` they are first reduced over the ranks, and this is to be called on all of them.
         """
-        if reduce not in (None, "mean", "sum"):
-            raise ConfigError(f"log(reduce={reduce!r}): it must be 'mean', 'sum' or None")
-        if reduce is not None and self.world.size > 1:
-            values = {**values, **self._reduced(values, reduce)}
-        self._log.log(values, step=self._loop.steps if step is None else step, reduced=reduce)
-
-    def _reduced(self, values: Mapping[str, Any], reduction: Literal["mean", "sum"]) -> Any:
-        numbers = {
-            name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
-            for name, value in values.items()
-            if isinstance(value, (Tensor, int, float))
-        }
-        return self.reduce(numbers, reduction=reduction)
+        self._log.log(values, step=self._loop.steps if step is None else step, reduction=reduce)
 
     def init_trackers(
         self,
@@ -731,20 +591,7 @@ class Accelerator:
         Raises:
             ConfigError: no tracker was asked for, an unknown one, or it has nowhere to write.
         """
-        if not self._log_with:
-            raise ConfigError("init_trackers needs Accelerator(log_with='jsonl' or 'tensorboard', ...)")
-        if self.project_dir is None and any(isinstance(one, str) for one in self._log_with):
-            raise ConfigError("trackers need a folder to write to: Accelerator(project_dir=...)")
-        folder = Path(self.project_dir or ".")
-        trackers = open_trackers(
-            self._log_with,
-            folder=folder,
-            project=project_name,
-            world=self.world,
-            config=config,
-            options=init_kwargs,
-        )
-        self._log = MetricLog(trackers, world=self.world)
+        self._log.start(project_name, config, init_kwargs)
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
         """The running tracker of that name (its own object with `unwrap`); on the main process only.
@@ -752,7 +599,7 @@ class Accelerator:
         Raises:
             ConfigError: there is none.
         """
-        tracker = self._log.trackers.get(name)
+        tracker = self._log.get(name)
         return tracker.tracker if unwrap else tracker
 
     def step_times(self) -> StepTimes:
@@ -765,17 +612,9 @@ class Accelerator:
             raise ConfigError("nothing is measured here; make the Accelerator with measure=True")
         return self._loop.stopwatch.read()
 
-    @contextmanager
-    def profile(self, folder: str | Path | None = None, **options: Any) -> Iterator[Any]:
+    def profile(self, folder: str | Path | None = None, **options: Any) -> AbstractContextManager[Any]:
         """A torch profiler; each rank writes `trace-rank-N.json` to `folder` (or to the project's)."""
-        from torch.profiler import profile
-
-        where = folder or self.project_dir
-        with profile(**options) as profiler:
-            yield profiler
-        if where is not None:
-            Path(where).mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(Path(where) / f"trace-rank-{self.process_index}.json"))
+        return profiled(folder or self.project_dir, self.process_index, options)
 
     # Saving and stopping -----------------------------------------------------------------------------
 
@@ -797,14 +636,20 @@ class Accelerator:
         control = self._loop.control
         return control is not None and control.saving
 
+    def knob(self, name: str, default: T, *, low: float | None = None, high: float | None = None) -> T:
+        """A value that can be changed from outside while the loop runs: `default` until then.
+
+        Ask for it at every step. It changes between the same two optimizer steps on every rank, within `low`
+        and `high`; every value it takes is told to the run's folder and dashboard, and checkpoints keep it.
+
+        Raises:
+            ConfigError: not a bool, number or string, outside its limits, or asked for with others before.
+        """
+        return self._knobs.value(name, default, low=low, high=high, step=self._loop.steps)
+
     def save_state(self, output_dir: str | Path | None = None, *, asynchronous: bool = False) -> str:
         """Saves everything prepared and registered; returns the folder. Called on all ranks."""
-        watch = self._loop.stopwatch
-        with contextlib.nullcontext() if watch is None else watch.measure("checkpoint"):
-            path = self._saving.save(output_dir, asynchronous=asynchronous)
-        if self._loop.control is not None:
-            self._loop.control.saved()
-        return str(path)
+        return str(self._saving.save(output_dir, asynchronous=asynchronous))
 
     def load_state(
         self, input_dir: str | Path | None = None, *, strict: bool = True, allow_pickle: bool = False
@@ -826,97 +671,20 @@ class Accelerator:
         """Saves these objects too; they need state_dict and load_state_dict."""
         self._saving.register(objects)
 
-    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> Callable[[], None]:
-        """Calls `hook(models, folder)` before each save; returns a function that takes it off."""
-        self._saving.before_saving.append(hook)
-        return lambda: self._saving.before_saving.remove(hook)
+    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Calls `hook(models, weights, folder)` before each save, on all ranks; weights that the main rank's
+        hook takes off the list are not saved. `remove()` on what this returns takes the hook off."""
+        return self._saving.before_saving(hook)
 
-    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> Callable[[], None]:
-        """Calls `hook(models, folder)` before each load; returns a function that takes it off."""
-        self._saving.before_loading.append(hook)
-        return lambda: self._saving.before_loading.remove(hook)
+    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Calls `hook(models, folder)` before each load, on all ranks; models that the main rank's hook takes
+        off the list are not loaded. `remove()` on what this returns takes the hook off."""
+        return self._saving.before_loading(hook)
 
     def end_training(self) -> None:
         """Waits for saves in the background, hands on the last logged values, closes the trackers."""
         self._log.close()
         self._saving.close()
 
-    def _before_pass(self, loader: ShardedLoader) -> None:
-        if self._resume_from is not None:
-            where, self._resume_from = self._resume_from, None
-            self._saving.resume(where)
-
-    def _save_now(self) -> None:
-        if self._saving.project_dir is None:
-            # Asked from outside, with nowhere to put it: the loop may still do it itself.
-            return
-        self.save_state()
-
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(refused.explain(name))
-
-
-@final
-class _Accumulating:
-    """The context `accumulate` returns; one object, because it is entered in every micro-step."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self.window = loop.window
-        self.inside = False
-        self._spread = loop.world.size > 1
-
-    def __enter__(self) -> None:
-        loop, window = self._loop, self.window
-        loop.window = window
-        window.begin(loop.loader)
-        self.inside = True
-        if self._spread and not window.sync:
-            for model in window.models:
-                loop.strategy.set_sync(model, False)
-
-    def __exit__(self, *_: object) -> None:
-        window = self.window
-        self.inside = False
-        if self._spread and not window.sync:
-            for model in window.models:
-                self._loop.strategy.set_sync(model, True)
-        window.end()
-
-
-def _choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, place: bool) -> Strategy:
-    asked = config.strategy or "auto"
-    if asked == "single" and world.size > 1:
-        raise ConfigError(
-            f"strategy='single' was asked for, but there are {world.size} ranks; use 'ddp' or launch one"
-        )
-    accumulates = (config.gradient_accumulation_steps or 1) > 1
-    if world.size > 1:
-        return DDP(world, options=ddp, place=place, accumulates=accumulates)
-    return Single(world.device if place else None)
-
-
-def _make_control(config: RunConfig, world: World, precision: str) -> Control | None:
-    """None where nobody can ask for anything, so that a step costs nothing for it."""
-    every: int | float | None = None
-    if config.save_every is not None:
-        steps = isinstance(config.save_every, int)
-        every = config.save_every if steps else duration_seconds(config.save_every, what="save_every")  # type: ignore[assignment]
-    after = None if config.stop_after is None else duration_seconds(config.stop_after, what="stop_after")
-    if not events.active() and every is None and after is None:
-        return None
-    agreed = f"mixed_precision={precision}, accumulation={config.gradient_accumulation_steps or 1}"
-    saves = config.project_dir is not None and (every or after or config.resume) is not None
-    return Control(world, stop_after=after, save_every=every, save_on_stop=saves, agreed=agreed)
-
-
-def _on(function: Callable[..., Any] | None, wanted: int | None, index: int) -> Any:
-    if function is None:
-        return lambda fn: processes.only_if(index == wanted, fn)
-    return processes.only_if(index == (wanted or 0), function)
-
-
-def _all_tensors(value: Any) -> bool:
-    found: list[bool] = []
-    map_leaves(lambda leaf: found.append(isinstance(leaf, Tensor)), value)
-    return bool(found) and all(found)

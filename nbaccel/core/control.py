@@ -1,4 +1,4 @@
-"""Stop and save requests, acted upon at the same optimizer step on every rank.
+"""Stop and save requests and turned knobs, acted upon at the same optimizer step on every rank.
 
 Requests reach ranks at different moments. So at an optimizer step each rank starts an asynchronous
 reduction of what it has heard, on a group of its own, and reads the result at a later one that all
@@ -9,20 +9,23 @@ derive from the same numbers:
     rank 1    start -------------------->  read, start, …              travels in the reduction too
 
 By the time it is read it is done, because to get there the ranks' gradients had to meet: nobody waits
-for it. Nothing is exchanged in one process.
+for it. Nothing is exchanged in one process. Values of knobs are rank 0's: the reduction says that there
+are some, and they follow at once.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from datetime import timedelta
-from typing import final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 
 from nbaccel.core.frames import exchange_objects
+from nbaccel.core.knobs import Knobs
+from nbaccel.core.sideline import Sideline
 from nbaccel.core.world import World
 from nbaccel.wire import events
 
@@ -31,47 +34,33 @@ __all__ = ["Control"]
 _INTERVAL = 0.05  # seconds between two exchanges
 _MOST_STEPS = 256
 _ECHO = 2.0  # seconds in which a rank's own copy of a request already acted upon may still arrive
-
-
-@final
-class _Line:
-    """The group exchanges travel on, and how many were started on it by this rank."""
-
-    def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        self.started = 0
-
-    def start(self, flags: torch.Tensor) -> dist.Work:
-        self.started += 1
-        work: dist.Work | None = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-        assert work is not None  # this rank is in the group
-        return work
-
+_FLAGS = 4  # stop, save, seconds per step, knobs
 
 # One line per default process group, made once: it lives as long as that group does.
-_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, _Line] = weakref.WeakKeyDictionary()
+_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, Sideline] = weakref.WeakKeyDictionary()
 
 
-def _line_of(world: World, agreed: str) -> _Line:
+def _line_of(world: World, agreed: str) -> Sideline:
     """The line of the default group; ranks that left an earlier loop unevenly are brought in step first."""
     default = dist.group.WORLD
     assert default is not None
     line = _lines.get(default)
     if line is None:
-        line = _lines[default] = _Line()
+        line = _lines[default] = Sideline()
     counts = exchange_objects("Accelerator", line.started, world=world, signature=agreed)
     while line.started < max(counts):
-        line.start(torch.zeros(3, dtype=torch.float64)).wait()
+        line.start_max(torch.zeros(_FLAGS, dtype=torch.float64)).wait()
     return line
 
 
 @final
 class Control:
-    """What the ranks have agreed on: `stopping`, `saving`.
+    """What the ranks have agreed on: `stopping`, `saving`, the values of `knobs`.
 
     Making one is collective. `agreed` describes what must be equal on all ranks.
 
     Args:
+        knobs: told of new values.
         stop_after: seconds from now after which all ranks stop.
         save_every: optimizer steps (int) or seconds (float) between saves.
         save_on_stop: a stop asks for a save too.
@@ -80,6 +69,7 @@ class Control:
     def __init__(
         self,
         world: World,
+        knobs: Knobs,
         *,
         stop_after: float | None = None,
         save_every: int | float | None = None,
@@ -91,6 +81,7 @@ class Control:
         self.saving = False
         """All ranks save after this optimizer step."""
         self._line = _line_of(world, agreed) if world.size > 1 else None
+        self._knobs, self._is_main = knobs, world.is_main
         self._save_on_stop = save_on_stop
         now = time.monotonic()
         self._deadline = None if stop_after is None else now + stop_after
@@ -98,9 +89,11 @@ class Control:
         self._save_seconds = save_every if isinstance(save_every, float) else None
         self._saved_at = now
         self._want_stop = self._want_save = False
+        self._turned: dict[str, Any] = {}
+        self._travelling: Mapping[str, Any] = {}
         self._deaf_until = 0.0
         self._work: dist.Work | None = None
-        self._flags = torch.zeros(3, dtype=torch.float64)
+        self._flags = torch.zeros(_FLAGS, dtype=torch.float64)
         self._due = self._ticks = 0
         self._started_at, self._started_tick = now, 0
 
@@ -115,8 +108,11 @@ class Control:
                 self._stop()
             self.saving |= self._want_save
             self._want_save = False
+            if self._turned:
+                self._knobs.turn(self._turned, step)
+                self._turned = {}
         elif self._ticks >= self._due and not self.stopping:
-            self._exchange(self._line)
+            self._exchange(self._line, step)
 
     def _stop(self) -> None:
         self.stopping = True
@@ -133,6 +129,8 @@ class Control:
                 self._want_stop = True
             elif request.kind == "save" and time.monotonic() >= self._deaf_until:
                 self._want_save = True
+            elif request.kind == "knob" and self._is_main:
+                self._turned[request.name] = request.value
         if self._deadline is None and self._save_seconds is None:
             return
         now = time.monotonic()
@@ -141,15 +139,17 @@ class Control:
         if self._save_seconds is not None and now - self._saved_at >= self._save_seconds:
             self._want_save = True
 
-    def _exchange(self, line: _Line) -> None:
+    def _exchange(self, line: Sideline, step: int) -> None:
         if self._work is not None:
             self._work.wait()
-            stop, save, seconds = self._flags.tolist()
+            stop, save, seconds, turned = self._flags.tolist()
             if stop > 0:
                 self._stop()
             if save > 0:
                 self.saving, self._want_save = True, False
                 self._deaf_until, self._saved_at = time.monotonic() + _ECHO, time.monotonic()
+            if turned > 0:
+                self._knobs.turn(line.share(self._travelling), step)
             self._due = self._ticks + max(1, min(_MOST_STEPS, int(_INTERVAL / max(seconds, 1e-9))))
         if self.stopping:
             self._work = None
@@ -157,5 +157,7 @@ class Control:
         now = time.monotonic()
         pace = (now - self._started_at) / max(1, self._ticks - self._started_tick)
         self._started_at, self._started_tick = now, self._ticks
-        self._flags = torch.tensor([self._want_stop, self._want_save, pace], dtype=torch.float64)
-        self._work = line.start(self._flags)
+        self._travelling, self._turned = self._turned, {}
+        wanted = [self._want_stop, self._want_save, pace, bool(self._travelling)]
+        self._flags = torch.tensor(wanted, dtype=torch.float64)
+        self._work = line.start_max(self._flags)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, final
 
 import torch
@@ -19,7 +20,7 @@ from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "Observer"]
 
 
 class Steppable(Protocol):
@@ -27,6 +28,17 @@ class Steppable(Protocol):
 
     optimizer: torch.optim.Optimizer
     ran: bool
+
+
+class Observer(Protocol):
+    """Who watches the loop's first steps."""
+
+    def began(self, loader: ShardedLoader) -> None: ...
+    def next_batch(self, loader: ShardedLoader) -> None: ...
+    def ended(self, loader: ShardedLoader) -> None: ...
+    def backward(self) -> None: ...
+    def stepped(self) -> bool:
+        """After an optimizer step; False ends the watching."""
 
 
 @final
@@ -63,27 +75,35 @@ class Loop:
         self._bare = control is None and stopwatch is None and self.scaler is None and length == 1
         self.plain = self._bare
         """Nothing but the optimizer's own work is to be done at a step."""
-        self.simple = world.size == 1 and length == 1 and self.scaler is None and stopwatch is None
+        self.simple = self._bare and world.size == 1
         """Nothing but autograd's own work is to be done in a backward."""
+        self.led = False
+        """Whether there is a prepared optimizer, whose steps are counted."""
+        self.uneven = False
+        """Whether the ranks may have different numbers of batches."""
         self.before_pass: Callable[[ShardedLoader], None] = _nothing
         self.before_batch: Callable[[], None] = _nothing
         """Called when control asks for a save, at a point where the position is between batches."""
-        self._after_step: Callable[[], bool] | None = None
+        self.after_pass: Callable[[], None] = _nothing
+        """Called when no loader is being iterated any more."""
+        self._observer: Observer | None = None
         self.to_skip: dict[ShardedLoader, tuple[int, Mapping[str, Any]]] = {}
         """Passes a resumed run has behind it, and where the loader then goes on."""
         self._trained: set[ShardedLoader] = set()
         self._unscaled: set[int] = set()
         self._update_due = False
+        self._unled_steps = 0
         self._weighted: tuple[torch.Tensor, dist.Work | None] | None = None
 
     def new_window(self, models: list[nn.Module]) -> Window:
         """A fresh window over `models`."""
         return Window(models, length=self.length, num_ranks=self.world.size, weighting=self.weighting)
 
-    def watch_steps(self, fn: Callable[[], bool] | None) -> None:
-        """Calls `fn` after each optimizer step until it returns False (None: no longer)."""
-        self._after_step = fn
-        self.plain = self._bare and fn is None
+    def watch(self, observer: Observer | None) -> None:
+        """Tells `observer` what happens until its `stepped` returns False (None: tells nobody)."""
+        self._observer = observer
+        self.plain = self._bare and observer is None
+        self.simple = self.plain and self.world.size == 1
 
     # What the loaders tell ---------------------------------------------------------------------------
 
@@ -93,11 +113,17 @@ class Loop:
         if self.stopwatch is not None:
             self.stopwatch.begin()
         self.loaders.append(loader)
+        if self._observer is not None:
+            self._observer.began(loader)
 
     def ended(self, loader: ShardedLoader) -> None:
         """The pass is over."""
+        if self._observer is not None:
+            self._observer.ended(loader)
         if loader in self.loaders:
             self.loaders.remove(loader)
+        if not self.loaders:
+            self.after_pass()
         passes, state = self.to_skip.pop(loader, (0, {}))
         if passes > 0:
             loader.load_state_dict(state)
@@ -108,9 +134,13 @@ class Loop:
         """Whether `loader`'s pass ends before its next batch."""
         if self.to_skip and loader in self.to_skip:
             return True
+        if self._observer is not None:
+            self._observer.next_batch(loader)
         control = self.control
         if control is None:
             return False
+        if not (self.led or self.models) and self.world.size == 1:
+            self._tick_unled()
         if control.saving and self.window.micro == 0 and self.loaders[0] is loader:
             self.before_batch()
         # An evaluation after the stop still gets its batches.
@@ -119,6 +149,15 @@ class Loop:
     def times(self, loader: ShardedLoader) -> Mapping[str, float] | None:
         """For the loader's Progress."""
         return None if self.stopwatch is None else self.stopwatch.since_last()
+
+    @contextmanager
+    def unevenly(self) -> Iterator[None]:
+        """A context in which ranks may run out of batches at different times."""
+        self.uneven = True
+        try:
+            yield
+        finally:
+            self.uneven = False
 
     @property
     def loader(self) -> ShardedLoader | None:
@@ -156,6 +195,10 @@ class Loop:
             self._timed_backward(self.stopwatch, loss, kwargs)
         if self._weighted is not None:
             self._divide_by_weights(window)
+        if self._observer is not None:
+            self._observer.backward()
+        if not self.led and window.sync:
+            self._tick_unled()
 
     def _timed_backward(self, watch: Stopwatch, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
         communicates = self.world.size > 1 and self.window.sync and loss.requires_grad
@@ -251,10 +294,20 @@ class Loop:
             watch.step()
         if self.loaders:
             self._trained.add(self.loaders[0])
-        if self._after_step is not None and not self._after_step():
-            self.watch_steps(None)
+        if self._observer is not None and not self._observer.stepped():
+            self.watch(None)
         if self.control is not None:
             self.control.tick(self.steps)
+
+    def _tick_unled(self) -> None:
+        """Where no optimizer is prepared, a backward that synchronises stands for a step: the ranks meet in
+        it too. One process that prepares only a loader needs nobody, and its batches stand for steps."""
+        if self.control is None:
+            return
+        if self.loaders:
+            self._trained.add(self.loaders[0])
+        self._unled_steps += 1
+        self.control.tick(self._unled_steps)
 
     def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Takes the scaler's scale off the gradients, once per window and optimizer."""

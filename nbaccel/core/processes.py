@@ -13,7 +13,7 @@ from nbaccel.core.collectives import barrier
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["first", "only_if", "share_of"]
+__all__ = ["first", "on", "only_if", "share_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,6 +40,13 @@ def only_if(condition: bool, function: F) -> F:
         return None
 
     return cast(F, nothing)
+
+
+def on(function: Callable[..., Any] | None, wanted: int | None, index: int) -> Any:
+    """A decorator, or `function` decorated: runs where `index` is the wanted one (0 if None)."""
+    if function is None:
+        return lambda fn: only_if(index == (wanted or 0), fn)
+    return only_if(index == (wanted or 0), function)
 
 
 def share_of(inputs: Any, *, rank: int, size: int, pad: bool) -> Any:

@@ -31,8 +31,8 @@ ATTRIBUTES: Mapping[str, str] = {
     "save": "is torch.save on the main process: `if acc.is_main_process: torch.save(obj, path)`",
     "save_iteration": "does not exist here; checkpoint folders are numbered by what is there",
     "should_save_model": "does not exist here; save_state is called on all ranks, and each writes its part",
-    "skip_first_batches": "does not exist here; loader.load_state_dict goes on in the middle of an epoch "
-    "without reading what it skips",
+    "skip_first_batches": "is loader.skip_batches(count) here, on the prepared loader, and reads none of what it "
+    "skips; load_state() and resume='auto' put loaders where they were by themselves",
     "tensor_parallel_rank": _MESH,
     "torch_device_mesh": _MESH,
     "use_seedable_sampler": "is always so here: orders come from (seed, epoch)",
@@ -80,6 +80,7 @@ def refuse_arguments(unknown: Mapping[str, Any]) -> None:
 def _nearest(name: str) -> str:
     from nbaccel.core.accelerator import Accelerator  # at the time of the error only: it imports us
 
-    known = Accelerator.__init__.__code__.co_varnames
+    code = Accelerator.__init__.__code__
+    known = code.co_varnames[1 : 1 + code.co_kwonlyargcount]
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

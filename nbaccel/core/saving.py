@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from nbaccel.core.checkpoint import (
     Checkpoints,
@@ -17,11 +21,13 @@ from nbaccel.core.checkpoint import (
     LocalFileSystem,
     ModelState,
     OptimizerState,
+    Sharded,
     Stateful,
     next_folder,
 )
-from nbaccel.core.collectives import broadcast_object_list
+from nbaccel.core.collectives import broadcast_object_list, gather_object
 from nbaccel.core.data import ShardedLoader
+from nbaccel.core.knobs import Knobs
 from nbaccel.core.loop import Loop
 from nbaccel.core.rng import RngState
 from nbaccel.core.world import World
@@ -34,33 +40,51 @@ Hook = Callable[..., Any]
 
 @final
 class _Counters:
-    """The optimizer steps of the run as something that is saved."""
+    """The optimizer steps of the run and the knobs that were turned, as something that is saved."""
 
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, loop: Loop, knobs: Knobs) -> None:
+        self._loop, self._knobs = loop, knobs
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._loop.steps}
+        return {"steps": self._loop.steps, "knobs": self._knobs.state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._loop.steps = int(state_dict["steps"])
+        self._knobs.turn(state_dict.get("knobs", {}), self._loop.steps)
 
 
 @final
 class Saving:
-    """Saves and loads all that was prepared and registered, in the order it was."""
+    """Saves and loads all that was prepared and registered, in the order it was.
 
-    def __init__(self, world: World, loop: Loop, *, project_dir: str | None, keep: int | None) -> None:
-        self._world, self._loop, self._keep = world, loop, keep
+    Args:
+        keep: how many checkpoints of the project to keep.
+        resume: "auto" or a folder: where the first pass over a loader goes on from.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        loop: Loop,
+        knobs: Knobs,
+        *,
+        project_dir: str | None,
+        keep: int | None,
+        resume: str | None,
+    ) -> None:
+        self._world, self._loop, self._knobs, self._keep = world, loop, knobs, keep
         self.project_dir = None if project_dir is None else Path(project_dir)
         self.models: list[nn.Module] = loop.models
         self.optimizers: list[torch.optim.Optimizer] = []
         self.schedulers: list[Stateful] = []
         self.loaders: list[ShardedLoader] = []
         self.registered: list[Stateful] = []
-        self.before_saving: list[Hook] = []
-        self.before_loading: list[Hook] = []
+        self._before_saving: OrderedDict[int, Hook] = OrderedDict()
+        self._before_loading: OrderedDict[int, Hook] = OrderedDict()
         self._checkpoints = Checkpoints(world=world)
+        self._resume_from = resume
+        loop.before_pass = self._resume_once
+        loop.before_batch = self._save_if_possible
 
     def register(self, objects: Sequence[Any]) -> None:
         """Saves these too.
@@ -76,6 +100,14 @@ class Saving:
                 )
         self.registered.extend(objects)
 
+    def before_saving(self, hook: Hook) -> RemovableHandle:
+        """Calls `hook(models, weights, folder)` before each save."""
+        return _registered(self._before_saving, hook)
+
+    def before_loading(self, hook: Hook) -> RemovableHandle:
+        """Calls `hook(models, folder)` before each load."""
+        return _registered(self._before_loading, hook)
+
     def save(self, folder: str | Path | None, *, asynchronous: bool) -> Path:
         """Saves into `folder`, or into the project's next checkpoint folder.
 
@@ -83,21 +115,24 @@ class Saving:
             ConfigError: no folder and no project_dir; or in the middle of an accumulation window.
             CheckpointError: it could not be written.
         """
-        window = self._loop.window
+        window, watch, control = self._loop.window, self._loop.stopwatch, self._loop.control
         if window.micro or not window.sync:
             raise ConfigError(
                 f"save_state in the middle of an accumulation window (micro-step {window.micro + 1} of "
                 f"{window.length}) would lose its gradients; save when accelerator.sync_gradients is True"
             )
         self._loop.finish_scaler()
-        target = self._next() if folder is None else Path(folder)
-        return self._checkpoints.save(
-            target,
-            self._contents(self.before_saving),
-            step=self._loop.steps,
-            keep=self._keep if folder is None else None,
-            asynchronous=asynchronous,
-        )
+        with contextlib.nullcontext() if watch is None else watch.measure("checkpoint"):
+            path = self._checkpoints.save(
+                self._next() if folder is None else Path(folder),
+                self._contents(self._hooked_save),
+                step=self._loop.steps,
+                keep=self._keep if folder is None else None,
+                asynchronous=asynchronous,
+            )
+        if control is not None:
+            control.saved()
+        return path
 
     def load(self, folder: str | Path | None, *, strict: bool = True, allow_pickle: bool = False) -> Loaded:
         """Loads `folder`, or the newest complete checkpoint of the project.
@@ -105,40 +140,53 @@ class Saving:
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model.
         """
-        if folder is None:
-            found = self.newest()
-            if found.path is None:
-                raise CheckpointError(
-                    f"there is no complete checkpoint in {self._project()}{_skipped(found)}"
-                )
-            if found.skipped and self._world.is_main:
-                print(f"loading {found.path}{_skipped(found)}", flush=True)
-            folder = found.path
-        contents = self._contents(self.before_loading)
-        return self._checkpoints.load(folder, contents, strict=strict, allow_pickle=allow_pickle)
+        if folder is not None:
+            return self._load(Path(folder), strict=strict, allow_pickle=allow_pickle, verify=True)
+        found = self._newest()
+        if found.path is None:
+            raise CheckpointError(f"there is no complete checkpoint in {self._project()}{_skipped(found)}")
+        return self._load(found.path, strict=strict, allow_pickle=allow_pickle, verify=False)
 
-    def newest(self) -> Found:
-        """The newest complete checkpoint of the project."""
-        return self._checkpoints.newest_complete(self._project())
+    def _load(self, folder: Path, *, strict: bool, allow_pickle: bool, verify: bool) -> Loaded:
+        contents = self._contents(self._hooked_load)
+        return self._checkpoints.load(
+            folder, contents, strict=strict, allow_pickle=allow_pickle, verify=verify
+        )
 
-    def resume(self, where: str) -> Loaded | None:
+    def _newest(self) -> Found:
+        """The newest complete checkpoint of the project, every byte of it read and compared."""
+        found = self._checkpoints.newest_complete(self._project())
+        if found.path is not None and found.skipped and self._world.is_main:
+            print(f"loading {found.path}{_skipped(found)}", flush=True)
+        return found
+
+    def _resume_once(self, _: ShardedLoader) -> None:
+        if self._resume_from is not None:
+            where, self._resume_from = self._resume_from, None
+            self._resume(where)
+
+    def _resume(self, where: str) -> None:
         """Goes on from folder `where`, or with "auto" from the newest complete checkpoint if there is one.
 
         The loop that follows is written as for a fresh run, so passes it has behind it give no batches.
         """
-        if where == "auto" and self.newest().path is None:
-            return None
-        loaded = self.load(None if where == "auto" else where)
+        folder: Path | None = Path(where)
+        if where == "auto":
+            folder = self._newest().path
+            if folder is None:
+                return
+        assert folder is not None
+        loaded = self._load(folder, strict=True, allow_pickle=False, verify=where != "auto")
         for loader in self.loaders:
             if loader.epoch:
                 self._loop.to_skip[loader] = (loader.epoch, loader.state_dict())
         if self._world.is_main:
             print(f"resumed from {loaded.path} at optimizer step {loaded.step}", flush=True)
-        return loaded
 
-    def wait(self) -> None:
-        """Until nothing is being written any more."""
-        self._checkpoints.wait()
+    def _save_if_possible(self) -> None:
+        # Asked from outside, with nowhere to put it: the loop may still do it itself.
+        if self.project_dir is not None:
+            self.save(None, asynchronous=False)
 
     def close(self) -> None:
         """Waits, and gives back what saving held."""
@@ -156,8 +204,8 @@ class Saving:
         assert isinstance(path, Path)
         return path
 
-    def _contents(self, hooks: Sequence[Hook]) -> Contents:
-        shared: dict[str, Stateful] = {"counters": _Counters(self._loop)}
+    def _contents(self, hooked: Callable[[Path, dict[str, Sharded]], None]) -> Contents:
+        shared: dict[str, Stateful] = {"counters": _Counters(self._loop, self._knobs)}
         per_rank: dict[str, Stateful] = {"rng": RngState(self._world.device)}
         if self._loop.scaler is not None:
             shared["scaler"] = self._loop.scaler
@@ -165,13 +213,73 @@ class Saving:
             shared.update({f"{kind}_{index}": item for index, item in enumerate(items)})
         for index, loader in enumerate(self.loaders):
             (per_rank if loader.state_scope == "rank" else shared)[f"loader_{index}"] = loader
-        models = {f"model_{i}": ModelState(m) for i, m in enumerate(self.models)}
-        optimizers = {f"optimizer_{i}": OptimizerState(o, self.models) for i, o in enumerate(self.optimizers)}
-        before = tuple(self._bound(hook) for hook in hooks)
-        return Contents(sharded={**models, **optimizers}, shared=shared, per_rank=per_rank, before=before)
+        sharded: dict[str, Sharded] = {_name_of(i): ModelState(m) for i, m in enumerate(self.models)}
+        sharded |= {f"optimizer_{i}": OptimizerState(o, self.models) for i, o in enumerate(self.optimizers)}
+        # `sharded` is read after the hooks, which may have taken models out.
+        contents = Contents(sharded=sharded, shared=shared, per_rank=per_rank)
+        return replace(contents, before=(lambda folder: hooked(folder, sharded),))
 
-    def _bound(self, hook: Hook) -> Callable[[Path], None]:
-        return lambda folder: hook(self.models, folder)
+    def _hooked_save(self, folder: Path, sharded: dict[str, Sharded]) -> None:
+        """Weights a hook has taken off its list it has saved itself."""
+        if not self._before_saving:
+            return
+        weights = [model.state_dict() for model in self.models]
+        left = list(weights)
+        self._call(
+            lambda hook: hook(list(self.models), left, str(folder)),
+            self._before_saving,
+            lambda: [i for i, one in enumerate(weights) if not any(one is kept for kept in left)],
+            sharded,
+        )
+
+    def _hooked_load(self, folder: Path, sharded: dict[str, Sharded]) -> None:
+        """Models a hook has taken off its list it has loaded itself."""
+        if not self._before_loading:
+            return
+        left = list(self.models)
+        self._call(
+            lambda hook: hook(left, str(folder)),
+            self._before_loading,
+            lambda: [i for i, one in enumerate(self.models) if not any(one is kept for kept in left)],
+            sharded,
+        )
+
+    def _call(
+        self,
+        call: Callable[[Hook], Any],
+        hooks: Mapping[int, Hook],
+        taken: Callable[[], list[int]],
+        sharded: dict[str, Sharded],
+    ) -> None:
+        """Runs hooks; models the main rank's have taken over are left out on every rank.
+
+        Raises:
+            CheckpointError: a hook failed on another rank. On that rank itself, the hook's own error.
+        """
+        error = None
+        try:
+            for hook in hooks.values():
+                call(hook)
+        except Exception as caught:  # noqa: BLE001 - raised below, when every rank has heard of it
+            error = caught
+        said = f"{type(error).__name__}: {error}" if error is not None else None
+        told = gather_object((said, taken()), world=self._world)
+        if error is not None:
+            raise error
+        if failed := [f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text is not None]:
+            raise CheckpointError(f"a hook failed on {'; '.join(failed)}")
+        for index in told[0][1]:
+            del sharded[_name_of(index)]
+
+
+def _registered(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
+
+
+def _name_of(model: int) -> str:
+    return f"model_{model}"
 
 
 def _skipped(found: Found) -> str:

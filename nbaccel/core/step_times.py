@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, final, get_args
+from pathlib import Path
+from typing import Any, Literal, Protocol, final, get_args
 
 import torch
 
-__all__ = ["Part", "StepTimes", "Stopwatch"]
+__all__ = ["Part", "StepTimes", "Stopwatch", "profiled"]
 
 Part = Literal["data", "transfer", "forward", "backward", "communication", "optimizer", "checkpoint"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -166,3 +167,15 @@ class DeviceClock:
                 waiting.append((part, start, end))
         self._pending = waiting
         return {part: total / max(1, self._sampled) * steps for part, total in self._sums.items()}
+
+
+@contextmanager
+def profiled(folder: str | Path | None, rank: int, options: Mapping[str, Any]) -> Iterator[Any]:
+    """A torch profiler with these options; writes `trace-rank-N.json` to `folder` (None: nowhere)."""
+    from torch.profiler import profile
+
+    with profile(**options) as profiler:
+        yield profiler
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(Path(folder) / f"trace-rank-{rank}.json"))

@@ -1,184 +1,338 @@
 """Checks, in the first steps of a run, that ranks which should be equal are.
 
-Every finding names ranks, parameter and likely cause. The checks are collective and made at the same
-optimizer steps on every rank; they cost one pass over the parameters each, and nothing afterwards.
+Every finding names ranks, parameter and likely cause. What the ranks must agree on is compared right
+after `prepare` and after the optimizer steps 1 and 3; how many batches each has, at each batch of those
+steps and at the end of that pass. It costs one pass over the parameters each time, and nothing afterwards.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nbaccel.core.collectives import gather_object
 from nbaccel.core.data import ShardedLoader
+from nbaccel.core.findings import (
+    Facts,
+    ModelFacts,
+    Pass,
+    compare,
+    compare_models,
+    describe_model,
+    fingerprint,
+    same_inputs,
+)
 from nbaccel.core.loop import Loop
+from nbaccel.core.nested import leaves
+from nbaccel.core.sideline import Sideline
 from nbaccel.errors import TrustError
 
-__all__ = ["TrustChecks", "fingerprint"]
+__all__ = ["TrustChecks"]
 
 _AFTER = (1, 3)  # optimizer steps after which ranks are compared
-
-
-@torch.no_grad()
-def fingerprint(tensor: Tensor) -> int:
-    """A checksum of a tensor's bits: equal for equal bits, different for almost all others.
-
-    The sum of its 32-bit words (bytes, where it has none) and the sum of them times their place, mod 2^64.
-    """
-    flat = tensor.detach().contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return 0
-    words = flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8).to(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device) * 2654435761
-    return int((words.sum() * 31 + (words * places).sum()).item())
+_IDLE = 64  # optimizer steps, and backwards, after which an optimizer that never stepped is named
 
 
 @final
 class TrustChecks:
-    """Watches the first optimizer steps of a loop. `check` is called after each of them, on every rank."""
+    """Watches the first steps of a loop: it is the loop's `Observer`. Making one is collective."""
 
     def __init__(self, loop: Loop, unwrap: Callable[[nn.Module], nn.Module]) -> None:
         self._loop = loop
         self._unwrap = unwrap
         self._ticks = 0
-        self._seen: dict[tuple[ShardedLoader, int], set[Any]] = {}
+        self._backwards = 0
+        self._before: dict[nn.Module, ModelFacts] = {}
+        self._passes: dict[str, int] = {}
+        self._places: dict[Pass, list[tuple[int, int]]] = {}
+        self._samples: dict[Pass, set[int]] = {}
+        self._orders: dict[Pass, list[tuple[int, ...]]] = {}
+        self._inputs: list[int] = []
+        self._prepared_loader = False
         self._unused: dict[str, nn.Parameter] = {}
+        self._optimizers: list[_Watched] = []
+        self._hooks: list[Any] = []
+        self._counts = _BatchCounts(loop) if loop.world.size > 1 else None
 
-    def sampled(self, loader: ShardedLoader) -> None:
-        """Notes the samples of the batch in hand."""
-        indices = loader.batch_indices
-        if indices is None or loader.with_replacement or self.done:
+    # What is prepared --------------------------------------------------------------------------------
+
+    def prepared_model(self, model: nn.Module) -> None:
+        """Compares a model that was just spread over the ranks; called on all of them.
+
+        Raises:
+            TrustError: the ranks have different parameters or buffers.
+        """
+        inner = self._unwrap(model)
+        if self._loop.world.size == 1 or self._ticks:
             return
-        listed = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-        if all(isinstance(index, int) for index in listed):
-            self._seen.setdefault((loader, loader.epoch), set()).update(listed)
+        facts = self._before[inner] = describe_model(inner)
+        told = gather_object(facts, world=self._loop.world)
+        _raise(compare_models([[one] for one in told], "after prepare"))
+        # Around whatever is compiled: a hook inside would have to be compiled again when it is taken off.
+        self._hooks.append(model.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing is checked any more."""
-        return self._ticks >= _AFTER[-1]
+    def prepared_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes whether it steps at all, and which of its parameters get gradients."""
+        self._optimizers.append(_Watched(optimizer))
 
-    def check(self) -> bool:
-        """Compares the ranks after certain steps; whether it wants to be called again.
+    def _note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not module.training or self._ticks >= _AFTER[-1] or self._loop.loader is not None:
+            return
+        tensors = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # A constant says nothing: ones for a first try are the same everywhere.
+        telling = [t for t in tensors if t.numel() > 1 and bool((t != t.reshape(-1)[0]).any())]
+        self._inputs += [fingerprint(t) for t in telling]
+
+    # What the loop tells -----------------------------------------------------------------------------
+
+    def began(self, loader: ShardedLoader) -> None:
+        """A pass begins."""
+        self._passes[loader.name] = self._passes.get(loader.name, 0) + 1
+        if self._counts is not None:
+            self._counts.began(loader, self._ticks)
+
+    def next_batch(self, loader: ShardedLoader) -> None:
+        """The next batch is about to be taken; the one in hand is done with."""
+        self._note_samples(loader)
+        if self._counts is not None:
+            self._counts.next_batch(loader, self._ticks)
+
+    def ended(self, loader: ShardedLoader) -> None:
+        """The pass is over."""
+        self._note_samples(loader)
+        if self._counts is not None:
+            self._counts.ended(loader)
+
+    def backward(self) -> None:
+        """A backward is done."""
+        self._backwards += 1
+        if self._ticks == 0 and self._backwards == _IDLE * self._loop.length and self._optimizers:
+            names = ", ".join(type(one.optimizer).__name__ for one in self._optimizers)
+            skipped = " It was skipped each time because of fp16 overflows." if self._loop.skipped else ""
+            directly = any(one.steps for one in self._optimizers)
+            cause = (
+                "the optimizer given to prepare is stepped itself; step what prepare returned"
+                if directly
+                else "optimizer.step() is not reached, or is that of another optimizer"
+            )
+            self._warn(f"{self._backwards} backwards and no step of {names}.{skipped} Likely cause: {cause}.")
+
+    def stepped(self) -> bool:
+        """Compares the ranks after certain optimizer steps; whether there is more to watch.
 
         Raises:
             TrustError: ranks differ where they must be equal; the same on every rank.
         """
-        if not self._ticks:
-            self._unused = self._trainable()
         self._ticks += 1
         loader = self._loop.loader
         if loader is not None:
-            self.sampled(loader)
-        self._unused = {name: p for name, p in self._unused.items() if p.grad is None}
+            self._prepared_loader = True
+            self._note_samples(loader)
+            if self._counts is not None:
+                self._counts.trained(self._loop.loaders[0])
         if self._ticks in _AFTER:
-            self.compare(f"after optimizer step {self._ticks}")
-        if self.done and self._unused and self._loop.world.is_main:
-            listed = ", ".join(list(self._unused)[:5])
-            warnings.warn(
-                f"{len(self._unused)} parameters got no gradient in {self._ticks} optimizer steps: {listed}. "
-                "Likely cause: they are not used in forward, or their output does not reach the loss.",
-                stacklevel=2,
-            )
-        return not self.done
+            self._compare(f"after optimizer step {self._ticks}")
+        if self._ticks == _AFTER[-1]:
+            self._tell_unused()
+            for hook in self._hooks:
+                hook.remove()
+        if self._ticks == _IDLE:
+            self._tell_idle()
+        return self._ticks < _IDLE or (self._counts is not None and self._counts.watching)
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for model in self._loop.models
-            for name, parameter in self._unwrap(model).named_parameters()
-            if parameter.requires_grad
-        }
+    # Comparing ---------------------------------------------------------------------------------------
 
-    def compare(self, when: str) -> None:
-        """Compares parameters, modes and samples now.
+    def _note_samples(self, loader: ShardedLoader) -> None:
+        key, place = (loader.name, self._passes.get(loader.name, 0)), (loader.epoch, loader.position)
+        places = self._places.setdefault(key, [])
+        if self._ticks > _AFTER[-1] or not _in_hand(loader) or place in places[-1:]:
+            return
+        if loader.state_scope == "global":
+            places.append(place)
+        drawn, indices = loader.global_batch_indices, loader.batch_indices
+        if drawn is not None:
+            numbers = tuple(one if isinstance(one, int) else hash(repr(one)) for one in drawn)
+            self._orders.setdefault(key, []).append(numbers)
+        elif indices is not None and not loader.with_replacement:
+            listed = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+            self._samples.setdefault(key, set()).update(listed)
 
-        Raises:
-            TrustError: as `check`.
-        """
-        mine = {
-            "sums": [_sums(self._unwrap(model)) for model in self._loop.models],
-            "modes": [_modes(self._unwrap(model)) for model in self._loop.models],
-            "samples": [sorted(seen) for seen in self._seen.values()],
-        }
+    def _compare(self, when: str) -> None:
         if self._loop.world.size == 1:
             return
-        told = gather_object(mine, world=self._loop.world)
-        found = [*_differing_sums(told, when), *_differing_modes(told, when), *_shared_samples(told)]
-        if found:
-            raise TrustError("\n".join(found))
-
-
-def _sums(model: nn.Module) -> dict[str, int]:
-    return {name: fingerprint(p) for name, p in model.named_parameters()}
-
-
-def _modes(model: nn.Module) -> dict[str, bool]:
-    return {name or "the model": module.training for name, module in model.named_modules()}
-
-
-def _parties(values: Sequence[Any]) -> str:
-    """ "ranks 0, 1 differ from rank 2" for a value per rank."""
-    groups: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
-        groups.setdefault(value, []).append(rank)
-    named = [f"rank{'s' if len(g) > 1 else ''} {', '.join(map(str, g))}" for g in groups.values()]
-    return " differs from ".join(named)
-
-
-def _differing_sums(told: Sequence[dict[str, Any]], when: str) -> list[str]:
-    found = []
-    for number in range(len(told[0]["sums"])):
-        by_rank = [one["sums"][number] for one in told]
-        names = list(dict.fromkeys(name for sums in by_rank for name in sums))
-        bad = [name for name in names if len({sums.get(name) for sums in by_rank}) > 1]
-        if not bad:
-            continue
-        who = _parties([sums.get(bad[0]) for sums in by_rank])
-        missing = any(bad[0] not in sums for sums in by_rank)
-        cause = (
-            "a layer that only some ranks have: look for a branch on the rank"
-            if missing
-            else "a layer added or re-initialised after prepare without the same seed on all ranks, a "
-            "parameter updated outside the prepared model, an optimizer with options of its own on a rank, "
-            "or a branch on the rank"
+        models = [self._unwrap(model) for model in self._loop.models]
+        mine = Facts(
+            models=[describe_model(model, self._before.get(model)) for model in models],
+            places=self._places,
+            samples={key: sorted(seen) for key, seen in self._samples.items()},
+            orders=self._orders,
+            inputs=self._inputs,
+            prepared_loader=self._prepared_loader,
         )
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        found.append(f"{when} parameter {bad[0]!r}{more} of model {number}: {who}. Likely cause: {cause}.")
-    return found
+        told = gather_object(mine, world=self._loop.world)
+        _raise(compare(told, when))
+        if self._ticks == _AFTER[-1] and (doubt := same_inputs(told)):
+            self._warn(doubt)
+
+    def _tell_unused(self) -> None:
+        names = {
+            p: name
+            for model in self._loop.models
+            for name, p in self._unwrap(model).named_parameters()
+            if p.requires_grad
+        }
+        unused = [names[p] for one in self._optimizers for p in one.unused() if p in names]
+        if unused:
+            self._warn(
+                f"{len(unused)} parameters got no gradient in {self._ticks} optimizer steps, on all ranks: "
+                f"{', '.join(unused[:5])}. Likely cause: they are not used in forward, or their output does "
+                "not reach the loss."
+            )
+
+    def _tell_idle(self) -> None:
+        idle = [one for one in self._optimizers if not one.steps]
+        for one in self._optimizers:
+            one.close()
+        self._optimizers.clear()
+        if idle and not self._loop.skipped:
+            kinds = ", ".join(type(one.optimizer).__name__ for one in idle)
+            self._warn(
+                f"{kinds}: prepared, and not stepped once in {self._ticks} optimizer steps of the first. Likely "
+                "cause: its step() is missing, or another optimizer is stepped in its place."
+            )
+
+    def _warn(self, text: str) -> None:
+        if self._loop.world.is_main:
+            warnings.warn(text, stacklevel=4)
 
 
-def _differing_modes(told: Sequence[dict[str, Any]], when: str) -> list[str]:
-    found = []
-    for number in range(len(told[0]["modes"])):
-        by_rank = [one["modes"][number] for one in told]
-        for name in by_rank[0]:
-            if len({modes.get(name) for modes in by_rank}) > 1:
-                training = [rank for rank, modes in enumerate(by_rank) if modes.get(name)]
-                found.append(
-                    f"{when} {name} of model {number} is in train mode on rank(s) "
-                    f"{', '.join(map(str, training))} only. Likely cause: model.eval() or model.train() "
-                    "called under a branch on the rank."
-                )
-                break
-    return found
+def _in_hand(loader: ShardedLoader) -> bool:
+    return loader.batch_samples + loader.batch_repeated > 0
 
 
-def _shared_samples(told: Sequence[dict[str, Any]]) -> list[str]:
-    found = []
-    for number in range(min(len(one["samples"]) for one in told)):
-        owners: dict[Any, int] = {}
-        for rank, one in enumerate(told):
-            for index in one["samples"][number]:
-                first = owners.setdefault(index, rank)
-                if first != rank:
-                    found.append(
-                        f"ranks {first} and {rank} both read sample {index} in one epoch. Likely cause: a "
-                        "sampler that draws differently on each rank."
-                    )
-                    return found
-    return found
+def _raise(found: list[str]) -> None:
+    if found:
+        raise TrustError("\n".join(found))
+
+
+@final
+class _Watched:
+    """An optimizer, the steps it really made, and its parameters that never had a gradient then."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+        self._bare: list[nn.Parameter] | None = None
+        self._hook: Any = optimizer.register_step_pre_hook(self._note)
+
+    def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.steps += 1
+        if self.steps <= _AFTER[-1]:
+            held = self._bare
+            if held is None:
+                held = [p for group in optimizer.param_groups for p in group["params"]]
+            self._bare = [p for p in held if p.requires_grad and p.grad is None]
+
+    def unused(self) -> list[nn.Parameter]:
+        """Its parameters that had no gradient in any of its steps."""
+        return self._bare or []
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._hook.remove()
+
+
+@final
+class _BatchCounts:
+    """Compares how many batches each rank takes in the first pass that trains.
+
+    In the first steps every rank waits, before each batch, for the others to say that they go on; later
+    each says how the pass ended, and looks at the others' words when they have come. On a group of its
+    own: a rank that has left must not meet the training's collectives.
+    """
+
+    GOES_ON, AT_END, LEFT = range(3)
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._line = Sideline()
+        self._loader: ShardedLoader | None = None
+        self._taken: dict[ShardedLoader, int] = {}
+        self._said: tuple[dist.Work, Tensor] | None = None
+        self._open = True
+
+    @property
+    def watching(self) -> bool:
+        """Whether that pass is not over yet on every rank."""
+        return self._open or self._said is not None
+
+    def began(self, loader: ShardedLoader, ticks: int) -> None:
+        """A pass begins; in the first steps a rank that left one waits for what the others did.
+
+        Raises:
+            TrustError: they did not leave it.
+        """
+        self._taken[loader] = 0
+        self._look(wait=ticks < _AFTER[-1])
+
+    def trained(self, loader: ShardedLoader) -> None:
+        """An optimizer step was made in a pass over this loader."""
+        if self._loader is None:
+            self._loader = loader
+
+    def next_batch(self, loader: ShardedLoader, ticks: int) -> None:
+        """Before a batch of the pass: all ranks go on, or none does.
+
+        Raises:
+            TrustError: some have no more.
+        """
+        taken = self._taken.get(loader, 0)
+        self._taken[loader] = taken + 1
+        self._look(wait=False)
+        if loader is not self._loader or not self._going():
+            return
+        if ticks < _AFTER[-1]:
+            self._say(taken, self.AT_END if loader.at_end else self.GOES_ON)
+            self._look(wait=True)
+        elif loader.at_end:
+            self._say(taken, self.AT_END)
+        self._open = not loader.at_end
+
+    def ended(self, loader: ShardedLoader) -> None:
+        """The pass is over; if before its end, the others hear of it."""
+        if loader is self._loader and self._going():
+            self._say(self._taken[loader], self.LEFT)
+            self._open = False
+
+    def _look(self, *, wait: bool) -> None:
+        if self._said is None or not (wait or self._said[0].is_completed()):
+            return
+        work, table = self._said
+        work.wait()
+        self._said = None
+        rows = [tuple(row) for row in table.tolist()]
+        if len(set(rows)) > 1:
+            words = ("goes on", "is at the end", "has left the loop")
+            told = "; ".join(
+                f"rank {r} {words[code]} after {batches} batches" for r, (batches, code) in enumerate(rows)
+            )
+            assert self._loader is not None
+            raise TrustError(
+                f"the ranks take unequal numbers of batches from {self._loader.name!r}: {told}. Likely cause: "
+                "data that divides itself unequally (shard='none'), or a break under a branch on the rank. "
+                "Ranks that run out in turn need join_uneven_inputs."
+            )
+
+    def _going(self) -> bool:
+        self._open = self._open and not self._loop.uneven
+        return self._open
+
+    def _say(self, taken: int, code: int) -> None:
+        mine = torch.tensor([taken, code])
+        table = torch.zeros(self._loop.world.size, 2, dtype=torch.int64)
+        self._said = self._line.start_gather(table, mine), table

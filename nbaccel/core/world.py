@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig, combine
 from nbaccel.errors import ConfigError
 from nbaccel.wire import events
 
-__all__ = ["Environment", "World", "join", "read_environment", "single"]
+__all__ = ["Environment", "World", "cache_folder", "join", "read_environment", "single"]
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 _LAUNCHED_TIMEOUT = timedelta(days=7)
@@ -95,6 +96,12 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         rank=rank, local_rank=local_rank, size=size, local_size=local_size, rendezvous=True, config=config
     )
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of ours are: `nbaccel` in XDG_CACHE_HOME, or in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "nbaccel"
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel.core import Accelerator
 from nbaccel.core.control import Control
+from nbaccel.core.knobs import Knobs
 from nbaccel.core.world import single
 from nbaccel.wire import events
 
@@ -52,7 +53,7 @@ def inbox():
 
 
 def test_control_when_alone_acts_at_once(inbox):
-    control = Control(single())
+    control = Control(single(), Knobs(single()))
     control.tick(1)
     assert not control.stopping
     inbox.put("save")
@@ -63,7 +64,7 @@ def test_control_when_alone_acts_at_once(inbox):
 
 
 def test_control_when_saving_every_so_many_steps():
-    control = Control(single(), save_every=3)
+    control = Control(single(), Knobs(single()), save_every=3)
     asked = []
     for step in range(1, 8):
         control.tick(step)
@@ -74,7 +75,7 @@ def test_control_when_saving_every_so_many_steps():
 
 
 def test_control_when_the_time_is_up():
-    control = Control(single(), stop_after=0.02, save_every=0.01)
+    control = Control(single(), Knobs(single()), stop_after=0.02, save_every=0.01)
     control.tick(1)
     assert (control.stopping, control.saving) == (False, False)
     time.sleep(0.03)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -62,7 +64,9 @@ def _save(folder):
     box = Counter()
     acc.register_for_checkpointing(box)
     seen = []
-    hook = acc.register_save_state_pre_hook(lambda models, path: seen.append((len(models), path.exists())))
+    handle = acc.register_save_state_pre_hook(
+        lambda models, weights, path: seen.append((len(models), len(weights), Path(path).exists()))
+    )
     refusals = 0
     for _ in range(6):
         with acc.accumulate(model):
@@ -76,7 +80,7 @@ def _save(folder):
             with pytest.raises(ConfigError, match="middle of an accumulation window"):
                 acc.save_state()
             refusals += 1
-    hook()
+    handle.remove()
     acc.end_training()
     return acc.steps, box.value, refusals, seen, acc.unwrap_model(model).weight.detach()
 
@@ -109,7 +113,7 @@ def _load(folder, size):
 def test_state_when_saved_on_two_and_loaded_on_others(tmp_path):
     (steps, value, refusals, seen, weight), _ = run_ranks(_save, str(tmp_path))
     assert (steps, value, refusals) == (3, 6, 3)
-    assert seen == [(1, True)] * 3
+    assert seen == [(1, 1, True)] * 3
     assert len([p for p in tmp_path.iterdir() if p.is_dir() and not p.name.startswith(".")]) == 2, "keep=2"
     for num_processes in (1, 3):
         for loaded in run_ranks(_load, str(tmp_path), 2, num_processes=num_processes):
@@ -128,6 +132,61 @@ def test_load_when_there_is_no_checkpoint(tmp_path):
         Accelerator(cpu=True, project_dir=tmp_path).load_state()
     with pytest.raises(ConfigError, match="project_dir"):
         Accelerator(cpu=True).save_state()
+
+
+def _own_way(folder, fails=None):
+    """As diffusers does it: hooks save and load the adapter themselves."""
+    acc = Accelerator(cpu=True, project_dir=folder)
+    base, adapter = _linear(1), _linear(2)
+    base, adapter = acc.prepare(base, adapter)
+
+    def save(models, weights, path):
+        if fails == acc.process_index:
+            raise OSError("no")
+        if acc.is_main_process:
+            torch.save(weights.pop(), f"{path}/adapter.pt")
+
+    def load(models, path):
+        acc.unwrap_model(models.pop()).weight.data = torch.load(f"{path}/adapter.pt").popitem()[1] + 1
+
+    acc.register_save_state_pre_hook(save)
+    acc.register_load_state_pre_hook(load)
+    try:
+        path = acc.save_state()
+    except (CheckpointError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    before = acc.unwrap_model(adapter).weight.tolist()[0]
+    acc.unwrap_model(base).weight.data.zero_()
+    acc.load_state()
+    names = {n for f in sorted(Path(path).glob("*.safetensors")) for n in safetensors_names(f)}
+    after = acc.unwrap_model(adapter).weight.tolist()[0]
+    return (
+        names,
+        [a - b for a, b in zip(after, before, strict=True)],
+        acc.unwrap_model(base).weight.any().item(),
+    )
+
+
+def safetensors_names(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def test_hooks_when_they_save_and_load_a_model_themselves(tmp_path):
+    for names, difference, base in run_ranks(_own_way, str(tmp_path)):
+        assert names
+        assert not any("model_1" in name for name in names)
+        assert difference == pytest.approx([1, 1])
+        assert base, "the other model came back by itself"
+
+
+def test_hooks_when_one_fails_on_one_rank_fail_the_save_on_all(tmp_path):
+    rank0, rank1 = run_ranks(_own_way, str(tmp_path), 1)
+    assert "rank 1: OSError: no" in rank0
+    assert "rank 1: OSError: no" in rank1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_registering_when_it_has_no_state():

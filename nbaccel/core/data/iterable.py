@@ -143,7 +143,7 @@ class StreamReader:
             if not shares:
                 origin = Origin(worker, share.cursor, stream.state_at(share.cursor), share.last)
             known = None if layout.shard == "none" else share.global_samples
-            shares.append(share._replace(indices=(), global_samples=known, origin=origin))
+            shares.append(share._replace(indices=(), units=None, global_samples=known, origin=origin))
             if len(batches) == len(self._ranks):
                 yield Item(batches, shares)
                 batches, shares = [], []

@@ -211,6 +211,12 @@ class ShardedLoader:
         return share.indices[: share.samples]
 
     @property
+    def global_batch_indices(self) -> Any:
+        """Sample indices of all ranks' batches in hand as a user's sampler gave them on this rank; None where
+        no sampler did."""
+        return None if self._share is None or self._source.kind == "order" else self._share.units
+
+    @property
     def total_samples(self) -> int | None:
         """Samples an epoch gives over all ranks; None when unknown."""
         total, batch = self._source.total, self._layout.global_batch
@@ -386,9 +392,9 @@ class ShardedLoader:
     def _end(self) -> None:
         if self._unsent:
             self._emit(time.perf_counter(), True)
-        self._share = None
         if self._loop is not None:
             self._loop.ended(self)
+        self._share = None
 
     def _sent(self, reads: Iterator[tuple[Any, Share]], sender: Sender) -> Iterator[tuple[Any, Share]]:
         number, step, size = self._passes, 0, self.world.size

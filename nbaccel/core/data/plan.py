@@ -70,6 +70,8 @@ class Share(NamedTuple):
     """Whether the epoch ends with this batch."""
     origin: Any = None
     """Iterable data sets: the `Origin` of the batch."""
+    units: Any = None
+    """The whole global batch's indices as this rank knows them; None where each rank computes its own."""
 
 
 class Group(NamedTuple):
@@ -229,7 +231,7 @@ def _divided(group: Group, layout: Layout, ranks: Sequence[int], tensors: bool) 
         source = part or pooled[:1]
         filled = part + [source[i % len(source)] for i in range(repeated)] if repeated > 0 else part
         indices = torch.tensor(filled, dtype=torch.int64) if tensors else filled
-        yield Share(indices, len(part), max(repeated, 0), len(pooled), group.cursor, group.last)
+        yield Share(indices, len(part), max(repeated, 0), len(pooled), group.cursor, group.last, None, pooled)
 
 
 def _parts(group: Group, pooled: list[Any], layout: Layout) -> list[list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,13 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["DDP", "DDPOptions"]
 
+# torch 2.13 renamed it.
+_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DDPOptions:
@@ -33,6 +41,7 @@ class DDPOptions:
     gradient_as_bucket_view: bool = True
     """Gradients live in the buckets: no copy, less memory."""
     broadcast_buffers: bool = True
+    """Give all ranks rank 0's buffers before each forward."""
     comm_hook: Literal["fp16", "bf16", "power_sgd"] | None = None
     """Send gradients compressed."""
     power_sgd_rank: int = 1
@@ -72,8 +81,8 @@ class DDP(Strategy):
             return module
         options = self._options
         indexed = self._world.device.type != "cpu" and self._place
-        # torch 2.13 warns whoever names the option, its default too
-        rare: dict[str, Any] = {} if options.broadcast_buffers else {"broadcast_buffers": False}
+        # torch 2.13 warns whoever names an old option, its default too
+        rare: dict[str, Any] = {} if options.broadcast_buffers else {_BUFFERS: False}
         wrapped = DistributedDataParallel(
             module,
             device_ids=[self._world.device] if indexed else None,

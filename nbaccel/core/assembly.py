@@ -1,0 +1,88 @@
+"""From what was asked of an Accelerator to the parts it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nbaccel.config import RunConfig, combine, duration_seconds
+from nbaccel.core.control import Control
+from nbaccel.core.knobs import Knobs
+from nbaccel.core.strategies.base import Strategy
+from nbaccel.core.strategies.ddp import DDP, DDPOptions
+from nbaccel.core.strategies.single import Single
+from nbaccel.core.trackers import Tracker
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
+from nbaccel.wire import events
+
+__all__ = ["asked_config", "choose_strategy", "ddp_options", "make_control", "split_trackers"]
+
+_PLACE = "Accelerator(...)"
+
+
+def asked_config(launched: RunConfig, **arguments: Any) -> RunConfig:
+    """What the launch and the Accelerator's arguments ask together; None: not asked.
+
+    Raises:
+        ConfigError: they disagree; the message names both places.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return combine(launched, RunConfig.from_mapping(given, place=_PLACE))
+
+
+def split_trackers(
+    log_with: str | Tracker | Sequence[str | Tracker] | None,
+) -> tuple[tuple[str, ...] | None, tuple[Tracker, ...]]:
+    """The names among the trackers asked for (None: none), and the tracker objects."""
+    if log_with is None:
+        return None, ()
+    listed: Sequence[Any] = log_with if isinstance(log_with, (list, tuple)) else [log_with]
+    names = tuple(one for one in listed if isinstance(one, str))
+    return names or None, tuple(one for one in listed if not isinstance(one, str))
+
+
+def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, place: bool) -> Strategy:
+    """How models are spread.
+
+    Raises:
+        ConfigError: what was asked cannot be done with this many ranks.
+    """
+    if config.strategy == "single" and world.size > 1:
+        raise ConfigError(
+            f"strategy='single' was asked for, but there are {world.size} ranks; use 'ddp' or launch one"
+        )
+    accumulates = (config.gradient_accumulation_steps or 1) > 1
+    if world.size > 1:
+        return DDP(world, options=ddp, place=place, accumulates=accumulates)
+    return Single(world.device if place else None)
+
+
+def ddp_options(config: RunConfig, given: DDPOptions | None) -> DDPOptions:
+    """DDP's options: the Accelerator's argument, or what the launch asked.
+
+    Raises:
+        ConfigError: both, and they differ.
+    """
+    asked = DDPOptions(**config.ddp) if config.ddp is not None else None
+    if given is not None and asked is not None and given != asked:
+        place = config.sources.get("ddp", "the launch")
+        raise ConfigError(
+            f"ddp is asked twice: {asked} by {place} and {given} by {_PLACE}. Ask for it in one place."
+        )
+    return given or asked or DDPOptions()
+
+
+def make_control(config: RunConfig, world: World, knobs: Knobs, precision: str) -> Control | None:
+    """None where nobody can ask for anything, so that a step costs nothing for it."""
+    every: int | float | None = None
+    if isinstance(config.save_every, int):
+        every = config.save_every
+    elif config.save_every is not None:
+        every = duration_seconds(config.save_every, what="save_every")
+    after = None if config.stop_after is None else duration_seconds(config.stop_after, what="stop_after")
+    if not events.active() and every is None and after is None:
+        return None
+    agreed = f"mixed_precision={precision}, accumulation={config.gradient_accumulation_steps or 1}"
+    saves = config.project_dir is not None and (every or after or config.resume) is not None
+    return Control(world, knobs, stop_after=after, save_every=every, save_on_stop=saves, agreed=agreed)

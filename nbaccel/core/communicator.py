@@ -1,0 +1,105 @@
+"""The user's collectives: checked, timed, over the ranks of one loop."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from nbaccel.core import collectives
+from nbaccel.core.loop import Loop
+from nbaccel.core.nested import map_leaves
+
+__all__ = ["Communicator"]
+
+
+@final
+class Communicator:
+    """`collectives` with the loop's world, stopwatch and batch in hand. See there for each operation."""
+
+    def __init__(self, loop: Loop, mode: collectives.CheckMode) -> None:
+        self._loop, self._world = loop, loop.world
+        self._check = collectives.MismatchCheck(mode)
+        self._raised = False
+
+    def _timed(self) -> AbstractContextManager[None]:
+        watch = self._loop.stopwatch
+        return contextlib.nullcontext() if watch is None else watch.measure("communication")
+
+    def gather(self, tensor: Any) -> Any:
+        with self._timed():
+            return collectives.gather(tensor, world=self._world, check=self._check)
+
+    def gather_object(self, value: Any) -> list[Any]:
+        with self._timed():
+            return collectives.gather_object(value, world=self._world)
+
+    def gather_for_metrics(self, value: Any, use_gather_object: bool) -> Any:
+        loader = self._loop.loader
+        size = real = None
+        if loader is not None:
+            real, size = loader.batch_samples, loader.batch_samples + loader.batch_repeated
+        with self._timed():
+            if use_gather_object or not _all_tensors(value):
+                mine = value if isinstance(value, (list, tuple)) else [value]
+                kept = mine[:real] if len(mine) == size else mine
+                parts = collectives.gather_object(kept, world=self._world)
+                return [one for part in parts for one in part]
+            kept = map_leaves(lambda t: t[:real] if t.ndim and len(t) == size else t, value)
+            return collectives.gather_uneven(kept, world=self._world, check=self._check)
+
+    def reduce(self, tensor: Any, reduction: collectives.Reduction, scale: float) -> Any:
+        with self._timed():
+            return collectives.reduce(
+                tensor, world=self._world, reduction=reduction, scale=scale, check=self._check
+            )
+
+    def broadcast(self, tensor: Any, source: int) -> Any:
+        with self._timed():
+            return collectives.broadcast(tensor, world=self._world, source=source, check=self._check)
+
+    def broadcast_object_list(self, objects: list[Any], source: int) -> list[Any]:
+        with self._timed():
+            return collectives.broadcast_object_list(objects, world=self._world, source=source)
+
+    def broadcast_module(self, module: nn.Module, source: int) -> None:
+        with self._timed():
+            collectives.broadcast_module(module, world=self._world, source=source)
+
+    def pad_across_processes(self, tensor: Any, dim: int, pad_index: float, pad_first: bool) -> Any:
+        with self._timed():
+            return collectives.pad_across_processes(
+                tensor, world=self._world, dim=dim, pad_index=pad_index, pad_first=pad_first
+            )
+
+    def all_to_all(self, tensor: Any) -> Any:
+        with self._timed():
+            return collectives.all_to_all(tensor, world=self._world, check=self._check)
+
+    def scatter(self, tensor: Any, source: int) -> Any:
+        with self._timed():
+            return collectives.scatter(tensor, world=self._world, source=source)
+
+    def barrier(self) -> None:
+        with self._timed():
+            collectives.barrier(self._world)
+
+    def set_trigger(self) -> None:
+        """Raises a flag on this rank."""
+        self._raised = True
+
+    def check_trigger(self) -> bool:
+        """Whether any rank's flag is up; takes it down."""
+        seen = bool(self.reduce(torch.tensor(int(self._raised)), "max", 1.0).item())
+        if seen:
+            self._raised = False
+        return seen
+
+
+def _all_tensors(value: Any) -> bool:
+    found: list[bool] = []
+    map_leaves(lambda leaf: found.append(isinstance(leaf, Tensor)), value)
+    return bool(found) and all(found)

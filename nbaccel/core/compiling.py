@@ -1,0 +1,24 @@
+"""torch.compile with a cache that outlives the process, so that the next launch does not compile again."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from nbaccel.core.world import cache_folder
+
+__all__ = ["compile_module"]
+
+_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_module(module: nn.Module, mode: bool | str) -> None:
+    """Compiles `module` in place at its first call; `mode` is True or a mode of torch.compile.
+
+    What inductor makes is kept in the user's cache folder, for all later launches, unless the variable
+    TORCHINDUCTOR_CACHE_DIR says where.
+    """
+    # Inductor looks here when it first compiles, and its own default is a temporary folder.
+    os.environ.setdefault(_VARIABLE, str(cache_folder() / "inductor"))
+    module.compile(**({} if mode is True else {"mode": mode}))

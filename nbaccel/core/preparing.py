@@ -1,0 +1,196 @@
+"""What `prepare` does with models, optimizers, loaders and schedulers; remembers what it has prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nbaccel.core import compiling
+from nbaccel.core.data import ShardedLoader
+from nbaccel.core.loop import Loop
+from nbaccel.core.nested import map_leaves
+from nbaccel.core.precision import Precision, choose_precision, probe_hardware
+from nbaccel.core.saving import Saving
+from nbaccel.core.trust import TrustChecks
+from nbaccel.core.wrappers import (
+    PreparedOptimizer,
+    PreparedScheduler,
+    is_scheduler,
+    patch_forward,
+    restore_forward,
+)
+from nbaccel.errors import ConfigError
+
+__all__ = ["Preparing"]
+
+
+@final
+class Preparing:
+    """Makes objects ready, each once, and hands them to the loop and to saving.
+
+    Args:
+        place: move models and batches to the device.
+        compile: compile models: True or a mode of torch.compile.
+        loader_options: of `ShardedLoader`.
+        scheduler_follows: schedulers step with the optimizer only.
+        scheduler_repeat: scheduler steps per optimizer step.
+        trust: told of what is prepared.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        saving: Saving,
+        precision: Precision,
+        *,
+        place: bool,
+        compile: bool | str | None,
+        loader_options: Mapping[str, Any],
+        scheduler_follows: bool,
+        scheduler_repeat: int,
+        trust: TrustChecks | None,
+    ) -> None:
+        self._loop, self._saving, self._precision, self._trust = loop, saving, precision, trust
+        self._device = loop.world.device
+        self._plain = choose_precision("no", probe_hardware(self._device), speak=False)
+        self._place, self._compile = place, compile
+        self._loader_options = loader_options
+        self._scheduler_follows, self._scheduler_repeat = scheduler_follows, scheduler_repeat
+        self._prepared: dict[int, tuple[Any, Any]] = {}
+
+    def all(self, objects: Sequence[Any], places: Sequence[bool | None] | None) -> Any:
+        """See `Accelerator.prepare`."""
+        if not objects:
+            raise ConfigError(
+                "prepare() was given nothing; give models, optimizers, DataLoaders or schedulers"
+            )
+        places = places or [None] * len(objects)
+        if len(places) != len(objects):
+            raise ConfigError(f"device_placement has {len(places)} values for {len(objects)} objects")
+        done = [
+            map_leaves(partial(self._one, place=place), one)
+            for one, place in zip(objects, places, strict=True)
+        ]
+        return done[0] if len(done) == 1 else tuple(done)
+
+    def _one(self, value: Any, *, place: bool | None) -> Any:
+        if isinstance(value, nn.Module):
+            return self.model(value, place)
+        if isinstance(value, torch.optim.Optimizer):
+            return self.optimizer(value)
+        if isinstance(value, (DataLoader, ShardedLoader)):
+            return self.loader(value, place)
+        if isinstance(value, PreparedScheduler) or is_scheduler(value):
+            return self.scheduler(value)
+        raise ConfigError(
+            f"prepare cannot do anything with a {type(value).__name__}; give models (nn.Module), optimizers, "
+            "DataLoaders or learning-rate schedulers"
+        )
+
+    def known(self, value: Any) -> Any:
+        """What `value` was prepared as; None if it was not."""
+        found = self._prepared.get(id(value))
+        return None if found is None else found[1]
+
+    def prepared_or_same(self, model: nn.Module) -> nn.Module:
+        """The prepared model of one of the user's; any other as it is."""
+        return self.known(model) or model
+
+    def _keep(self, original: Any, prepared: Any) -> Any:
+        # The original is kept too, so that its id cannot be given to another object.
+        self._prepared[id(original)] = self._prepared[id(prepared)] = (original, prepared)
+        return prepared
+
+    def model(self, model: nn.Module, place: bool | None, evaluation_mode: bool = False) -> nn.Module:
+        """The model on its device, in its precision, spread over the ranks unless `evaluation_mode`."""
+        known: nn.Module | None = self.known(model)
+        if known is not None:
+            return known
+        loop = self._loop
+        inner = loop.strategy.unwrap(model)
+        restore_forward(inner)
+        if self._place if place is None else place:
+            inner.to(self._device)
+        if self._compile:
+            compiling.compile_module(inner, self._compile)
+        wrapped = inner if evaluation_mode else loop.strategy.wrap(model)
+        if wrapped is inner:
+            patch_forward(inner, self._precision, loop.stopwatch)
+        else:
+            patch_forward(inner, self._precision, None)
+            patch_forward(wrapped, self._plain, loop.stopwatch)
+        loop.models.append(wrapped)
+        loop.windows = {(): loop.windows[()]}  # which models are "all" has changed
+        if self._trust is not None and not evaluation_mode:
+            self._trust.prepared_model(wrapped)
+        return self._keep(model, wrapped)  # type: ignore[no-any-return]
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> PreparedOptimizer:
+        """The optimizer, stepping only where gradients are synchronised."""
+        known: PreparedOptimizer | None = self.known(optimizer)
+        if known is not None:
+            return known
+        inner = optimizer.optimizer if isinstance(optimizer, PreparedOptimizer) else optimizer
+        prepared = PreparedOptimizer(inner, self._loop, leads=not self._saving.optimizers)
+        self._saving.optimizers.append(inner)
+        self._loop.led = True
+        if self._trust is not None:
+            self._trust.prepared_optimizer(inner)
+        self._keep(inner, prepared)
+        return self._keep(optimizer, prepared)  # type: ignore[no-any-return]
+
+    def loader(
+        self, loader: DataLoader[Any] | ShardedLoader, place: bool | None, **options: Any
+    ) -> ShardedLoader:
+        """The loader divided over the ranks; `options` are those of `ShardedLoader`."""
+        known: ShardedLoader | None = self.known(loader)
+        if known is not None:
+            return known
+        inner = loader.dataloader if isinstance(loader, ShardedLoader) else loader
+        number = len(self._saving.loaders)
+        name = "train" if number == 0 else f"loader {number}"
+        prepared = ShardedLoader(
+            inner,
+            world=self._loop.world,
+            device=self._device if (self._place if place is None else place) else "cpu",
+            loop=self._loop,
+            **{"name": name, **self._loader_options, **options},
+        )
+        self._saving.loaders.append(prepared)
+        if self._loop.stopwatch is not None:
+            self._loop.stopwatch.watch(prepared)
+        self._keep(inner, prepared)
+        return self._keep(loader, prepared)  # type: ignore[no-any-return]
+
+    def scheduler(self, scheduler: Any) -> PreparedScheduler:
+        """The scheduler, stepping once per optimizer step."""
+        known: PreparedScheduler | None = self.known(scheduler)
+        if known is not None:
+            return known
+        inner = scheduler.scheduler if isinstance(scheduler, PreparedScheduler) else scheduler
+        prepared = PreparedScheduler(
+            inner, self._loop, follows=self._scheduler_follows, repeat=self._scheduler_repeat
+        )
+        self._saving.schedulers.append(prepared)
+        self._keep(inner, prepared)
+        return self._keep(scheduler, prepared)  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Forgets everything; models get their own forward back."""
+        for original, prepared in self._prepared.values():
+            for one in (original, prepared):
+                if isinstance(one, nn.Module):
+                    restore_forward(one)
+        self._prepared.clear()
+        self._loop.models.clear()
+        self._loop.windows = {(): self._loop.windows[()]}
+        self._loop.led = False
+        for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):
+            listed.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
