@@ -136,6 +136,8 @@ class RunConfig:
     """Stop all ranks, saved, after this time ("11h30m")."""
     resume: Literal["auto"] | str | None = None
     """Go on from the newest complete checkpoint ("auto") or from this folder."""
+    max_restarts: int | None = None
+    """How many times a run is started again after a rank failed."""
     keep: int | None = None
     """How many complete checkpoints to keep."""
     verify: bool | None = None
@@ -181,6 +183,8 @@ class RunConfig:
         is_norm = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
         self._require("gradient_clipping", is_norm, "a number above 0")
         indices = isinstance(listed, (tuple, list)) and all(isinstance(one, int) for one in listed)
+        restarts = self.max_restarts
+        self._require("max_restarts", restarts == 0 or _is_count(restarts), "an int, 0 or more")
         self._require("devices", indices or listed == "free", "indices ([4, 5]) or 'free'")
 
     def _require(self, name: str, fits: bool, wanted: str) -> None:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, final
 
 from nbaccel.cli.target import Target
 from nbaccel.config import RUN_CONFIG_VARIABLE, duration_seconds
@@ -20,11 +20,14 @@ from nbaccel.errors import LaunchError, RunTimeout, WorkerError
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.request import Request, make_folder
+from nbaccel.session.restarts import run_again
 from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import TextSink
+from nbaccel.session.state import RunState
+from nbaccel.wire.events import Applied, Event
 
 __all__ = ["exit_code", "run_here", "run_to_end"]
 
@@ -34,17 +37,19 @@ def run_to_end(request: Request, target: Target, *, stop_grace: str) -> int:
     seconds = duration_seconds(stop_grace, what="--stop-grace")
     for note in (*request.plan.notes, *target.notes):
         say(note)
-    with Presses() as presses:
-        run = _start(request, target)
-        with _terminations(run, seconds) as terminated:
-            run.wait_done(presses)
+    with Presses() as presses, _terminations(seconds) as terminations:
+        run = run_again(
+            request,
+            lambda attempt: terminations.watch(*_start(attempt, target)),
+            lambda run: run.wait_done(presses),
+            say=say,
+            report=_report,
+            stopping=lambda: bool(terminations.received),
+        )
         presses.absorb()
     error = run.exception()
-    if terminated:
-        _report(error)
-        return 128 + signal.SIGTERM
     _report(error)
-    return exit_code(error)
+    return 128 + signal.SIGTERM if terminations.received else exit_code(error)
 
 
 def say(note: str) -> None:
@@ -56,24 +61,26 @@ def say(note: str) -> None:
         pass  # the stream is closed: nobody is there to be told
 
 
-def _start(request: Request, target: Target) -> Run:
+def _start(request: Request, target: Target) -> tuple[Run, _Listeners]:
     """The run, its output going to this process's."""
+    listeners = _Listeners()
     environment, plan = request.environment, request.plan
     folder = make_folder(request, say)
     sinks: list[Sink] = [
+        listeners,
         TextSink(
             _write,
             num_ranks=plan.num_processes,
             mode=request.output,
             label="long",
             transient=environment.is_tty,
-        )
+        ),
     ]
     if folder is not None:
         facts = run_facts(target.function, request.task.name, None, plan, environment)
         asked = json.loads(request.config.to_json())
         sinks.append(FolderSink(folder, config=asked, run=lambda: {**facts(), **target.facts()}, report=say))
-    return start_run(
+    run = start_run(
         request.task,
         config=request.config,
         plan=plan,
@@ -84,6 +91,7 @@ def _start(request: Request, target: Target) -> Run:
         say=say,
         label=lambda _: None,
     )
+    return run, listeners
 
 
 def _write(text: str, stream: str) -> None:
@@ -92,33 +100,79 @@ def _write(text: str, stream: str) -> None:
     file.flush()
 
 
-@contextmanager
-def _terminations(run: Run, grace: float) -> Iterator[list[int]]:
-    """While entered, SIGTERM asks the ranks to stop at a step and save; what has come stands in the list.
+@final
+class _Listeners:
+    """A sink that notices whether the ranks have an Accelerator, which listens to requests."""
+
+    def __init__(self) -> None:
+        self.any = False
+
+    def handle(self, event: Event, state: RunState) -> None:
+        self.any = self.any or (isinstance(event, Applied) and event.option == "strategy")
+
+    def tick(self, now: float) -> None:
+        pass
+
+    def close(self, state: RunState) -> None:
+        pass
+
+
+@final
+class _Terminations:
+    """What SIGTERM does to the run: its ranks stop at a step and save, or are interrupted if they cannot.
 
     Ranks that have not ended `grace` seconds later are interrupted, as by Ctrl-C; a second SIGTERM kills.
     """
-    received: list[int] = []
-    timers: list[threading.Timer] = []
 
-    def terminated(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            run.kill()
+    def __init__(self, grace: float) -> None:
+        self.received: list[int] = []
+        self._grace = grace
+        self._run: Run | None = None
+        self._listeners = _Listeners()
+        self._timer: threading.Timer | None = None
+
+    def watch(self, run: Run, listeners: _Listeners) -> Run:
+        """From now on this run is the one to be ended."""
+        self._run, self._listeners = run, listeners
+        if self.received:
+            run.interrupt()  # it came between two attempts
+        return run
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        run = self._run
+        if run is None:
             return
-        run.interrupt()
-        timers.append(threading.Timer(grace, run.interrupt))
-        timers[0].daemon = True
-        timers[0].start()
+        if len(self.received) > 1:
+            run.kill()
+        elif not self._listeners.any:
+            run.interrupt()
+        else:
+            run.stop()
+            self._timer = threading.Timer(self._grace, run.interrupt)
+            self._timer.daemon = True
+            self._timer.start()
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    def close(self) -> None:
+        """Forget the interrupt that was to come."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+
+
+@contextmanager
+def _terminations(grace: float) -> Iterator[_Terminations]:
+    """While entered, SIGTERM is taken as the wish to stop."""
+    terminations = _Terminations(grace)
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, terminations)
     try:
-        yield received
+        yield terminations
     finally:
-        signal.signal(signal.SIGTERM, before)
-        for timer in timers:
-            timer.cancel()
-            timer.join()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+        terminations.close()
 
 
 def _report(error: BaseException | None) -> None:

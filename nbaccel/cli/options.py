@@ -48,6 +48,7 @@ _CONFIG = (
     click.option("--seed", type=int, help="Seed of every generator."),
     click.option("--project-dir", metavar="DIR", help="Where checkpoints and tracker files go."),
     click.option("--resume", metavar="auto|DIR", help="Go on from the newest checkpoint, or from this one."),
+    click.option("--max-restarts", type=int, help="Start again this often after a rank failed."),
     click.option("--start-method", metavar="KIND", help="fork (default on Linux) or spawn."),
 )
 

@@ -14,6 +14,7 @@ from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.request import Request, make_folder, make_request, make_task
+from nbaccel.session.restarts import run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, start_run
@@ -64,8 +65,13 @@ def notebook_launcher(
     if request.plan.in_place:
         return Results([request.task.function(*request.task.args, **request.task.kwargs)])
     with Presses() as presses:  # from before the first process: no press may find ranks that nobody waits for
-        run = _start(request)
-        run.wait_done(presses)
+        run = run_again(
+            request,
+            _start,
+            lambda run: run.wait_done(presses),
+            say=lambda note: print(f"nbaccel: {note}", file=sys.stderr, flush=True),
+            report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
+        )
         presses.absorb()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,6 +150,10 @@ def launch(
         folder=folder,
         **foreign,
     )
+    if request.config.max_restarts:
+        raise ConfigError(
+            "max_restarts is for notebook_launcher and `nbaccel launch`, which wait for the run's end"
+        )
     if request.plan.in_place:
         raise ConfigError(
             "launch() in a process that already is a rank (RANK and WORLD_SIZE are set): call the function itself"

@@ -118,15 +118,6 @@ def _first_host(name: str, value: Any) -> dict[str, Any]:
     )
 
 
-def _no_restarts(name: str, value: Any) -> dict[str, Any]:
-    if value in (None, 0):
-        return {}
-    raise ConfigError(
-        f"{name}={value!r}: restarting failed ranks is not built yet. Leave {name} out; a run that saves "
-        "goes on from its newest checkpoint with resume='auto'."
-    )
-
-
 def _count(name: str, value: Any) -> dict[str, Any]:
     # The peers also take "gpu", "auto" and -1 for all there are: that is what None means here.
     return {} if value in (None, "auto", "gpu", -1) else {"num_processes": value}
@@ -168,7 +159,6 @@ _READERS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "num_nodes": _one_host,
     "nnodes": _one_host,
     "node_rank": _first_host,
-    "max_restarts": _no_restarts,
     "nprocs": _count,
     "nproc_per_node": _count,
     "accelerator": _device,

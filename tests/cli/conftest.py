@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,18 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 Writer = Callable[..., str]
+
+
+def said_by(output: str, words: str) -> set[int]:
+    """The ranks that printed a line with these words, however the lines were folded."""
+    found: set[int] = set()
+    for line in output.splitlines():
+        label = re.match(r"\[ranks? ([\d,-]+)\] ", line)
+        if words in line and label:
+            for part in label[1].split(","):
+                first, _, last = part.partition("-")
+                found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from nbaccel.errors import ConfigError
 from nbaccel.session.arguments import foreign_arguments
 
 # accelerate's and Fabric's names that are arguments of our own launcher too.
-OURS = {"function", "args", "num_processes", "mixed_precision", "strategy", "devices", "self"}
+OURS = {"function", "args", "num_processes", "mixed_precision", "strategy", "devices", "max_restarts", "self"}
 
 
 def test_call_copied_from_an_accelerate_notebook_is_taken_in_silence() -> None:
@@ -25,7 +25,6 @@ def test_call_copied_from_an_accelerate_notebook_is_taken_in_silence() -> None:
         "rdzv_endpoint": "",
         "rdzv_conf": None,
         "rdzv_id": "none",
-        "max_restarts": 0,
         "monitor_interval": 0.1,
         "log_line_prefix_template": None,
     }
@@ -46,7 +45,7 @@ def test_every_argument_of_accelerate_is_known_with_its_default() -> None:
 
     parameters = inspect.signature(accelerate.notebook_launcher).parameters
     theirs = {name: p.default for name, p in parameters.items() if name not in OURS}
-    assert len(theirs) == 11
+    assert len(theirs) == 10
     assert foreign_arguments(theirs) == ({}, [])
 
 
@@ -85,7 +84,6 @@ def test_arguments_with_a_word_of_ours_are_translated(
         ({"num_nodes": 2}, "num_nodes=2: a launch over several hosts is not built yet"),
         ({"nnodes": "2"}, "several hosts is not built yet"),
         ({"node_rank": 1}, "node_rank=1: a launch over several hosts is not built yet"),
-        ({"max_restarts": 3}, "max_restarts=3: restarting failed ranks is not built yet"),
         ({"use_port": "http"}, "use_port must be a port number from 0 to 65535, not 'http'"),
         ({"use_port": 70000}, "use_port must be a port number"),
         ({"use_port": True}, "use_port must be a port number"),
