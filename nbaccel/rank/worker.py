@@ -252,6 +252,7 @@ class _Server:
                 value = function(*args, **kwargs)
                 display.show_figures()
                 _tell_of_peers()
+                events.call_ends()
             finally:
                 _interruptible(False)
             self._answer(call, value)
