@@ -43,7 +43,8 @@ class Actions:
 
     stop: Callable[[], None]
     """Ask all ranks to end; a second time, kill them."""
-    save: Callable[[], None] | None = None
+    save: Callable[[], None]
+    """Ask for a checkpoint at the next step; there only while something in the ranks listens."""
 
 
 @final
@@ -188,19 +189,17 @@ class _Controls:
         small = widgets.Layout(width="auto", height="26px")
         self._stop = widgets.Button(description="Stop", icon="stop", layout=small, tooltip="End all ranks")
         self._stop.on_click(self._on_stop)
-        buttons = [self._stop]
-        if (save_now := actions.save) is not None:
-            save = widgets.Button(description="Save now", icon="save", layout=small)
-            save.on_click(lambda _: save_now())
-            buttons.append(save)
+        hidden = widgets.Layout(width="auto", height="26px", display="none")
+        self._save = widgets.Button(description="Save now", icon="save", layout=hidden)
+        self._save.on_click(lambda _: actions.save())
         options = [("output of …", -1), *((f"rank {known.rank}", known.rank) for known in state.ranks)]
         self._whose = widgets.Dropdown(options=options, value=-1, layout=widgets.Layout(width="120px"))
         self._output = widgets.HTML(layout=widgets.Layout(width="100%"))
         self._shown: tuple[int, bytes] | None = None
-        line = widgets.HBox([self._header, *buttons, self._whose], layout=row)
+        line = widgets.HBox([self._header, self._stop, self._save, self._whose], layout=row)
         self._box = widgets.VBox([line, self._output], layout=widgets.Layout(width="100%"))
         self._widgets = widgets
-        parts = [self._box, line, self._header, *buttons, self._whose, self._output]
+        parts = [self._box, line, self._header, self._stop, self._save, self._whose, self._output]
         self._ids = frozenset(widget.comm.comm_id for widget in parts)
         self._parts = parts
         self.ear: Ear
@@ -231,6 +230,7 @@ class _Controls:
     def paint(self, header: str, state: RunState) -> None:
         """Bring the header and the open output up to date."""
         self._header.value = header
+        self._save.layout.display = "inline-block" if state.options else "none"
         self.paint_output(state)
 
     def paint_output(self, state: RunState) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, final
 from nbaccel.session.lines import Lines, fit, visible
 from nbaccel.session.sinks.held import Block, Held, Stream
 from nbaccel.session.state import RunState
-from nbaccel.wire.events import Died, Event, Output, Raised, Returned
+from nbaccel.wire.events import Died, Display, Event, Output, Raised, Returned
 
 __all__ = ["Label", "Mode", "TextSink", "Write"]
 
@@ -54,6 +54,7 @@ class TextSink:
             then shown in place, up to four times a second; otherwise a bar appears once, in its final state.
         hold: seconds a line may wait for its likes.
         columns: width of the terminal, which bars are cut to; None when lines have no limit.
+        displays: whether what ranks display is printed as text: there is no place for anything richer.
         clock: what `tick` is called with.
     """
 
@@ -67,6 +68,7 @@ class TextSink:
         transient: bool = False,
         hold: float = 0.1,
         columns: int | None = None,
+        displays: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._write = write
@@ -76,6 +78,7 @@ class TextSink:
         self._long = label == "long"
         self._transient = transient
         self._columns = columns
+        self._displays = displays
         self._clock = clock
         folds = mode == "auto" and not self._bare
         self._held = Held(num_ranks, hold if folds else 0.0)
@@ -98,6 +101,11 @@ class TextSink:
                 self._add(key, texts)
         elif isinstance(event, (Returned, Raised, Died)):
             self._end_lines(event.rank)
+        elif (
+            isinstance(event, Display) and self._displays and not event.update and "text/plain" in event.data
+        ):
+            self._end_lines(event.rank)
+            self._add((event.rank, "stdout"), [f"{event.data['text/plain']}\n"])
 
     def tick(self, now: float) -> None:
         if now >= self._due:
@@ -105,12 +113,16 @@ class TextSink:
         if self._transient and now - self._painted >= _REPAINT_SECONDS:
             self._repaint(now)
 
-    def close(self, state: RunState) -> None:
-        for rank in sorted({rank for rank, _ in self._splitters}):
-            self._end_lines(rank)
+    def flush(self) -> None:
+        """Print what is held back: something else is about to appear below it."""
         blocks = self._held.take(self._clock(), everything=True)
         if blocks:
             self._print(blocks)
+
+    def close(self, state: RunState) -> None:
+        for rank in sorted({rank for rank, _ in self._splitters}):
+            self._end_lines(rank)
+        self.flush()
         if self._bar is not None:
             self._write(_wipe(self._bar), self._bar.stream)
             self._bar = None

@@ -1,0 +1,108 @@
+"""What a launch shows and where: sinks chosen by the front end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nbaccel.notebook.cell import Cell
+from nbaccel.notebook.dashboard import Actions, Panel
+from nbaccel.notebook.displays import Displays
+from nbaccel.session.environment import Environment
+from nbaccel.session.panel.reading import Heading
+from nbaccel.session.prompts import Prompts, Reply
+from nbaccel.session.report import CellLabel
+from nbaccel.session.sinks.base import Sink
+from nbaccel.session.sinks.limit import Limit
+from nbaccel.session.sinks.terminal import TerminalPanel, can_paint
+from nbaccel.session.sinks.text import Mode, TextSink, Write
+from nbaccel.session.state import new_state
+
+__all__ = ["Dashboard", "Front", "build_front"]
+
+Dashboard = Literal["auto"] | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front:
+    """Everything a person sees of a run."""
+
+    sinks: tuple[Sink, ...]
+    meanwhile: Callable[[], None]
+    """For the thread that waits for the run, ten times a second or more."""
+    panel: bool
+    """Whether bars are painted, so that ranks need not write them."""
+
+
+def build_front(
+    environment: Environment,
+    heading: Heading,
+    *,
+    num_ranks: int,
+    write: Write,
+    mode: Mode,
+    dashboard: Dashboard,
+    actions: Actions,
+    reply: Reply,
+    label: CellLabel,
+) -> Front:
+    """The sinks for the front end this process has. Called in the main thread, from the cell that launches.
+
+    Args:
+        write: prints text in the cell or the terminal.
+        dashboard: "auto" is a panel where somebody looks on: a live notebook, a terminal.
+        actions: what the panel's controls do.
+        reply: answers a rank's question.
+    """
+    kernel = _kernel() if environment.kernel == "ipykernel" else None
+    cell = Cell(kernel) if kernel is not None else None
+    wanted = mode != "none" if dashboard == "auto" else dashboard
+    live = environment.live or dashboard is True
+    panel: Panel | TerminalPanel | None = None
+    limit: Limit | None = None
+    if wanted and cell is not None and live:
+        state = new_state(num_ranks, time.time())
+        panel = Panel(cell, heading, state, actions=actions, label=label)
+        limit = Limit(write)
+    elif wanted and cell is None and environment.is_tty and can_paint():
+        panel = TerminalPanel(heading)
+        write = panel.write
+    text = TextSink(
+        limit or write,
+        num_ranks=num_ranks,
+        mode=mode,
+        label="short" if kernel is not None else "long",
+        transient=environment.live or (environment.is_tty and panel is None),
+        displays=cell is None and mode != "none",
+    )
+    prompts = Prompts(
+        reply,
+        interrupt=actions.stop,
+        can_ask=environment.allow_stdin if kernel is not None else _keyboard(),
+        num_ranks=num_ranks,
+    )
+    sinks: list[Sink] = [*([panel] if panel is not None else []), text]
+    if cell is not None and mode != "none":
+        sinks.append(Displays(cell, num_ranks=num_ranks, before=text.flush))
+    if limit is not None:
+        sinks.append(limit)
+    sinks.append(prompts)
+
+    def meanwhile() -> None:
+        if isinstance(panel, Panel):
+            panel.pump()
+        prompts.meanwhile()
+
+    return Front(sinks=tuple(sinks), meanwhile=meanwhile, panel=panel is not None)
+
+
+def _kernel() -> Any:
+    get = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return getattr(get() if get is not None else None, "kernel", None)
+
+
+def _keyboard() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
