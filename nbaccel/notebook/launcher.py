@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod
 from nbaccel.errors import ConfigError
+from nbaccel.notebook.dashboard import Actions
+from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
@@ -18,9 +20,10 @@ from nbaccel.session.restarts import run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, start_run
+from nbaccel.session.panel.reading import Heading
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
-from nbaccel.session.sinks.text import Mode, TextSink
+from nbaccel.session.sinks.text import Mode, Write
 
 __all__ = ["last_run", "launch", "notebook_launcher"]
 
@@ -91,6 +94,7 @@ def launch(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     returns: Literal["all", "rank0", "none"] = "all",
     output: Mode = "auto",
+    dashboard: Dashboard = "auto",
     max_time: float | str | None = None,
     collective_timeout: float | str | None = None,
     start_timeout: float | str = 60,
@@ -112,6 +116,8 @@ def launch(
             user's, see docs/cli.md); one asked twice must have one value.
         returns: whose values come back: "all", "rank0" or "none". The list is one per rank all the same.
         output: "auto" folds what several ranks print alike, "all" labels every line, "rank0", "none".
+        dashboard: "auto" is a live panel where somebody looks on: a notebook that is open, a terminal when
+            rich is installed; True insists on it in any notebook, False is text alone.
         max_time: seconds, or "2h30m", after which the run is ended with RunTimeout.
         collective_timeout: seconds a collective waits for the other ranks; None is torch's default.
         start_timeout: seconds until all ranks must be ready to call the function.
@@ -139,6 +145,7 @@ def launch(
         config=config,
         returns=returns,
         output=output,
+        dashboard=dashboard,
         max_time=max_time,
         collective_timeout=collective_timeout,
         start_timeout=start_timeout,
@@ -187,15 +194,9 @@ def _start(request: Request) -> Run:
     for note in plan.notes:
         say(note)
     folder = make_folder(request, say)
-    sinks: list[Sink] = [
-        TextSink(
-            write,
-            num_ranks=plan.num_processes,
-            mode=request.output,
-            label="short" if environment.kernel == "ipykernel" else "long",
-            transient=environment.live or environment.is_tty,
-        )
-    ]
+    made: list[Run] = []
+    front = _front(request, folder, made, write)
+    sinks: list[Sink] = [*front.sinks]
     if folder is not None:
         task = request.task
         facts = run_facts(task.function, task.name, cell_source(), plan, environment)
@@ -211,9 +212,53 @@ def _start(request: Request) -> Run:
         folder=folder,
         say=say,
         label=cell_label,
+        meanwhile=front.meanwhile,
+        panel=front.panel,
     )
+    made.append(run)
     _last[:] = [run]
     return run
+
+
+def _front(request: Request, folder: Path | None, made: list[Run], write: Write) -> Front:
+    """What is shown of the run that will be in `made`."""
+    asked: list[str] = []
+
+    def stop() -> None:
+        for run in made:
+            if asked:
+                run.kill()
+            elif run.state.options:
+                run.stop()  # an Accelerator listens: all ranks end at the same step
+            else:
+                run.interrupt()
+        asked.append("stop")
+
+    def save() -> None:
+        for run in made:
+            run.save()
+
+    def reply(rank: int, id: str, answer: Any) -> None:
+        for run in made:
+            run.reply(rank, id, answer)
+
+    plan = request.plan
+    return build_front(
+        request.environment,
+        Heading(
+            name=request.task.name,
+            device=plan.device,
+            precision=request.config.mixed_precision,
+            folder=str(folder) if folder else None,
+        ),
+        num_ranks=plan.num_processes,
+        write=write,
+        mode=request.output,
+        dashboard=request.dashboard,
+        actions=Actions(stop=stop, save=save),
+        reply=reply,
+        label=cell_label,
+    )
 
 
 def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:

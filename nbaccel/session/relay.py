@@ -38,7 +38,18 @@ from nbaccel.session.state import RankState, RunState, fold, new_state
 from nbaccel.session.watch import Stall, Watch
 from nbaccel.session.wires import Wires
 from nbaccel.wire.channel import ChannelClosed
-from nbaccel.wire.events import Died, Event, Joined, Output, Raised, Returned, Stalled, Status
+from nbaccel.wire.events import (
+    Died,
+    Display,
+    Event,
+    InputRequest,
+    Joined,
+    Output,
+    Raised,
+    Returned,
+    Stalled,
+    Status,
+)
 
 __all__ = ["Relay"]
 
@@ -362,8 +373,8 @@ class Relay:
 
     def _on_event(self, event: Event, fds: list[int]) -> None:
         rank = event.rank
-        if isinstance(event, (Returned, Raised)):
-            self._wires.drain_output(rank)  # all its output is seen before its result
+        if isinstance(event, (Returned, Raised, Display, InputRequest)):
+            self._wires.drain_output(rank)  # what it printed before is seen before
         self._fold(event)
         if isinstance(event, Joined):
             self._replicas[rank] = event.replicas

@@ -25,6 +25,7 @@ __all__ = ["Request", "make_folder", "make_request", "make_task"]
 _OWN_NAMES = frozenset(
     {
         "args",
+        "dashboard",
         "env",
         "folder",
         "grace",
@@ -54,6 +55,8 @@ class Request:
     env: Mapping[str, str]
     """Variables for the ranks on top of this process's."""
     output: Mode
+    dashboard: Literal["auto"] | bool
+    """Whether the run has a panel; "auto" is where somebody looks on."""
     folder: str | Path | bool | None
     """Where the run folder goes; None is the user's state folder, False for none."""
 
@@ -84,6 +87,7 @@ def make_request(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     returns: Any = "all",
     output: Any = "auto",
+    dashboard: Any = "auto",
     max_time: float | str | None = None,
     start_timeout: float | str = 60,
     grace: float = 1.0,
@@ -134,6 +138,7 @@ def make_request(
         ),
         env=for_ranks,
         output=_one_of("output", output, ("auto", "all", "rank0", "none")),
+        dashboard=_one_of("dashboard", dashboard, ("auto", True, False)),
         folder=folder,
     )
 
@@ -155,7 +160,7 @@ def make_folder(request: Request, say: Callable[[str], None]) -> Path | None:
     return folder
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
     return value

@@ -138,6 +138,10 @@ class Run:
         """Change a value that the function's Accelerator has made changeable, on all ranks at the same step."""
         self._ask(Request(kind="knob", name=name, value=value))
 
+    def reply(self, rank: int, id: str, answer: Any) -> None:
+        """Answer a question that a rank asks a person: with a line, or with an exception to raise there."""
+        self._relay.post(Request(kind="input", name=id, value=answer), (rank,), self._call)
+
     def _ask(self, request: Request) -> None:
         self._relay.post(request, call=self._call)
 
