@@ -15,12 +15,12 @@ from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.panel.reading import Heading
 from nbaccel.session.request import Request, make_folder, make_request, make_task
 from nbaccel.session.restarts import run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, start_run
-from nbaccel.session.panel.reading import Heading
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode, Write
