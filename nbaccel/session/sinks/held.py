@@ -50,9 +50,7 @@ class Held:
         self._tags: list[int] = []  # for each text: a bit for each rank, shifted by one, and 1 for stderr
         self._first = 0  # the sequence number of _texts[0]
         self._latest = [-1] * num_ranks  # sequence number of each rank's latest line
-        # By stream: where each text lies, one sequence number or several in order. Those below _first
-        # are stale and mean nothing; they are cleared away by the batch.
-        self._where: tuple[dict[str, int | list[int]], ...] = ({}, {})
+        self._where = (_Places(), _Places())  # by stream
         self._arrivals: deque[tuple[float, int]] = deque()  # (when, sequence number past the last of then)
         self._chars = 0
 
@@ -86,7 +84,7 @@ class Held:
 
     def _join_alike(self, rank: int, error: bool, texts: list[str]) -> list[str]:
         """Join `texts` to an equal stretch of held lines, if there is one; what is left to place."""
-        place = self._where[error].get(texts[0])
+        place = self._where[error].of(texts[0])
         if not isinstance(place, int) or place <= max(self._latest[rank], self._first - 1):
             return texts
         at = place - self._first
@@ -100,36 +98,18 @@ class Held:
 
     def _join(self, rank: int, error: bool, texts: list[str]) -> None:
         where = self._where[error]
-        if where.keys().isdisjoint(texts) and len(set(texts)) == len(texts):
-            end = self._first + len(self._texts)
-            where.update(zip(texts, range(end, end + len(texts)), strict=True))
+        if where.knows_none_of(texts) and len(set(texts)) == len(texts):
+            where.note_all(texts, self._first + len(self._texts))
             self._append(rank, error, texts)
             return
         for text in texts:
-            place = self._place(text, where, max(self._latest[rank], self._first - 1))
+            place = where.after(text, max(self._latest[rank], self._first - 1))
             if place is None:
+                where.note(text, self._first + len(self._texts), self._first)
                 self._append(rank, error, [text])
             else:
                 self._tags[place - self._first] |= 2 << rank
                 self._latest[rank] = place
-
-    def _place(self, text: str, where: dict[str, int | list[int]], latest: int) -> int | None:
-        """Where the first `text` after `latest` lies; None, and a place noted at the end, if nowhere."""
-        end = self._first + len(self._texts)
-        places = where.get(text)
-        if isinstance(places, list):
-            if places[-1] > latest:
-                return places[bisect_right(places, latest)]
-            if places[0] < self._first:
-                del places[: bisect_left(places, self._first)]
-            places.append(end)
-        elif places is None or places < self._first:
-            where[text] = end
-        elif places > latest:
-            return places
-        else:
-            where[text] = [places, end]
-        return None
 
     def take(self, now: float, *, everything: bool = False) -> list[Block]:
         """The lines to print now, and no longer held: those that have waited long enough or that every
@@ -152,15 +132,59 @@ class Held:
         self._first += count
         self._chars = self._chars - sum(map(len, texts)) if self._texts else 0
         for where in self._where:
-            if not self._texts:
-                where.clear()
-            elif len(where) > 1024 + 2 * len(self._texts):
-                live = {text: where[text] for text in set(self._texts) if text in where}
-                where.clear()
-                where.update(live)
+            where.forget(self._first, self._first + len(self._texts))
         blocks, at = [], 0
         for tag, same in groupby(tags):
             end = at + len(list(same))
             blocks.append(Block(texts[at:end], tag >> 1, _STREAMS[tag & 1]))
             at = end
         return blocks
+
+
+@final
+class _Places:
+    """Where each held text lies: one sequence number, or several in order.
+
+    Numbers of lines that are held no longer are stale and mean nothing. They go by the generation: what was
+    noted before `_turn` lies in `_old`, which is dropped as a whole when no line of that age is held.
+    """
+
+    def __init__(self) -> None:
+        self._young: dict[str, int | list[int]] = {}
+        self._old: dict[str, int | list[int]] = {}
+        self._turn = 0
+
+    def of(self, text: str) -> int | list[int] | None:
+        """Where `text` lies or lay; None if it was never noted or is forgotten."""
+        found = self._young.get(text)
+        return self._old.get(text) if found is None else found
+
+    def knows_none_of(self, texts: list[str]) -> bool:
+        return self._young.keys().isdisjoint(texts) and self._old.keys().isdisjoint(texts)
+
+    def after(self, text: str, latest: int) -> int | None:
+        """The first place of `text` after `latest`, if there is one."""
+        places = self.of(text)
+        if isinstance(places, list):
+            return places[bisect_right(places, latest)] if places[-1] > latest else None
+        return places if places is not None and places > latest else None
+
+    def note(self, text: str, place: int, first: int) -> None:
+        """That `text` lies at `place` too; what lay before `first` is held no longer."""
+        places = self.of(text)
+        if isinstance(places, list):
+            if places[0] < first:
+                del places[: bisect_left(places, first)]
+            places.append(place)
+            self._young[text] = places
+        else:
+            self._young[text] = place if places is None or places < first else [places, place]
+
+    def note_all(self, texts: list[str], start: int) -> None:
+        """That these, new and all different, lie one after another from `start`."""
+        self._young.update(zip(texts, range(start, start + len(texts)), strict=True))
+
+    def forget(self, first: int, end: int) -> None:
+        """Let go of stale numbers: lines from `first` to before `end` are held."""
+        if first >= self._turn:
+            self._old, self._young, self._turn = self._young, {}, end
