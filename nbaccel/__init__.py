@@ -29,5 +29,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'nbaccel' has no attribute {name!r}")
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext nbaccel`: the magics `%nbaccel` and `%%ranks`."""
+    importlib.import_module("nbaccel.notebook.extension").load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """`%unload_ext nbaccel`: end the session and forget the magics."""
+    importlib.import_module("nbaccel.notebook.extension").unload(shell)
+
+
 if "ipykernel" in sys.modules:
     importlib.import_module("nbaccel.notebook.kernel").prepare()

@@ -96,11 +96,11 @@ def _extent(value: Any) -> tuple[tuple[int, ...] | None, str, str, int | None]:
         device = "" if first is None else str(first.device)
         dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
         return None, dtype, device, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if isinstance(shape, tuple) and dtype is not None:
+    shape, kind = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(shape, tuple) and kind is not None:
         size = getattr(value, "nbytes", None)
         device = str(getattr(value, "device", "") or "")
-        return tuple(map(int, shape)), str(dtype).removeprefix("torch."), device, size
+        return tuple(map(int, shape)), str(kind).removeprefix("torch."), device, size
     if isinstance(value, (list, tuple, dict, set, frozenset, str, bytes, bytearray)):
         return (len(value),), "", "", sys.getsizeof(value)
     return None, "", "", None

@@ -41,12 +41,16 @@ class Shown:
         return str(self.data.get("text/plain", ""))
 
 
-def run_cell(cell: Cell) -> Shown | None:
+def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
     """Run a cell in this rank's `__main__`; its last expression, or None.
+
+    Args:
+        definitions: names to set before.
 
     Raises: what the cell raises, its traceback without IPython's frames.
     """
     shell = _shell()
+    shell.user_ns.update(definitions)
     shell.shown = None
     shell.execution_count = cell.number
     if cell.filename is not None:
@@ -103,8 +107,9 @@ def _shell() -> Any:
     shell.display_pub = Publisher()
     shell.set_hook("show_in_pager", _page, 90)
     shell.Completer.use_jedi = False
-    InteractiveShell.instance = classmethod(lambda cls, *args, **options: shell)
-    InteractiveShell.initialized = classmethod(lambda cls: True)
+    own: Any = InteractiveShell
+    own.instance = classmethod(lambda cls, *args, **options: shell)
+    own.initialized = classmethod(lambda cls: True)
     _made.append(shell)
     return shell
 
@@ -133,7 +138,8 @@ def _kind() -> Any:
             pass
 
         def write_format_data(self, format_dict: Any, md_dict: Any = None) -> None:
-            self.shell.shown = Shown(dict(format_dict), dict(md_dict or {}))
+            shell: Any = self.shell
+            shell.shown = Shown(dict(format_dict), dict(md_dict or {}))
 
         def finish_displayhook(self) -> None:
             pass

@@ -226,6 +226,7 @@ class _Server:
 
     def __init__(self, port: _Port, opened: Any, membership: Membership | None) -> None:
         self._port, self._opened, self._membership = port, opened, membership
+        self._came: dict[str, Any] = {}  # data of the notebook's, as it came
 
     def serve(self) -> int:
         """The exit code."""
@@ -273,13 +274,30 @@ class _Server:
             self._membership.begin_call()
         if call.parcel is None:
             return self._opened
+        names = sys.modules["__main__"].__dict__
+        before = dict(names)
         try:
             opened, sidecar = payload.unpack(call.parcel, fds[0] if fds else None)
         finally:
             for fd in fds:
                 os.close(fd)
         payload.install(sidecar, sys.modules["__main__"], replace=True)
+        self._keep_own(names, before)
         return opened
+
+    def _keep_own(self, names: dict[str, Any], before: dict[str, Any]) -> None:
+        """The notebook's data came along with a function that refers to it: what this rank has made under
+        such a name stays."""
+        for name, value in list(names.items()):
+            if isinstance(value, (type, types.FunctionType, types.ModuleType)) or name.startswith("__"):
+                continue
+            if name not in before:
+                self._came[name] = value
+            elif before[name] is not value:
+                if self._came.get(name, value) is before[name]:
+                    self._came[name] = value
+                else:
+                    names[name] = before[name]
 
     def _num_collectives(self) -> int:
         return 0 if self._membership is None else self._membership.num_collectives()

@@ -114,13 +114,30 @@ class Session:
         """Let the ranks run it after the calls before it; returns at once."""
         return self._submit(_task(function, args, kwargs))
 
-    def execute(self, source: str, ranks: Collection[int] | None = None) -> Results:
+    def execute(
+        self,
+        source: str,
+        ranks: Collection[int] | None = None,
+        *,
+        definitions: Mapping[str, Any] | None = None,
+        first_line: int = 1,
+    ) -> Results:
         """Run a cell's text on these ranks (None: all) as a notebook would; what each last expression shows.
+
+        Args:
+            definitions: names to set before.
+            first_line: where `source` begins in the notebook's cell that runs now.
 
         Raises: as `run`.
         """
-        cell = self._cell(source)
-        return self._finish(self._submit(_task(shell.run_cell, (cell,), {}, "cell"), ranks=ranks))
+        filename, number = running_cell() or (None, 1)
+        cell = shell.Cell(source=source, filename=filename, number=number, first_line=first_line)
+        task = _task(shell.run_cell, (cell, dict(definitions or {})), {}, "cell")
+        return self._finish(self._submit(task, ranks=ranks))
+
+    def warm_up(self) -> None:
+        """Let the ranks make what their first cell needs; returns at once."""
+        self._submit(_task(shell.warm_up, (), {}, "warm up"), sinks=[])
 
     def push(self, **values: Any) -> None:
         """Set these names in every rank."""
@@ -273,13 +290,6 @@ class Session:
             what = f"there is no rank {rank_ranges(wrong)}" if wrong else "no rank was chosen"
             raise ConfigError(f"{what}: this session has ranks 0 to {self.num_processes - 1}")
         return tuple(sorted(set(ranks)))
-
-    def _cell(self, source: str) -> shell.Cell:
-        """`source` under the name of the notebook's cell it came from."""
-        running = running_cell()
-        if running is None:
-            return shell.Cell(source=source)
-        return shell.Cell(source=source, filename=running[0], number=running[1])
 
     def _text_sink(self) -> TextSink:
         streams = {"stdout": sys.stdout, "stderr": sys.stderr}  # a later cell may have redirected them

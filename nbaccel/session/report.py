@@ -143,6 +143,10 @@ def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
 def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
     """In which collective, called from where, a rank waited that was stopped or lost its peers."""
     op = _waited_in(info)
+    if op is None and info.type_name == "KeyboardInterrupt" and info.context is not None:
+        # it was stopped, then freed: it waited where its connection broke
+        info = info.context
+        op = _waited_in(info)
     if op is None:
         return None
     where = _user_place(info, label)

@@ -1,0 +1,294 @@
+"""`%nbaccel` and `%%ranks`: a session of ranks, driven from cells. Load with `%load_ext nbaccel`.
+
+A subcommand of `%nbaccel` is a function of (magics, arguments) in `SUBCOMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, final
+
+from IPython import display as ipython
+from IPython.core.completer import SimpleCompletion, context_matcher
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+
+from nbaccel.errors import ConfigError, LaunchError, WorkerError
+from nbaccel.notebook.definitions import Definitions, is_definition
+from nbaccel.notebook.tables import status_table, variables_table
+from nbaccel.rank.shell import Shown
+from nbaccel.session.live import Session
+from nbaccel.session.results import Results, rank_ranges
+
+__all__ = ["SUBCOMMANDS", "RankMagics", "parse_ranks"]
+
+_AUTO = "--auto"
+
+
+@final
+@magics_class
+class RankMagics(Magics):
+    """The magics, and the session they drive."""
+
+    def __init__(self, shell: Any) -> None:
+        super().__init__(shell)
+        self.front: Any = shell
+        self.session: Session | None = None
+        self.auto = False
+        self._definitions = Definitions()
+
+    @line_magic
+    def nbaccel(self, line: str) -> Any:
+        """%nbaccel start -n 4 | status | stop | restart | interrupt | vars | auto on|off"""
+        name, *arguments = shlex.split(line) or ["status"]
+        if name not in SUBCOMMANDS:
+            raise UsageError(f"%nbaccel {name}: there is {', '.join(sorted(SUBCOMMANDS))}")
+        try:
+            return SUBCOMMANDS[name](self, arguments)
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+
+    @cell_magic
+    def ranks(self, line: str, cell: str) -> None:
+        """%%ranks [0,2-3]: run the cell on these ranks of the session, all by default."""
+        session = self.running()
+        words = line.split()
+        automatic = _AUTO in words
+        chosen = parse_ranks(" ".join(word for word in words if word != _AUTO), session.num_processes)
+        if automatic:
+            print(f"▸ ranks {rank_ranges(chosen)} (%nbaccel auto off to end this)")
+        source = self.front.transform_cell(cell)
+        notebook = self.front.user_ns
+        sent = self._definitions.needed(source, notebook)
+        try:
+            results = session.execute(cell, ranks=chosen, definitions=sent, first_line=1 if automatic else 2)
+        except WorkerError as error:
+            _hint_at_data(error, notebook)
+            raise
+        finally:
+            self._definitions.note_run(source, sent, notebook)
+        _show(results)
+
+    def running(self) -> Session:
+        """The session.
+
+        Raises:
+            UsageError: there is none; it says how to start one.
+        """
+        if self.session is None:
+            raise UsageError("there is no session of ranks: start one with  %nbaccel start -n 4")
+        if self.session.closed:
+            raise UsageError("the session of ranks has ended: start another with  %nbaccel start -n 4")
+        return self.session
+
+    def use(self, session: Session | None) -> None:
+        """Drive this session from now on; the one before is ended."""
+        before, self.session = self.session, session
+        self._definitions = Definitions()
+        if before is not None and before is not session:
+            before.close()
+
+    def set_auto(self, on: bool) -> None:
+        """Whether every following cell runs on the ranks."""
+        transforms = self.front.input_transformers_cleanup
+        if self.auto and self._as_ranks in transforms:
+            transforms.remove(self._as_ranks)
+        if on:
+            transforms.append(self._as_ranks)
+        self.auto = on
+
+    def _as_ranks(self, lines: list[str]) -> list[str]:
+        """An input transformer: a cell becomes a %%ranks cell unless it begins with a magic of its own."""
+        first = next((line for line in lines if line.strip()), "")
+        if not first.strip() or first.startswith(("%%", "%nbaccel", "%load_ext", "%rank_debug")):
+            return lines
+        return [f"%%ranks {_AUTO}\n", *lines]
+
+    @context_matcher()  # type: ignore[untyped-decorator]
+    def match_ranks(self, context: Any) -> Any:
+        """Completions in a %%ranks cell, by the ranks' own names."""
+        head, _, body = context.full_text.partition("\n")
+        in_ranks = head.startswith("%%ranks")
+        session = self.session
+        if session is None or session.closed or not (in_ranks or self.auto):
+            return {"completions": []}
+        text = body if in_ranks else context.full_text
+        lines = text.split("\n")
+        line = context.cursor_line - (1 if in_ranks else 0)
+        if not 0 <= line < len(lines):
+            return {"completions": []}
+        cursor = sum(len(one) + 1 for one in lines[:line]) + context.cursor_position
+        try:
+            found = session.complete(text, cursor, _ranks_or_all(head, session) if in_ranks else None)
+        except (WorkerError, LaunchError, ConfigError):
+            found = []  # a key press is no place for errors
+        return {"completions": [SimpleCompletion(text=name, type="rank") for name in found]}
+
+
+def parse_ranks(text: str, num_ranks: int) -> tuple[int, ...]:
+    """ "0,2-3" as ranks; nothing is all of them.
+
+    Raises:
+        UsageError: it is no such selection, or there is no such rank.
+    """
+    text = text.strip().strip("[]").replace(" ", "")
+    if not text:
+        return tuple(range(num_ranks))
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise UsageError(f"%%ranks {text}: write ranks as 0,2-3")
+        found.update(range(int(low), int(high or low) + 1))
+    if wrong := [rank for rank in sorted(found) if rank >= num_ranks]:
+        raise UsageError(f"%%ranks {text}: there is no rank {rank_ranges(wrong)}, only 0 to {num_ranks - 1}")
+    return tuple(sorted(found))
+
+
+def _ranks_or_all(head: str, session: Session) -> tuple[int, ...] | None:
+    try:
+        return parse_ranks(head.removeprefix("%%ranks"), session.num_processes)
+    except UsageError:
+        return None
+
+
+def _show(results: Results) -> None:
+    """The last expressions, one for all ranks that show the same."""
+    show: Any = ipython.display
+    ranks = results.ranks or range(len(results))
+    groups: list[tuple[Shown, list[int]]] = []
+    for rank, shown in zip(ranks, results, strict=True):
+        if shown is None:
+            continue
+        for known, who in groups:
+            if known == shown:
+                who.append(rank)
+                break
+        else:
+            groups.append((shown, [rank]))
+    if all(set(shown.data) <= {"text/plain"} for shown, _ in groups):
+        texts = [_labelled(repr(shown), who) for shown, who in groups]
+        if texts:
+            show({"text/plain": "\n".join(texts)}, raw=True)
+        return
+    for shown, who in groups:
+        if len(who) < len(ranks):
+            print(f"[{rank_ranges(who)}]")
+        show(dict(shown.data), raw=True, metadata=dict(shown.metadata))
+
+
+def _labelled(text: str, who: Sequence[int]) -> str:
+    label = f"[{rank_ranges(who)}] "
+    return label + text.replace("\n", "\n" + " " * len(label))
+
+
+def _hint_at_data(error: WorkerError, notebook: Mapping[str, Any]) -> None:
+    """Say how a variable of the notebook comes to the ranks, when it is what a cell missed."""
+    cause = error.__cause__
+    name = getattr(cause, "name", None) if isinstance(cause, NameError) else None
+    if name and name in notebook and not is_definition(notebook[name]):
+        hint = f"{name} is a variable of the notebook, not of the ranks: %nbaccel push {name} sends it there"
+        error.args = (f"{error.args[0]}\n{hint}",)
+        error.rendered = (*error.rendered, hint)
+
+
+# ── subcommands of %nbaccel ───────────────────────────────────────────────────────────────────────────
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"%nbaccel {self.prog}: {message}")
+
+
+def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="start", add_help=False)
+    parser.add_argument("-n", "--num-processes", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--mixed-precision")
+    parser.add_argument("--grace", type=float, default=5.0)
+    parser.add_argument("--idle-stop")
+    parser.add_argument("--output", default="auto", choices=("auto", "all", "rank0", "none"))
+    asked = parser.parse_args(list(arguments))
+    if magics.session is not None:
+        magics.use(None)
+    session = Session(
+        asked.num_processes,
+        device=asked.device,
+        mixed_precision=asked.mixed_precision,
+        grace=asked.grace,
+        idle_stop=asked.idle_stop,
+        output=asked.output,
+    )
+    magics.use(session)
+    session.warm_up()
+    print(f"{session.num_processes} ranks are ready: begin a cell with %%ranks to run it on them")
+
+
+def _status(magics: RankMagics, arguments: Sequence[str]) -> None:
+    if magics.session is None:
+        print("no session of ranks: %nbaccel start -n 4 starts one")
+    else:
+        print(status_table(magics.session))
+
+
+def _stop(magics: RankMagics, arguments: Sequence[str]) -> None:
+    magics.set_auto(False)
+    magics.use(None)
+
+
+def _restart(magics: RankMagics, arguments: Sequence[str]) -> None:
+    session = magics.session
+    if session is None:
+        magics.running()
+    else:
+        session.restart()
+        magics.use(session)
+        session.warm_up()
+        print(f"{session.num_processes} fresh ranks are ready")
+
+
+def _interrupt(magics: RankMagics, arguments: Sequence[str]) -> None:
+    magics.running().interrupt()
+
+
+def _vars(magics: RankMagics, arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="vars", add_help=False)
+    parser.add_argument("--sort", choices=("name", "size"), default="name")
+    parser.add_argument("ranks", nargs="?", default="")
+    asked = parser.parse_args(list(arguments))
+    session = magics.running()
+    chosen = parse_ranks(asked.ranks, session.num_processes)
+    print(variables_table(session.variables(chosen), by_size=asked.sort == "size"))
+
+
+def _push(magics: RankMagics, arguments: Sequence[str]) -> None:
+    missing = [name for name in arguments if name not in magics.front.user_ns]
+    if missing or not arguments:
+        raise UsageError(f"%nbaccel push NAME…: {', '.join(missing) or 'no name'} is not in the notebook")
+    magics.running().push(**{name: magics.front.user_ns[name] for name in arguments})
+
+
+def _auto(magics: RankMagics, arguments: Sequence[str]) -> None:
+    if list(arguments) not in (["on"], ["off"]):
+        raise UsageError("%nbaccel auto on, or %nbaccel auto off")
+    on = arguments[0] == "on"
+    if on:
+        magics.running()
+    magics.set_auto(on)
+    where = "on the ranks" if on else "in the notebook"
+    print(f"cells run {where} from now on")
+
+
+SUBCOMMANDS: dict[str, Callable[[RankMagics, Sequence[str]], Any]] = {
+    "auto": _auto,
+    "interrupt": _interrupt,
+    "push": _push,
+    "restart": _restart,
+    "start": _start,
+    "status": _status,
+    "stop": _stop,
+    "vars": _vars,
+}
+"""By name; `stacks`, `debug` and `doctor` belong here too."""
