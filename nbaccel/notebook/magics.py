@@ -6,6 +6,7 @@ A subcommand of `%nbaccel` is a function of (magics, arguments) in `SUBCOMMANDS`
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
@@ -187,8 +188,9 @@ def _labelled(text: str, who: Sequence[int]) -> str:
 def _hint_at_data(error: WorkerError, notebook: Mapping[str, Any]) -> None:
     """Say how a variable of the notebook comes to the ranks, when it is what a cell missed."""
     cause = error.__cause__
-    name = getattr(cause, "name", None) if isinstance(cause, NameError) else None
-    if name and name in notebook and not is_definition(notebook[name]):
+    found = re.match(r"name '(\w+)' is not defined", str(cause)) if isinstance(cause, NameError) else None
+    name = found[1] if found else ""
+    if name in notebook and not is_definition(notebook[name]):
         hint = f"{name} is a variable of the notebook, not of the ranks: %nbaccel push {name} sends it there"
         error.args = (f"{error.args[0]}\n{hint}",)
         error.rendered = (*error.rendered, hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import signal
 import time
@@ -68,7 +69,8 @@ class CallInFlight:
         expected: Mapping[str, str] | None = None,
     ) -> None:
         self.future: Future[Results] = Future()
-        self.delivery, self.limits, self.label, self.say = delivery, limits, label, say
+        self.delivery, self.limits, self.label = delivery, limits, label
+        self._say = say
         self.ranks = tuple(range(num_ranks)) if ranks is None else tuple(sorted(set(ranks)))
         self.keep = keep
         self.id = -1
@@ -91,6 +93,8 @@ class CallInFlight:
         self._folder = folder
         self._expected = dict(expected or {})
         self._closed = False
+        # what a sink prints appears in the cell that made the call, whichever made the thread
+        self.context = contextvars.copy_context()
 
     def begin(self, number: int, state: RunState, now: float) -> None:
         """The ranks are told now."""
@@ -116,6 +120,10 @@ class CallInFlight:
         if event.error is not None:
             self.errors[rank] = (event.error, fd)
         return "failed"
+
+    def say(self, note: str) -> None:
+        """Tell the person one sentence, in the cell that made the call."""
+        self.context.run(self._say, note)
 
     def unanswered(self) -> list[int]:
         """The ranks that still run it."""
@@ -210,7 +218,7 @@ class CallInFlight:
         """A display that fails is dropped, with a word; the ranks' work goes on."""
         for sink in list(self._sinks):
             try:
-                tell(sink)
+                self.context.run(tell, sink)
             except Exception as error:  # noqa: BLE001  # whatever a display or a disk may raise
                 self._sinks.remove(sink)
                 self.say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")

@@ -217,7 +217,8 @@ class Session:
     def __repr__(self) -> str:
         states: dict[str, list[int]] = {}
         for known in self.state.ranks:
-            states.setdefault("closed" if self.closed else known.state, []).append(known.rank)
+            state = "idle" if known.state in ("done", "failed") else known.state
+            states.setdefault("closed" if self.closed else state, []).append(known.rank)
         text = ", ".join(f"{state}: {rank_ranges(ranks)}" for state, ranks in states.items())
         return f"<Session {self.name!r} on {self._plan.device}, ranks {text}>"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
 from nbaccel.session.ending import Limits, Reason
@@ -47,7 +49,7 @@ class Ended:
 def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
     """The values, or what to raise instead."""
     if ended.reason in ("interrupted", "killed"):
-        return KeyboardInterrupt("; ".join([_where(ended, label), *ended.notes]))
+        return _interrupted("; ".join([_where(ended, label), *ended.notes]))
     if ended.startup_error is not None:
         return ended.startup_error
     if ended.reason == "timeout":
@@ -64,12 +66,24 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
     return values
 
 
+def _interrupted(text: str) -> KeyboardInterrupt:
+    """Without our own frames in a notebook: where the ranks were is what matters."""
+    error: Any = KeyboardInterrupt(text)
+    error._render_traceback_ = functools.partial(list, [f"KeyboardInterrupt: {text}"])  # IPython's protocol
+    return error  # type: ignore[no-any-return]
+
+
 def _where(ended: Ended, label: CellLabel) -> str:
     """Where each rank was when it was interrupted, ranks at the same place together."""
     places: dict[str, list[int]] = {}
     for rank in ended.ranks:
         places.setdefault(_place(ended, rank, label), []).append(rank)
-    return "; ".join(f"rank{'s' if len(r) > 1 else ''} {rank_ranges(r)} {text}" for text, r in places.items())
+    return "; ".join(
+        f"ranks {rank_ranges(who)} {text.replace('was ', 'were ', 1)}"
+        if len(who) > 1
+        else f"rank {who[0]} {text}"
+        for text, who in places.items()
+    )
 
 
 def _place(ended: Ended, rank: int, label: CellLabel) -> str:

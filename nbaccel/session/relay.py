@@ -96,6 +96,7 @@ class Relay:
         self._start_limit, self._say, self._label = start_limit, say, label
         self._idle_sink = idle_sink
         self._idle_stop = idle_stop
+        self._idle_context = contextvars.copy_context()
         self._idle_since = time.monotonic()
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._state = new_state(spec.num_processes, time.time())
@@ -227,7 +228,7 @@ class Relay:
         if call is not None:
             self._on_time_of(call, now)
         elif self._idle_sink is not None:
-            self._idle_sink.tick(now)
+            self._idle_context.run(self._idle_sink.tick, now)
         if due := self._leaving.take_due(now):
             self._act(due, [known.rank for known in self._state.ranks if known.exitcode is None])
         if self._idle_at() is not None and now >= (self._idle_at() or 0.0):
@@ -451,7 +452,7 @@ class Relay:
         if self._call is not None:
             self._call.handle(event, self._state)
         elif self._idle_sink is not None:
-            self._idle_sink.handle(event, self._state)
+            self._idle_context.run(self._idle_sink.handle, event, self._state)
             self._quiet_until = time.monotonic() + 0.5
 
     # ── what goes out ─────────────────────────────────────────────────────────────────────────────
@@ -481,6 +482,7 @@ class Relay:
     def _begin(self, call: CallInFlight) -> None:
         """Let the ranks run the function."""
         call.begin(self._calls, self._state, time.monotonic())
+        self._idle_context = call.context
         self._watch.began(call.limits.stall, lambda stall: self._order("stall", (call, stall)))
         self._calls += 1
         delivered = call.delivery is self._delivery

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -145,8 +146,7 @@ def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
     op = _waited_in(info)
     if op is None and info.type_name == "KeyboardInterrupt" and info.context is not None:
         # it was stopped, then freed: it waited where its connection broke
-        info = info.context
-        op = _waited_in(info)
+        op = _waited_in(info.context)
     if op is None:
         return None
     where = _user_place(info, label)
@@ -211,8 +211,16 @@ def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -
         yield f"  {where}, in {frame.function}"
         if frame.source:
             yield f"    {frame.source}"
-    head, _, rest = info.message.partition(":")
+    message = _with_cell_names(info.message, label)
+    head, _, rest = message.partition(":")
     yield f"{_paint(head, _RED, colour)}:{rest}" if rest else _paint(head, _RED, colour)
+
+
+def _with_cell_names(message: str, label: CellLabel) -> str:
+    """A syntax error names its file in its message."""
+    quoted = re.match(r'  File "([^"]+)"', message)
+    name = label(quoted[1]) if quoted else None
+    return message if name is None else message.replace(f'File "{quoted[1]}"', name, 1)  # type: ignore[index]
 
 
 def _paint(text: str, code: str, colour: bool) -> str:
