@@ -13,7 +13,7 @@ _HOMES = {
     "Accelerator": "nbaccel.core.accelerator",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",
-    "Session": "nbaccel.session.live",
+    "Session": "nbaccel.notebook.session",
     "doctor": "nbaccel.notebook.doctor",
     "last_run": "nbaccel.notebook.launcher",
     "launch": "nbaccel.notebook.launcher",

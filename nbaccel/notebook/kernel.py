@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 from nbaccel.engines import forkserver
@@ -11,7 +12,7 @@ from nbaccel.errors import LaunchError
 from nbaccel.notebook.culprit import Culprit, Tracer
 from nbaccel.wire.channel import ChannelClosed
 
-__all__ = ["cell_label", "cell_source", "culprit", "prepare"]
+__all__ = ["cell_label", "cell_source", "culprit", "prepare", "running_cell"]
 
 _tracers: list[Tracer] = []
 
@@ -58,6 +59,17 @@ def cell_label(filename: str) -> str | None:
     shell = _shell()
     name = getattr(getattr(shell, "compile", None), "format_code_name", lambda _: None)(filename)
     return f"{name[0]} {name[1]}" if name else None
+
+
+def running_cell() -> tuple[str, int] | None:
+    """The file name the cell that runs now was compiled under, and its execution count."""
+    shell = _shell()
+    frame: FrameType | None = sys._getframe() if shell is not None else None
+    while frame is not None:
+        if cell_label(frame.f_code.co_filename):
+            return frame.f_code.co_filename, int(shell.execution_count)
+        frame = frame.f_back
+    return None
 
 
 def cell_source() -> str | None:

@@ -13,6 +13,7 @@ from nbaccel.errors import ConfigError
 from nbaccel.notebook.dashboard import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
+from nbaccel.notebook.session import Session
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading
@@ -36,6 +37,7 @@ def notebook_launcher(
     *,
     kwargs: Mapping[str, Any] | None = None,
     inline: bool = False,
+    session: Session | None = None,
     **options: Any,
 ) -> Results:
     """Run `function(*args, **kwargs)` on `num_processes` ranks and return their values, in rank order.
@@ -50,6 +52,8 @@ def notebook_launcher(
         mixed_precision: "no", "fp16", "bf16" or "auto", for the `Accelerator` the function makes.
         kwargs: its keyword arguments.
         inline: run one rank in this very process, for a debugger.
+        session: run it on the ranks of this session, which keep their variables; `num_processes` is then its
+            own, and so are all other options but `returns` and `name`.
         **options: as `launch`.
 
     Raises:
@@ -62,6 +66,8 @@ def notebook_launcher(
     if not isinstance(args, (tuple, list)):
         raise ConfigError(f"args must be a tuple, not {type(args).__name__}: write args=({args!r:.60},)")
     options = {**options, "num_processes": num_processes, "mixed_precision": mixed_precision}
+    if session is not None:
+        return _run_in(session, function, tuple(args), kwargs, options)
     if inline:
         return _run_inline(make_task(function, tuple(args), kwargs), options)
     request = make_request(function, tuple(args), kwargs, **options)
@@ -259,6 +265,26 @@ def _front(request: Request, folder: Path | None, made: list[Run], write: Write)
         reply=reply,
         label=cell_label,
     )
+
+
+def _run_in(
+    session: Session,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Results:
+    """On ranks that are there already."""
+    asked = {name: value for name, value in options.items() if value is not None}
+    num_processes = asked.pop("num_processes", session.num_processes)
+    own = {name: asked.pop(name) for name in ("returns", "name") if name in asked}
+    if asked or num_processes != session.num_processes:
+        what = ", ".join(sorted(asked)) or f"num_processes={num_processes}"
+        raise ConfigError(
+            f"{what} was asked, but the session's {session.num_processes} ranks are there already: "
+            "ask for it where the session starts"
+        )
+    return session.launch(make_task(function, args, kwargs, **own))
 
 
 def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:

@@ -18,9 +18,9 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from nbaccel.errors import ConfigError, LaunchError, WorkerError
 from nbaccel.notebook.definitions import Definitions, is_definition
+from nbaccel.notebook.session import Session
 from nbaccel.notebook.tables import status_table, variables_table
 from nbaccel.rank.shell import Shown
-from nbaccel.session.live import Session
 from nbaccel.session.results import Results, rank_ranges
 
 __all__ = ["SUBCOMMANDS", "RankMagics", "parse_ranks"]

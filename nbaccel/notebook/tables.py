@@ -10,7 +10,7 @@ from nbaccel.rank.namespace import Variable
 from nbaccel.session.results import rank_ranges
 
 if TYPE_CHECKING:
-    from nbaccel.session.live import Session
+    from nbaccel.notebook.session import Session
 
 __all__ = ["status_table", "variables_table"]
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, final
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
+from nbaccel.notebook.dashboard import Actions
+from nbaccel.notebook.front import Dashboard, Front, build_front
+from nbaccel.notebook.kernel import cell_label, running_cell
 from nbaccel.rank import namespace, shell
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import probe
-from nbaccel.session.front import cell_label, running_cell
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.run import Run
-from nbaccel.session.session import Task, check_call, default_start_method, expectations, make_spec
-from nbaccel.session.sinks.base import Sink
-from nbaccel.session.sinks.text import Mode, TextSink
+from nbaccel.session.session import Task, check_call, default_start_method, make_spec
+from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.state import RunState
 from nbaccel.wire import payload
 
@@ -112,7 +113,7 @@ class Session:
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Run:
         """Let the ranks run it after the calls before it; returns at once."""
-        return self._submit(_task(function, args, kwargs))
+        return self._submit(_task(function, args, kwargs), dashboard="auto")
 
     def execute(
         self,
@@ -137,7 +138,7 @@ class Session:
 
     def warm_up(self) -> None:
         """Let the ranks make what their first cell needs; returns at once."""
-        self._submit(_task(shell.warm_up, (), {}, "warm up"), sinks=[])
+        self._submit(_task(shell.warm_up, (), {}, "warm up"), shown=False)
 
     def push(self, **values: Any) -> None:
         """Set these names in every rank."""
@@ -156,16 +157,16 @@ class Session:
         found = self._finish(self._submit(_task(namespace.variables, (), {}, "vars"), ranks=ranks))
         return dict(zip(self._checked(ranks), found, strict=True))
 
-    def launch(self, task: Task, sinks: Sequence[Sink], *, folder: Path | None = None) -> Run:
-        """A call with displays of its own: what `notebook_launcher(f, session=…)` makes."""
-        return self._submit(task, sinks=sinks, folder=folder)
+    def launch(self, task: Task) -> Results:
+        """What `notebook_launcher(f, session=…)` does."""
+        return self._finish(self._submit(task, dashboard="auto"))
 
     def complete(self, text: str, cursor: int, ranks: Collection[int] | None = None) -> list[str]:
         """What could stand at `cursor` in a cell, by the first of these ranks' names; nothing while they work."""
         if self._relay.busy:
             return []
         first = self._checked(ranks)[0]
-        run = self._submit(_task(shell.complete, (text, cursor), {}, "complete"), ranks=[first], sinks=[])
+        run = self._submit(_task(shell.complete, (text, cursor), {}, "complete"), ranks=[first], shown=False)
         try:
             return list(run.result(timeout=2.0)[0])
         except TimeoutError:
@@ -234,7 +235,7 @@ class Session:
             start_limit=self._limits.start,
             say=_say,
             label=cell_label,
-            idle_sink=self._text_sink(),
+            idle_sink=self._idle_sink(),
             idle_stop=self._idle_stop,
         )
         with Presses() as presses:
@@ -254,28 +255,31 @@ class Session:
         task: Task,
         *,
         ranks: Collection[int] | None = None,
-        sinks: Sequence[Sink] | None = None,
-        folder: Path | None = None,
+        dashboard: Dashboard = False,
+        shown: bool = True,
     ) -> Run:
         if self.closed:
             raise LaunchError(f"the {self.name} has ended: start another, or restart() this one")
         chosen = self._checked(ranks)
         check_call(task)
         parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
+        made: list[Run] = []
+        front = self._front(task.name, dashboard, made) if shown else None
         call = CallInFlight(
             Delivery(parcel=parcel, fd=fd, returns=task.returns),
-            [self._text_sink()] if sinks is None else sinks,
+            () if front is None else front.sinks,
             num_ranks=self.num_processes,
             ranks=chosen,
             limits=self._limits,
             say=_say,
             label=cell_label,
             keep=True,
-            folder=str(folder) if folder else None,
-            expected=expectations(self._config) if folder else None,
         )
         self._relay.submit(call)
-        return Run(self._relay, call, name=task.name, folder=folder)
+        meanwhile = None if front is None else front.meanwhile
+        run = Run(self._relay, call, name=task.name, folder=None, meanwhile=meanwhile)
+        made.append(run)
+        return run
 
     def _finish(self, run: Run) -> Results:
         with Presses() as presses:
@@ -292,19 +296,50 @@ class Session:
             raise ConfigError(f"{what}: this session has ranks 0 to {self.num_processes - 1}")
         return tuple(sorted(set(ranks)))
 
-    def _text_sink(self) -> TextSink:
+    def _write(self) -> Write:
         streams = {"stdout": sys.stdout, "stderr": sys.stderr}  # a later cell may have redirected them
-        environment = self._environment
 
         def write(text: str, stream: str) -> None:
             streams[stream].write(text)
 
+        return write
+
+    def _idle_sink(self) -> TextSink:
+        """Prints what ranks print between calls."""
+        in_kernel = self._environment.kernel == "ipykernel"
         return TextSink(
-            write,
+            self._write(),
             num_ranks=self.num_processes,
             mode=self._output,
-            label="short" if environment.kernel == "ipykernel" else "long",
-            transient=environment.live or environment.is_tty,
+            label="short" if in_kernel else "long",
+        )
+
+    def _front(self, name: str, dashboard: Dashboard, made: list[Run]) -> Front:
+        """What is shown of the run that will be in `made`."""
+
+        def stop() -> None:
+            for run in made:
+                run.interrupt()
+
+        def save() -> None:
+            for run in made:
+                run.save()
+
+        def reply(rank: int, id: str, answer: Any) -> None:
+            for run in made:
+                run.reply(rank, id, answer)
+
+        precision = self._config.mixed_precision
+        return build_front(
+            self._environment,
+            Heading(name=name, device=self._plan.device, precision=precision, folder=None),
+            num_ranks=self.num_processes,
+            write=self._write(),
+            mode=self._output,
+            dashboard=dashboard,
+            actions=Actions(stop=stop, save=save),
+            reply=reply,
+            label=cell_label,
         )
 
 
