@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from nbaccel.core import Accelerator
 from nbaccel.core.control import Control
 from nbaccel.core.knobs import Knobs
 from nbaccel.core.world import single
+from nbaccel.errors import ConfigError
 from nbaccel.wire import events
 
 
@@ -32,9 +33,9 @@ class Inbox:
     def emit(self, event):
         self.emitted.append(event)
 
-    def put(self, kind):
+    def put(self, request):
         with self.lock:
-            self.waiting.append(events.Request(kind=kind))
+            self.waiting.append(request)
 
     def requests(self):
         if not self.waiting:
@@ -56,8 +57,8 @@ def test_control_when_alone_acts_at_once(inbox):
     control = Control(single(), Knobs(single()))
     control.tick(1)
     assert not control.stopping
-    inbox.put("save")
-    inbox.put("stop")
+    inbox.put(events.Request(kind="save"))
+    inbox.put(events.Request(kind="stop"))
     control.tick(2)
     assert control.stopping
     assert control.saving
@@ -90,19 +91,22 @@ def _tiny():
 
 
 def _stops(rounds, folder, by_loader):
+    """Every round goes on from the save of the one before, saves when it was stopped, and says how far it is."""
     import torch.distributed as dist
 
     port = Inbox()
     events.connect(port)
-    rng = random.Random(torch.initial_seed() ^ hash(by_loader))
     data = TensorDataset(torch.ones(64, 2))
-    ended = []
+    ended, last = [], 0
     for number in range(rounds):
-        acc = Accelerator(cpu=True)
+        acc = Accelerator(cpu=True, verify=False, measure=False, project_dir=folder, keep=2)
+        rng = random.Random(number * 31 + acc.process_index)
         model, optimizer = acc.prepare(*_tiny())
         loader = acc.prepare(DataLoader(data, batch_size=4))
-        delay = random.Random(number * 17 + acc.process_index).uniform(0, 0.1)
-        timer = threading.Timer(delay, port.put, ["stop"])
+        if last:
+            acc.load_state()
+        assert acc.steps == last
+        timer = threading.Timer(rng.uniform(0, 0.1), port.put, [events.Request(kind="stop")])
         timer.start()
         while not acc.should_stop:
             for (x,) in loader:
@@ -111,12 +115,12 @@ def _stops(rounds, folder, by_loader):
                     time.sleep(0.002)
                 if not by_loader and acc.should_stop:
                     break
-        steps = acc.gather_object(acc.steps)
+        steps = acc.gather_object((acc.steps, loader.position))
         assert len(set(steps)) == 1, f"round {number}: ranks stopped at {steps}"
-        ended.append(acc.steps)
-        if number % 10 == 0:
-            path = acc.save_state(Path(folder) / f"{by_loader}-{number}")
-            assert json.loads((Path(path) / "manifest.json").read_text())
+        path = acc.save_state()
+        assert f'"step": {acc.steps}' in (Path(path) / "manifest.json").read_text()
+        ended.append(acc.steps - last)
+        last = acc.steps
         acc.end_training()
         timer.join()
         dist.barrier()
@@ -140,13 +144,124 @@ def test_stop_when_asked_a_few_times(tmp_path):
     assert values[0] == values[1]
 
 
+def _raw_loop():
+    """Nothing prepared but the model and the loader: the ranks meet in backward."""
+    port = Inbox()
+    events.connect(port)
+    acc = Accelerator(cpu=True, verify=False)
+    model, optimizer = _tiny()
+    model = acc.prepare(model)
+    loader = acc.prepare(DataLoader(TensorDataset(torch.ones(64, 2)), batch_size=4))
+    threading.Timer(0.1 + 0.1 * acc.process_index, port.put, [events.Request(kind="stop")]).start()
+    batches = 0
+    while not acc.should_stop:
+        for (x,) in loader:
+            acc.backward(model(x).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            batches += 1
+    return batches, loader.position
+
+
+def test_stop_when_no_optimizer_is_prepared():
+    (batches, position), other = run_ranks(_raw_loop)
+    assert (batches, position) == other
+    assert batches > 0
+
+
+def test_stop_when_only_a_loader_is_prepared_alone(inbox):
+    acc = Accelerator(cpu=True, verify=False)
+    loader = acc.prepare(DataLoader(TensorDataset(torch.ones(64, 2)), batch_size=4))
+    seen = 0
+    for _ in loader:
+        seen += 1
+        if seen == 3:
+            inbox.put(events.Request(kind="stop"))
+    assert seen == 3
+    assert acc.stopped_early
+    assert loader.position == 12
+
+
+def _turned(folder):
+    port = Inbox()
+    events.connect(port)
+    acc = Accelerator(cpu=True, verify=False, project_dir=folder)
+    model, optimizer = acc.prepare(*_tiny())
+    loader = acc.prepare(DataLoader(TensorDataset(torch.ones(400, 2)), batch_size=2))
+    rank = acc.process_index
+    asked = [("lr", 0.5), ("lr", 7.0), ("name", "b"), ("count", 3), ("count", 2.5), ("lr", "fast")]
+    if rank == 0:
+        asked.append(("flag", True))
+
+    def ask():
+        for name, value in asked:
+            time.sleep(0.03 + 0.02 * rank)  # they arrive at other moments on each rank
+            port.put(events.Request(kind="knob", name=name, value=value))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    history = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        while not history or not history[-1][-1]:
+            for (x,) in loader:
+                lr = acc.knob("lr", 0.1, low=0.0, high=1.0)
+                history.append((lr, acc.knob("name", "a"), acc.knob("count", 1), acc.knob("flag", False)))
+                acc.step(model(x).mean(), optimizer)
+                time.sleep(0.001)
+                if history[-1][-1]:
+                    break
+    thread.join()
+    acc.save_state()
+    told = [(e.name, e.value, e.step) for e in port.emitted if isinstance(e, events.Knob)]
+    again = Accelerator(cpu=True, verify=False, project_dir=folder)
+    again.prepare(*_tiny()), again.prepare(DataLoader(TensorDataset(torch.ones(400, 2)), batch_size=2))
+    again.load_state()
+    kept = again.knob("lr", 0.1, low=0.0, high=1.0), again.knob("name", "z"), again.knob("other", 4)
+    return history, told, kept, sorted(str(one.message) for one in said)
+
+
+def test_knobs_when_turned_change_at_the_same_step_on_every_rank(tmp_path):
+    (history, told, kept, said), other = run_ranks(_turned, str(tmp_path))
+    assert history == other[0]
+    assert history[0] == (0.1, "a", 1, False)
+    assert history[-1] == (0.5, "b", 3, True)
+    assert [(name, value) for name, value, _ in told[:4]] == [
+        ("lr", 0.1), ("name", "a"), ("count", 1), ("flag", False)
+    ]  # fmt: skip
+    changes = {name: (value, step) for name, value, step in told[4:]}
+    assert {name: value for name, (value, _) in changes.items()} == {
+        "lr": 0.5, "name": "b", "count": 3, "flag": True
+    }  # fmt: skip
+    first = next(i for i, values in enumerate(history) if values[0] == 0.5)
+    assert changes["lr"][1] == first, "told with the number of steps made when it changed"
+    assert other[1] == [], "the main rank tells it for all"
+    assert kept == other[2] == (0.5, "b", 4)
+    assert other[3] == []
+    assert len(said) == 3
+    assert "knob 'count' takes a value of type int, not 2.5; it stays" in said[0]
+    assert "knob 'lr' cannot be 7.0: low=0.0, high=1.0; it stays" in said[1]
+    assert "knob 'lr' takes a value of type float, not 'fast'" in said[2]
+
+
+def test_knob_when_it_cannot_be():
+    acc = Accelerator(cpu=True)
+    assert acc.knob("rate", 0.5, low=0, high=1) == 0.5
+    with pytest.raises(ConfigError, match="with low=0, high=2, and was with low=0, high=1"):
+        acc.knob("rate", 0.5, low=0, high=2)
+    with pytest.raises(ConfigError, match="cannot be 5: low=None, high=1"):
+        acc.knob("more", 5, high=1)
+    with pytest.raises(ConfigError, match="has a list for default"):
+        acc.knob("list", [])
+
+
 def _save_once(folder):
     port = Inbox()
     events.connect(port)
     acc = Accelerator(cpu=True, project_dir=folder)
     model, optimizer = acc.prepare(*_tiny())
     loader = acc.prepare(DataLoader(TensorDataset(torch.ones(4000, 2)), batch_size=2))
-    timer = threading.Timer(0.05 + 0.1 * acc.process_index, port.put, ["save"])
+    timer = threading.Timer(0.05 + 0.1 * acc.process_index, port.put, [events.Request(kind="save")])
     timer.start()
     for (x,) in loader:
         acc.step(model(x).mean(), optimizer)

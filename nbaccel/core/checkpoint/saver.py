@@ -8,7 +8,9 @@ thread and a gloo group of their own.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from nbaccel.core.checkpoint.staging import Buffer, State, gather_state
 from nbaccel.core.checkpoint.writer import Job, check_target, discard, free_bytes, space_problem, write
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError, ConfigError
+from nbaccel.wire import events
 
 __all__ = ["Checkpoints", "SaveReport"]
 
@@ -60,6 +63,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._last: SaveReport | None = None
+        events.at_call_end(self.wait)  # a rank's call that fails to save has failed
 
     @property
     def pending(self) -> bool:
@@ -116,6 +120,7 @@ class Checkpoints:
             name="nbaccel-checkpoint",
         )
         self._thread.start()
+        atexit.register(self._tell_at_exit)
         return target
 
     def wait(self) -> None:
@@ -127,9 +132,20 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            atexit.unregister(self._tell_at_exit)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise CheckpointError(str(failure)) from failure
+
+    def _tell_at_exit(self) -> None:
+        # The interpreter has joined the thread by now; nobody is left to raise to.
+        try:
+            self.wait()
+        except CheckpointError as error:
+            sys.stderr.write(
+                f"rank {self._world.rank}: the last save in the background failed: {error}\n"
+                "Call accelerator.end_training() at the end of the script: it waits for it and raises.\n"
+            )
 
     def load(
         self,
