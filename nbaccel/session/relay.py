@@ -31,6 +31,7 @@ from nbaccel.rank.spec import Call, Exit, Join, RunSpec
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Action, Ending, Reason
 from nbaccel.session.report import CellLabel, explain_exit, render
+from nbaccel.session.resources import oom_kills
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.stacks import StackReport, place, user_line
@@ -114,6 +115,7 @@ class Relay:
         self._generation = 0
         self._recoveries = 0
         self._replicas: dict[int, Mapping[str, str]] = {}
+        self._oom_kills, _ = oom_kills()
         self._counts: dict[int, int] = {}
         self._joined: set[int] = set()
         self._retries: list[Retry] = []
@@ -396,7 +398,7 @@ class Relay:
         rank, call = exited.rank, self._call
         self._on_channel(rank)
         self._wires.drain_output(rank)
-        died = Died(rank=rank, exitcode=exited.exitcode, detail=exited.detail or self._crash(rank))
+        died = Died(rank=rank, exitcode=exited.exitcode, detail=self._cause(exited))
         self._watch.drop(rank)
         self._fold(died)
         if self._phase == "starting":
@@ -410,6 +412,14 @@ class Relay:
         elif self._phase == "ready":
             self._say(f"rank {rank} {explain_exit(exited.exitcode)}, between two calls")
             self._recover(None)
+
+    def _cause(self, exited: Exited) -> str:
+        """What is known about why a rank's process ended."""
+        if exited.exitcode == -signal.SIGKILL and not exited.detail:
+            kills, limit = oom_kills()
+            if kills > self._oom_kills:
+                return f"the kernel killed it because memory ran out ({limit}): use less, or fewer ranks"
+        return exited.detail or self._crash(exited.rank)
 
     def _crash(self, rank: int) -> str:
         """Where a rank was in its Python code when a signal ended it, as far as it could say."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Resources", "read_resources", "text_of"]
+__all__ = ["Resources", "oom_kills", "read_resources", "text_of"]
 
 # cgroup v1 writes "no limit" as the largest multiple of the page size; anything of that size means none.
 _UNLIMITED = 1 << 60
@@ -149,6 +149,21 @@ def _memory(root: Path, levels: list[_Level]) -> tuple[int | None, str]:
         if room is not None and (free is None or room < free):
             free, by = room, f"the memory limit of cgroup {level.name}"
     return free, by if free is not None else ""
+
+
+def oom_kills(root: Path = Path("/")) -> tuple[int, str]:
+    """How many processes the kernel has killed for want of memory where this one lives, and which limit says so.
+
+    Counted by the innermost memory cgroup that can be read; without one, by the machine.
+    """
+    for level in _cgroup_levels(root):
+        counter = level.text("memory.events") or level.text("memory.oom_control")
+        if found := re.search(r"^oom_kill (\d+)$", counter, re.MULTILINE):
+            limit = level.number("memory.max") or level.number("memory.limit_in_bytes")
+            said = f", which is {limit / 1e9:.3g} GB" if limit is not None and limit < _UNLIMITED else ""
+            return int(found[1]), f"the memory limit of cgroup {level.name}{said}"
+    found = re.search(r"^oom_kill (\d+)$", text_of(root / "proc/vmstat"), re.MULTILINE)
+    return int(found[1]) if found else 0, "the machine's memory"
 
 
 def _memory_room(level: _Level) -> int | None:

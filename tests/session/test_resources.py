@@ -298,6 +298,34 @@ except ConfigError as error:
     assert message.endswith("Paste num_processes=1.")
 
 
+def test_rank_killed_for_memory_in_a_real_cgroup_is_told_so() -> None:
+    code = """
+import torch
+from nbaccel import notebook_launcher
+from nbaccel.errors import WorkerError
+
+def hog():
+    import os
+    if os.environ["RANK"] == "1":
+        torch.ones(1 << 30)
+    return "done"
+
+try:
+    notebook_launcher(hog, num_processes=2)
+except WorkerError as error:
+    print(sorted(error.exitcodes.items()), error)
+print(notebook_launcher(lambda: "goes on", num_processes=2))
+"""
+    size = 1500 << 20
+    v1 = {"memory.limit_in_bytes": str(size)}
+    with cgroup("memory", v1=v1, v2={"memory.max": str(size)}) as folder:
+        told = run_in(folder, code)
+    assert "rank 1 of 2 was ended by SIGKILL" in told
+    assert "the kernel killed it because memory ran out (the memory limit of cgroup" in told
+    assert "which is 1.57 GB" in told
+    assert told.splitlines()[-1] == "[0-1] 'goes on'"
+
+
 def test_tasks_in_a_real_cgroup_with_a_limit_on_pids() -> None:
     with cgroup("pids", v1={"pids.max": "50"}, v2={"pids.max": "50"}) as folder:
         found = resources_in(folder)
