@@ -133,7 +133,7 @@ def test_trained_module_comes_back_plain_with_its_ties() -> None:
 
 
 def large_result() -> torch.Tensor:
-    return torch.ones(50 << 20)
+    return torch.ones(250_000_000)
 
 
 def test_large_result_costs_one_copy() -> None:
@@ -143,8 +143,9 @@ def test_large_result_costs_one_copy() -> None:
     notebook_launcher(int, num_processes=1)
     before = resident()
     value = notebook_launcher(large_result, num_processes=1)[0]
-    assert float(value.sum()) == 50 << 20
-    assert resident() - before < 1.2 * (200 << 20) + (30 << 20)
+    assert value.shape == (250_000_000,)
+    assert value[::1000].eq(1).all()
+    assert resident() - before < 1.2 * 1e9
     del value
 
 

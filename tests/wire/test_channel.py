@@ -84,8 +84,7 @@ def test_send_says_closed_when_the_other_end_is_gone(ends: Ends) -> None:
     ours, theirs = ends
     theirs.close()
     with pytest.raises(ChannelClosed):
-        for _ in range(10):
-            ours.send(b"x" * 100_000)
+        ours.send("to nobody")
 
 
 def test_drain_gives_what_is_there_and_waits_for_nothing(ends: Ends) -> None:
