@@ -19,15 +19,16 @@ from nbaccel.config import RUN_CONFIG_VARIABLE, duration_seconds
 from nbaccel.errors import LaunchError, RunTimeout, WorkerError
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.panel.reading import Heading
+from nbaccel.session.prompts import Prompts
 from nbaccel.session.request import Request, make_folder
 from nbaccel.session.restarts import run_again
 from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
+from nbaccel.session.sinks.terminal import TerminalPanel
 from nbaccel.session.sinks.text import TextSink
-from nbaccel.session.state import RunState
-from nbaccel.wire.events import Applied, Event
 
 __all__ = ["exit_code", "run_here", "run_to_end"]
 
@@ -40,7 +41,7 @@ def run_to_end(request: Request, target: Target, *, stop_grace: str) -> int:
     with Presses() as presses, _terminations(seconds) as terminations:
         run = run_again(
             request,
-            lambda attempt: terminations.watch(*_start(attempt, target)),
+            lambda attempt: terminations.watch(_start(attempt, target)),
             lambda run: run.wait_done(presses),
             say=say,
             report=_report,
@@ -61,21 +62,32 @@ def say(note: str) -> None:
         pass  # the stream is closed: nobody is there to be told
 
 
-def _start(request: Request, target: Target) -> tuple[Run, _Listeners]:
-    """The run, its output going to this process's."""
-    listeners = _Listeners()
+def _start(request: Request, target: Target) -> Run:
+    """The run, its output going to this process's, with a live table below it in a terminal."""
     environment, plan = request.environment, request.plan
     folder = make_folder(request, say)
-    sinks: list[Sink] = [
-        listeners,
-        TextSink(
-            _write,
-            num_ranks=plan.num_processes,
-            mode=request.output,
-            label="long",
-            transient=environment.is_tty,
-        ),
-    ]
+    made: list[Run] = []
+    heading = Heading(
+        name=request.task.name,
+        device=plan.device,
+        precision=request.config.mixed_precision,
+        folder=str(folder) if folder else None,
+    )
+    panel = TerminalPanel(heading) if environment.is_tty and request.output != "none" else None
+    text = TextSink(
+        _write if panel is None else panel.write,
+        num_ranks=plan.num_processes,
+        mode=request.output,
+        label="long",
+        displays=request.output != "none",
+    )
+    prompts = Prompts(
+        lambda rank, id, answer: made[0].reply(rank, id, answer),
+        interrupt=lambda: made[0].interrupt(),
+        can_ask=sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty(),
+        num_ranks=plan.num_processes,
+    )
+    sinks: list[Sink] = [*([] if panel is None else [panel]), text, prompts]
     if folder is not None:
         facts = run_facts(target.function, request.task.name, None, plan, environment)
         asked = json.loads(request.config.to_json())
@@ -90,31 +102,17 @@ def _start(request: Request, target: Target) -> tuple[Run, _Listeners]:
         folder=folder,
         say=say,
         label=lambda _: None,
+        meanwhile=prompts.meanwhile,
+        panel=panel is not None,
     )
-    return run, listeners
+    made.append(run)
+    return run
 
 
 def _write(text: str, stream: str) -> None:
     file = getattr(sys, stream)
     file.write(text)
     file.flush()
-
-
-@final
-class _Listeners:
-    """A sink that notices whether the ranks have an Accelerator, which listens to requests."""
-
-    def __init__(self) -> None:
-        self.any = False
-
-    def handle(self, event: Event, state: RunState) -> None:
-        self.any = self.any or (isinstance(event, Applied) and event.option == "strategy")
-
-    def tick(self, now: float) -> None:
-        pass
-
-    def close(self, state: RunState) -> None:
-        pass
 
 
 @final
@@ -128,12 +126,11 @@ class _Terminations:
         self.received: list[int] = []
         self._grace = grace
         self._run: Run | None = None
-        self._listeners = _Listeners()
         self._timer: threading.Timer | None = None
 
-    def watch(self, run: Run, listeners: _Listeners) -> Run:
+    def watch(self, run: Run) -> Run:
         """From now on this run is the one to be ended."""
-        self._run, self._listeners = run, listeners
+        self._run = run
         if self.received:
             run.interrupt()  # it came between two attempts
         return run
@@ -145,7 +142,7 @@ class _Terminations:
             return
         if len(self.received) > 1:
             run.kill()
-        elif not self._listeners.any:
+        elif not run.state.options:  # no Accelerator that could stop at a step
             run.interrupt()
         else:
             run.stop()

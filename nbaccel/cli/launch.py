@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from nbaccel.cli.foreground import run_here, run_to_end
+from nbaccel.cli.foreground import run_here, run_to_end, say
 from nbaccel.cli.options import config_options, configuration, environment_pairs, file_options
-from nbaccel.cli.target import find_target
+from nbaccel.cli.runs import complete_run, find_run
+from nbaccel.cli.target import find_target, read_run
 from nbaccel.session.request import make_request
 
 __all__ = ["launch"]
@@ -36,7 +38,14 @@ __all__ = ["launch"]
 @click.option("--name", help="What the run is called; the script's name otherwise.")
 @click.option("--folder", metavar="DIR", help="Where the run folder goes.")
 @click.option("--no-folder", is_flag=True, help="Keep no run folder.")
-@click.argument("script")
+@click.option(
+    "--from",
+    "earlier",
+    shell_complete=complete_run,
+    metavar="RUN",
+    help="What this run was: its script, arguments and configuration.",
+)
+@click.argument("script", required=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(
     module: bool,
@@ -49,7 +58,8 @@ def launch(
     name: str | None,
     folder: str | None,
     no_folder: bool,
-    script: str,
+    earlier: str | None,
+    script: str | None,
     arguments: tuple[str, ...],
     config_file: str | None,
     assignments: tuple[str, ...],
@@ -63,14 +73,24 @@ def launch(
     nbaccel launch -n 4 train.py --lr 3e-4
     nbaccel launch --device cpu -m package.train
     nbaccel launch train.ipynb
+    nbaccel launch --from last --set seed=2
     """
     _leave_own_folder()
-    target = find_target(script, arguments, module=module)
+    before = None if earlier is None else read_run(find_run(earlier, Path(folder) if folder else None))
+    if script is None and before is None:
+        raise click.MissingParameter(param_hint="'SCRIPT'", param_type="argument")
+    config = configuration(config_file, keys, assignments, before.config if before else None)
+    if before is not None and script is None:
+        script, arguments, module = before.target, before.arguments, before.module
+        os.chdir(before.cwd or ".")
+        for note in before.notes:
+            say(note)
+    target = find_target(str(script), arguments, module=module)
     request = make_request(
         target.function,
         (target.path, target.arguments),
         None,
-        config=configuration(config_file, keys, assignments),
+        config=config,
         returns="none",
         output=output,
         max_time=max_time,

@@ -19,6 +19,14 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("nbaccel.cli.launch", "Run a script, a module or a notebook on N ranks."),
     "config": ("nbaccel.cli.config", "Write, show, check and change a configuration file."),
+    "runs": ("nbaccel.cli.runs", "List the latest runs."),
+    "logs": ("nbaccel.cli.logs", "Print what the ranks of a run have printed."),
+    "estimate": ("nbaccel.cli.estimate", "Memory a model takes to train and to serve."),
+    "merge": ("nbaccel.cli.merge", "Write a checkpoint's model as safetensors."),
+    "test": ("nbaccel.cli.selftest", "Train on 2 ranks here and check the numbers."),
+    "env": ("nbaccel.cli.env", "Versions, devices and front ends, for a bug report."),
+    "doctor": ("nbaccel.cli.doctor", "What on this machine breaks launches, and what to do."),
+    "completion": ("nbaccel.cli.completion", "Print the shell completion for bash, zsh or fish."),
 }
 _EPILOG = (
     "Exit codes: the script's own; 1 when a rank raised; 2 when what was asked cannot be done; 124 after "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import click
@@ -53,12 +53,18 @@ _CONFIG = (
 )
 
 
+def _complete_key(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: RunConfig's keys."""
+    return sorted(f"{key}=" for key in RunConfig.names() - {"sources"} if key.startswith(incomplete))
+
+
 _FILE = (
     click.option("--config", "config_file", metavar="FILE", help="A YAML file, or none; otherwise searched."),
     click.option(
         "--set",
         "assignments",
         multiple=True,
+        shell_complete=_complete_key,
         metavar="KEY=VALUE",
         help="Any key of the configuration, over all.",
     ),
@@ -72,12 +78,18 @@ def file_options(command: F) -> F:
     return command
 
 
-def configuration(config_file: str | None, flags: Mapping[str, Any], assignments: Iterable[str]) -> RunConfig:
+def configuration(
+    config_file: str | None,
+    flags: Mapping[str, Any],
+    assignments: Iterable[str],
+    earlier: RunConfig | None = None,
+) -> RunConfig:
     """What the file in force and the command's own options ask together, and over both what `--set` says.
 
     Args:
         config_file: the file that was named; "none" for none; None to search.
         flags: RunConfig's keys; None is not asked.
+        earlier: what a run asked that is to be run again; it stands for the file, unless one is named.
 
     Raises:
         ConfigError: something is wrong, or asked twice with different values.
@@ -92,7 +104,10 @@ def configuration(config_file: str | None, flags: Mapping[str, Any], assignments
         if value is not None
     ]
     path = None if config_file == "none" else configfile.find_file(config_file)
-    if path is not None:
+    if earlier is not None:
+        kept = {f.name: getattr(earlier, f.name) for f in fields(earlier) if f.name not in decided}
+        asked.append(RunConfig(**kept))
+    if path is not None and (earlier is None or config_file is not None):
         found = configfile.read_file(path)
         kept = {key: value for key, value in found.values.items() if key not in decided}
         asked.append(replace(found, values=kept).config())

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbaccel.cli.runs import read_json
+from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 from nbaccel.rank import script
 
-__all__ = ["Target", "find_target"]
+__all__ = ["Earlier", "Target", "find_target", "read_run"]
 
 _MOST_SOURCE = 1 << 18
 
@@ -41,8 +43,51 @@ class Target:
         """For the run folder: enough to run it again."""
         source = None
         if not self.is_module and os.path.getsize(self.path) <= _MOST_SOURCE:
-            source = Path(self.path).read_text(encoding="utf-8", errors="replace")
-        return {"function": self.path, "source": source}
+            source = _text(self.path)
+        command = {"target": self.path, "module": self.is_module, "arguments": list(self.arguments)}
+        return {"function": self.path, "source": source, "command": command}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """What an earlier run was asked."""
+
+    target: str
+    arguments: tuple[str, ...]
+    module: bool
+    config: RunConfig
+    cwd: str
+    notes: tuple[str, ...] = ()
+
+
+def read_run(folder: Path) -> Earlier:
+    """What the run in this folder was asked, to run it again.
+
+    Raises:
+        ConfigError: it was no run of `nbaccel launch`.
+    """
+    facts, asked = read_json(folder / "run.json"), read_json(folder / "config.json")
+    command = facts.get("command")
+    if not isinstance(command, dict):
+        raise ConfigError(f"{folder.name} was not started by `nbaccel launch`: it has no script to run again")
+    asked.pop("sources", None)
+    target = str(command["target"])
+    notes = []
+    source = facts.get("source")
+    if source is not None and os.path.exists(target) and _text(target) != source:
+        notes.append(f"{target} has changed since {folder.name}; it runs as it is now")
+    return Earlier(
+        target=target,
+        arguments=tuple(command["arguments"]),
+        module=bool(command["module"]),
+        config=RunConfig.from_mapping(asked, place=f"the run {folder.name}"),
+        cwd=str(facts.get("cwd", "")),
+        notes=tuple(notes),
+    )
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def find_target(text: str, arguments: tuple[str, ...], *, module: bool) -> Target:

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -175,7 +176,8 @@ def _from_python(text: str) -> Size:
         for part in attribute.split("."):
             found = getattr(found, part)
         if not isinstance(found, nn.Module):
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about how it will run, which it will not
                 found = found()
     except Exception as error:  # the user's own code
         raise ConfigError(f"{text} cannot be made: {type(error).__name__}: {error}") from error
