@@ -25,6 +25,7 @@ from nbaccel.wire.events import (
     Progress,
     Raised,
     Returned,
+    Stalled,
     State,
     Status,
 )
@@ -36,6 +37,7 @@ ENDED: frozenset[State] = frozenset({"done", "failed", "lost"})
 
 _TAIL_BYTES = 8 << 10
 _MAX_NAMES = 256
+_GO_ON = "the ranks go on"
 _MAX_CURVES = 12
 # Seconds after which what a step was like counts for a third.
 _MEMORY = 10.0
@@ -124,6 +126,8 @@ class RunState:
     """When the last rank ended; None while one has not."""
     failure: Failure | None = None
     """The first failure in time, by the ranks' clocks: it is taken for the cause of the others."""
+    stall: str = ""
+    """What is known of ranks that wait for one another; empty while all go on."""
     options: Mapping[str, str] = field(default_factory=dict)
     """What the ranks' code really uses of the run's options (precision, strategy)."""
 
@@ -150,17 +154,25 @@ def fold(state: RunState, event: Event) -> RunState:
     rank = ranks[number]
     changed = _with_output(rank, event) if type(event) is Output else _changed(rank, event)
     ranks = (*ranks[:number], changed, *ranks[number + 1 :])
-    options = state.options
+    options, stall = state.options, state.stall
     if type(event) is Applied:
         options = _updated(options, {event.option: event.value})
+    elif type(event) is Stalled:
+        stall = "" if event.text == _GO_ON else event.text
     if changed.state == rank.state and type(event) is not Died:
         return RunState(
-            ranks=ranks, started=state.started, ended=state.ended, failure=state.failure, options=options
+            ranks=ranks,
+            started=state.started,
+            ended=state.ended,
+            failure=state.failure,
+            stall=stall,
+            options=options,
         )
     if changed.state != rank.state:
         changed = changed._replace(since=event.time)
         ranks = (*ranks[:number], changed, *ranks[number + 1 :])
     return RunState(
+        stall=stall,
         options=options,
         ranks=ranks,
         started=state.started,

@@ -100,7 +100,9 @@ def header(view: View) -> str:
 
 
 def body(view: View) -> str:
-    """Ranks, where their time goes, and curves."""
+    """Ranks, where their time goes, and curves; nothing for a run that only printed and is done."""
+    if view.situation == "done" and not view.charts and not any(row.loop for row in view.rows):
+        return ""
     strip = _strip(view) if view.strip else ""
     table = "".join(_row(row, view) for row in view.rows)
     return f'<div style="margin:4px 0">{strip}{table}{_legend(view)}</div>{_charts(view.charts)}'

@@ -282,7 +282,7 @@ def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
 
 def _sentences(state: RunState, timed: Mapping[int, Pace], now: float) -> Iterable[str]:
     if state.ended is None:
-        yield from _late(state.ranks, now)
+        yield from state.stall.splitlines()[:2] or _late(state.ranks, now)
     if not timed or min(pace.step for pace in timed.values()) < _ENOUGH_STEPS:
         return
     straggler = _straggler(timed)

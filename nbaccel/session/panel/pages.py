@@ -1,0 +1,144 @@
+"""A run in its last form: the panel, a report of plain text and of values, an HTML file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbaccel.session.panel import html
+from nbaccel.session.panel.reading import Heading, View, read
+from nbaccel.session.panel.text import paint_text
+from nbaccel.session.report import CellLabel, render
+from nbaccel.session.state import RunState
+
+__all__ = ["Report", "error_lines", "last_outputs", "page", "panel_bundle", "report"]
+
+_LINES = 40
+_OUTPUTS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What became of a run: `print` it, or take its values."""
+
+    text: str
+    """At most 40 lines."""
+    values: Mapping[str, Any]
+    """The same facts, of types that JSON has."""
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """The values as JSON."""
+        return json.dumps(self.values, indent=indent, allow_nan=False)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def report(state: RunState, heading: Heading, label: CellLabel, asked: Mapping[str, Any]) -> Report:
+    """The report of a run as it is now.
+
+    Args:
+        asked: the options of the launch, for the line that tells how to run it again.
+    """
+    view = read(state, heading, time.time())
+    error = error_lines(state, label, colour=False)
+    again = how_to_repeat(heading.name, view.num_ranks, asked)
+    hints = [*([f"  logs: {heading.folder}"] if heading.folder else []), f"  again: {again}"]
+    values = {
+        "name": heading.name,
+        "state": view.situation,
+        "started": state.started,
+        "seconds": view.elapsed,
+        "ranks": [_rank(row, state) for row in _all_rows(state, heading)],
+        "metrics": {chart.name: _finite(chart.last) for chart in view.charts},
+        "sentences": list(view.sentences),
+        "stall": state.stall or None,
+        "error": None if state.failure is None else {"rank": state.failure.rank, "lines": error},
+        "folder": heading.folder,
+        "again": again,
+    }
+    return Report(text=paint_text(view, error=error, hints=hints), values=values)
+
+
+def how_to_repeat(name: str, num_ranks: int, asked: Mapping[str, Any]) -> str:
+    """The call that launches the same again."""
+    given = {"num_processes": num_ranks, **asked}
+    words = [f"{option}={value!r}" for option, value in given.items() if value not in (None, (), [], {})]
+    return f"notebook_launcher({name}, args=…, {', '.join(words)})"
+
+
+def page(state: RunState, heading: Heading, label: CellLabel) -> str:
+    """An HTML file of its own that shows the run."""
+    view = read(state, heading, time.time())
+    content = html.panel(view, error=error_lines(state, label), outputs=last_outputs(state, view))
+    return html.document(view, content)
+
+
+def panel_bundle(state: RunState, heading: Heading, label: CellLabel) -> dict[str, str]:
+    """The panel by MIME type."""
+    view = read(state, heading, time.time())
+    plain = paint_text(view, error=error_lines(state, label, colour=False))
+    content = html.panel(view, error=error_lines(state, label), outputs=last_outputs(state, view))
+    return {"text/html": content, "text/plain": plain}
+
+
+def error_lines(state: RunState, label: CellLabel, *, colour: bool = True) -> list[str]:
+    """The first failure: the remote traceback, or how the process ended; none for an interrupt."""
+    first = state.failure
+    if first is None:
+        return []
+    if first.info is None:
+        words = state.ranks[first.rank].last_lines(8)
+        return [*words, f"rank {first.rank} ended: {first.detail or f'exit code {first.exitcode}'}"]
+    if first.info.type_name == "KeyboardInterrupt":
+        return []
+    return list(render(first.info, label, title=f"rank {first.rank}", colour=colour))
+
+
+def last_outputs(state: RunState, view: View) -> list[tuple[int, Sequence[str]]]:
+    """The last lines of the ranks that have a row; of a run that only printed none: its text says it all."""
+    if not any(row.loop for row in view.rows) and not view.charts and state.failure is None:
+        return []
+    return [(row.rank, state.ranks[row.rank].last_lines(_LINES)) for row in view.rows[:_OUTPUTS]]
+
+
+def _all_rows(state: RunState, heading: Heading) -> Sequence[Any]:
+    return [
+        row
+        for start in range(0, len(state.ranks), _OUTPUTS)
+        for row in read(
+            RunState(
+                ranks=state.ranks[start : start + _OUTPUTS],
+                started=state.started,
+                ended=state.ended,
+                failure=state.failure,
+            ),
+            heading,
+            time.time(),
+        ).rows
+    ]
+
+
+def _rank(row: Any, state: RunState) -> dict[str, Any]:
+    known = state.ranks[row.rank]
+    return {
+        "rank": row.rank,
+        "state": row.state,
+        "detail": row.detail,
+        "exitcode": known.exitcode,
+        "step": row.step,
+        "total": row.total,
+        "epoch": row.epoch,
+        "steps_per_second": row.rate,
+        "step_time_shares": dict(row.parts),
+        "metrics": {name: _finite(value) for name, value in row.metrics},
+        "last_line": row.last_line,
+    }
+
+
+def _finite(value: float) -> float | str:
+    """JSON has no infinities."""
+    return value if value - value == 0 else str(value)

@@ -1,0 +1,192 @@
+"""A run's state from its folder: for runs of other processes, of an earlier day, or that were cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, final
+
+from nbaccel.session.panel.pages import Report, page, panel_bundle, report
+from nbaccel.session.panel.reading import Heading
+from nbaccel.session.runs import RunRecord, default_root, recent
+from nbaccel.session.sinks.capped import read_log
+from nbaccel.session.sinks.folder import log_path
+from nbaccel.session.state import RunState, fold, new_state
+from nbaccel.wire import events
+from nbaccel.wire.events import Event, ExceptionInfo, Frame, Output
+
+__all__ = ["PastRun", "PastRuns", "load_state", "runs"]
+
+_TAIL = 8 << 10
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        events.Applied,
+        events.Died,
+        events.Knob,
+        events.Metric,
+        events.Progress,
+        events.Raised,
+        events.Returned,
+        events.Stalled,
+        events.Status,
+    )
+}
+
+
+@final
+class PastRun:
+    """A run as its folder tells it; shows itself when it is the last expression of a cell.
+
+    Args:
+        folder: a run folder.
+    """
+
+    def __init__(self, folder: Path, record: RunRecord | None = None) -> None:
+        self.folder = folder
+        self.record = record
+        run = _json(folder / "run.json")
+        self._asked = _json(folder / "config.json")
+        self.name = str(run.get("name") or folder.name)
+        plan: Any = run.get("plan")
+        plan = plan if isinstance(plan, dict) else {}
+        self._num_ranks = int(plan.get("num_processes") or 1)
+        self._heading = Heading(
+            name=self.name,
+            device=str(plan.get("device") or "cpu"),
+            precision=self._asked.get("mixed_precision"),
+            folder=str(folder),
+        )
+
+    @property
+    def state(self) -> RunState:
+        """What the folder says now; of a run that goes on, as of this moment."""
+        return load_state(self.folder, self._num_ranks)
+
+    def logs(self, rank: int) -> str:
+        """What a rank printed."""
+        try:
+            return read_log(log_path(self.folder, rank)).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def report(self) -> Report:
+        """The run in at most 40 lines of text, and as values."""
+        return report(self.state, self._heading, _no_label, self._asked)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the panel as an HTML file of its own."""
+        target = Path(path)
+        target.write_text(page(self.state, self._heading, _no_label), encoding="utf-8")
+        return target
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return panel_bundle(self.state, self._heading, _no_label)
+
+    def __repr__(self) -> str:
+        record = self.record
+        return f"<run {self.name!r}, {record.state if record else '?'}, {self.folder}>"
+
+
+@final
+class PastRuns(list[PastRun]):
+    """Runs, the newest first, as a table."""
+
+    def __repr__(self) -> str:
+        rows = [
+            (str(at), run.record.state, _took(run.record.duration), run.name, run.folder.name)
+            for at, run in enumerate(self)
+            if run.record is not None
+        ]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
+        lines = (
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows
+        )
+        return "\n".join(line.rstrip() for line in lines) or "no runs yet"
+
+
+def runs(root: Path | None = None, limit: int = 20) -> PastRuns:
+    """The latest runs of this user, of all processes; the newest first."""
+    found = recent(root or default_root(), limit)
+    return PastRuns(PastRun(record.folder, record) for record in found)
+
+
+def load_state(folder: Path, num_ranks: int) -> RunState:
+    """Fold what a folder holds. Lines that cannot be read are left out: the process may have been killed."""
+    stream = list(_events(folder / "events.jsonl", num_ranks))
+    result = _json(folder / "result.json")
+    started = result.get("started") or (stream[0].time if stream else folder.stat().st_mtime)
+    state = new_state(num_ranks, float(started))
+    for event in stream:
+        state = fold(state, event)
+    ranks = []
+    for known in state.ranks:
+        try:
+            tail = read_log(log_path(folder, known.rank))[-_TAIL:]
+        except OSError:
+            tail = b""
+        if tail:
+            output = Output(rank=known.rank, time=known.seen or started, stream="stdout", data=tail)
+            known = fold(state, output).ranks[known.rank]
+        ranks.append(known)
+    ended = result.get("ended")
+    return replace(
+        state, ranks=tuple(ranks), ended=float(ended) if isinstance(ended, (int, float)) else state.ended
+    )
+
+
+def _events(path: Path, num_ranks: int) -> Iterator[Event]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            event = _event(json.loads(line))
+        except (ValueError, TypeError, KeyError):
+            continue
+        if event is not None and 0 <= event.rank < num_ranks:
+            yield event
+
+
+def _event(known: Mapping[str, Any]) -> Event | None:
+    kind = _KINDS.get(str(known.get("type")))
+    if kind is None:
+        return None
+    names = {f.name for f in fields(kind)}
+    values = {name: value for name, value in known.items() if name in names}
+    if kind is events.Metric:
+        values["values"] = {name: float(value) for name, value in values["values"].items()}
+    if kind is events.Raised:
+        values["info"] = _exception(values["info"])
+        values["error"] = None
+    made: Event = kind(**values)
+    return made
+
+
+def _exception(known: Mapping[str, Any]) -> ExceptionInfo:
+    return ExceptionInfo(
+        str(known["type"]),
+        str(known["message"]),
+        tuple(Frame(**frame) for frame in known.get("frames") or ()),
+        _exception(known["cause"]) if known.get("cause") else None,
+        _exception(known["context"]) if known.get("context") else None,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _took(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f} s"
+
+
+def _no_label(_: str) -> None:
+    return None
