@@ -18,6 +18,7 @@ _HOMES = {
     "last_run": "nbaccel.notebook.launcher",
     "launch": "nbaccel.notebook.launcher",
     "notebook_launcher": "nbaccel.notebook.launcher",
+    "runs": "nbaccel.session.reopen",
 }
 
 __all__ = list(_HOMES)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nbaccel.notebook.cell import Cell
-from nbaccel.notebook.dashboard import Actions, Panel
+from nbaccel.notebook.dashboard import Actions, Panel, show
 from nbaccel.notebook.displays import Displays
 from nbaccel.session.environment import Environment
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.prompts import Prompts, Reply
 from nbaccel.session.report import CellLabel
+from nbaccel.session.run import Run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.limit import Limit
 from nbaccel.session.sinks.terminal import TerminalPanel, can_paint
@@ -35,6 +36,9 @@ class Front:
     """For the thread that waits for the run, ten times a second or more."""
     panel: bool
     """Whether bars are painted, so that ranks need not write them."""
+    heading: Heading
+    show: Callable[[Run], None] | None
+    """Paints the run below another cell."""
 
 
 def build_front(
@@ -96,7 +100,16 @@ def build_front(
             panel.pump()
         prompts.meanwhile()
 
-    return Front(sinks=tuple(sinks), meanwhile=meanwhile, panel=panel is not None)
+    def show_run(run: Run) -> None:
+        show(Cell(kernel), heading, run, actions=actions, label=label)
+
+    return Front(
+        sinks=tuple(sinks),
+        meanwhile=meanwhile,
+        panel=panel is not None,
+        heading=heading,
+        show=show_run if kernel is not None else None,
+    )
 
 
 def _kernel() -> Any:

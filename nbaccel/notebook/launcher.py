@@ -220,6 +220,8 @@ def _start(request: Request) -> Run:
         label=cell_label,
         meanwhile=front.meanwhile,
         panel=front.panel,
+        heading=front.heading,
+        show=front.show,
     )
     made.append(run)
     _last[:] = [run]

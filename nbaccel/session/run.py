@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any, final
 from nbaccel.errors import ConfigError
 from nbaccel.session.call import CallInFlight
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.panel.pages import Report, page, report
+from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.sinks.capped import read_log
@@ -35,6 +37,9 @@ class Run:
 
     Args:
         meanwhile: called ten times a second or more by the thread that waits for the run.
+        heading: what its panel says above everything else.
+        show: paints it in a notebook's cell.
+        asked: the options of the launch.
     """
 
     def __init__(
@@ -45,6 +50,9 @@ class Run:
         name: str,
         folder: Path | None,
         meanwhile: Callable[[], None] | None = None,
+        heading: Heading | None = None,
+        show: Callable[[Run], None] | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -53,6 +61,9 @@ class Run:
         self._call = call
         self._future = call.future
         self._meanwhile = meanwhile
+        self._heading = heading or Heading(name=name, folder=str(folder) if folder else None)
+        self._show = show
+        self._asked = dict(asked or {})
 
     def result(self, timeout: float | None = None) -> Results:
         """The ranks' values, in rank order.
@@ -137,6 +148,23 @@ class Run:
     def set_knob(self, name: str, value: Any) -> None:
         """Change a value that the function's Accelerator has made changeable, on all ranks at the same step."""
         self._ask(Request(kind="knob", name=name, value=value))
+
+    def show(self) -> None:
+        """Show its panel below the cell that runs now; it goes on there while the run does."""
+        if self._show is not None:
+            self._show(self)
+        else:
+            print(self.report())
+
+    def report(self) -> Report:
+        """What became of it so far: `print` it (at most 40 lines), or take `.values` or `.to_json()`."""
+        return report(self.state, self._heading, self._call.label, self._asked)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write its panel as an HTML file of its own."""
+        target = Path(path)
+        target.write_text(page(self.state, self._heading, self._call.label), encoding="utf-8")
+        return target
 
     def reply(self, rank: int, id: str, answer: Any) -> None:
         """Answer a question that a rank asks a person: with a line, or with an exception to raise there."""

@@ -7,7 +7,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from nbaccel.errors import ConfigError
 from nbaccel.rank.spec import RunSpec
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
+from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
 from nbaccel.session.report import CellLabel
 from nbaccel.session.resolve import Plan
@@ -74,6 +75,8 @@ def start_run(
     label: CellLabel,
     meanwhile: Callable[[], None] | None = None,
     panel: bool = False,
+    heading: Heading | None = None,
+    show: Callable[[Run], None] | None = None,
 ) -> Run:
     """Start the ranks `plan` describes and hand them the task; returns at once.
 
@@ -82,6 +85,8 @@ def start_run(
         sinks: what shows and keeps the run; they are closed at its end.
         meanwhile: called by the thread that waits for the run, ten times a second or more.
         panel: whether a sink paints the ranks' bars.
+        heading: what its panel says above everything else.
+        show: paints the run in a cell.
 
     Raises:
         PayloadError: the function or an argument cannot travel; the message names it.
@@ -102,7 +107,17 @@ def start_run(
     )
     engine = LocalEngine(config.start_method or default_start_method())
     relay = Relay(engine, spec, delivery, call, start_limit=limits.start, say=say, label=label)
-    return Run(relay, call, name=task.name, folder=folder, meanwhile=meanwhile)
+    asked = {name: value for name, value in asdict(config).items() if name != "sources"}
+    return Run(
+        relay,
+        call,
+        name=task.name,
+        folder=folder,
+        meanwhile=meanwhile,
+        heading=heading,
+        show=show,
+        asked=asked,
+    )
 
 
 def make_spec(
