@@ -11,30 +11,30 @@ The number of widgets does not depend on the number of ranks, and a repaint touc
 
 from __future__ import annotations
 
+import contextvars
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
 from nbaccel.notebook.cell import Bundle, Cell
 from nbaccel.notebook.tap import Ear, listen
 from nbaccel.session.panel import html
+from nbaccel.session.panel.pages import error_lines, last_outputs
 from nbaccel.session.panel.reading import Heading, View, read
 from nbaccel.session.panel.text import paint_text
-from nbaccel.session.report import CellLabel, render
+from nbaccel.session.report import CellLabel
+from nbaccel.session.run import Run
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Event
 
-__all__ = ["Actions", "Panel", "static_bundle"]
+__all__ = ["Actions", "Panel", "show"]
 
 _REPAINT_SECONDS = 0.25
 _CONTROLS_AFTER = 0.4
 _LIVE_LINES = 200
-_STATIC_LINES = 40
-_STATIC_OUTPUTS = 16
-_NOBODY = "hidden"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,10 @@ class Panel:
         cell.show(_bundle(self._body, ""), name=self._durable)
 
     def handle(self, event: Event, state: RunState) -> None:
+        self.update(state)
+
+    def update(self, state: RunState) -> None:
+        """What is known now."""
         self._state, self._changed = state, True
 
     def tick(self, now: float) -> None:
@@ -103,7 +107,7 @@ class Panel:
                 return
             self._closed, self._state = True, state
             # the cell's own error follows right below, traceback and all
-            top, durable = static_bundle(state, self._heading, self._label, brief=self._cell.running)
+            top, durable = _final(state, self._heading, self._label, brief=self._cell.running)
             self._cell.show(top, name=self._top, update=True)
             self._cell.show(durable, name=self._durable, update=True)
             if self._controls is not None:
@@ -130,9 +134,25 @@ class Panel:
                 self._controls.paint_output(self._state)
 
 
-def static_bundle(
-    state: RunState, heading: Heading, label: CellLabel, *, brief: bool = False
-) -> tuple[Bundle, Bundle]:
+def show(cell: Cell, heading: Heading, run: Run, *, actions: Actions, label: CellLabel) -> None:
+    """A panel of a run below another cell, which goes on as long as the run does."""
+    panel = Panel(cell, heading, run.state, actions=None if run.done() else actions, label=label)
+    if run.done():
+        panel.close(run.state)
+        return
+
+    def follow() -> None:
+        while not run.done():
+            panel.update(run.state)
+            panel.tick(time.monotonic())
+            time.sleep(_REPAINT_SECONDS)
+        panel.close(run.state)
+
+    copied = contextvars.copy_context()
+    threading.Thread(target=copied.run, args=(follow,), name="nbaccel-show", daemon=True).start()
+
+
+def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) -> tuple[Bundle, Bundle]:
     """The panel's two outputs in their last form; `brief`: the failure in one line."""
     view = read(state, heading, time.time())
     error = error_lines(state, label)
@@ -143,28 +163,6 @@ def static_bundle(
         html.output(f"output of rank {rank}", lines) for rank, lines in last_outputs(state, view)
     )
     return _bundle(top, plain), _bundle(details, "")
-
-
-def error_lines(state: RunState, label: CellLabel, *, colour: bool = True) -> list[str]:
-    """The first failure: the remote traceback, or how the process ended."""
-    first = state.failure
-    if first is None:
-        return []
-    if first.info is None:
-        words = state.ranks[first.rank].last_lines(8)
-        return [f"rank {first.rank} ended: {first.detail or f'exit code {first.exitcode}'}", *words]
-    if first.info.type_name == "KeyboardInterrupt":
-        return []
-    return list(render(first.info, label, title=f"rank {first.rank}", colour=colour))
-
-
-def last_outputs(state: RunState, view: View) -> list[tuple[int, Sequence[str]]]:
-    """The last lines of the ranks that have a row, for a panel that more than text was said in."""
-    if not any(row.loop for row in view.rows) and not view.charts and state.failure is None:
-        return []
-    return [
-        (row.rank, state.ranks[row.rank].last_lines(_STATIC_LINES)) for row in view.rows[:_STATIC_OUTPUTS]
-    ]
 
 
 def _hints(view: View) -> list[str]:
