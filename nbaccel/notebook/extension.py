@@ -26,4 +26,5 @@ def unload(shell: Any) -> None:
     if magics.match_ranks in shell.Completer.custom_matchers:
         shell.Completer.custom_matchers.remove(magics.match_ranks)
     shell.magics_manager.magics["line"].pop("nbaccel", None)
+    shell.magics_manager.magics["line"].pop("rank_debug", None)
     shell.magics_manager.magics["cell"].pop("ranks", None)

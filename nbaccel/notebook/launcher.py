@@ -106,6 +106,7 @@ def launch(
     start_timeout: float | str = 60,
     grace: float = 1.0,
     stall_after: float | str = 30,
+    park_for: float | str = "10min",
     env: Mapping[str, str] | None = None,
     name: str | None = None,
     start_method: StartMethod | None = None,
@@ -130,6 +131,8 @@ def launch(
         grace: seconds the other ranks get after one failed, and all after an interrupt.
         stall_after: seconds after which ranks that wait for one another are named with every rank's stack;
             a word comes after 5 s. 0 never looks.
+        park_for: seconds, or "10min", for which the first rank that fails is kept for `Run.debug`, in a live
+            notebook; the error's last line says so. 0 keeps none.
         env: environment variables for the ranks.
         name: what the run is called; the function's name otherwise.
         start_method: "fork" from the warm server (default on Linux), or "spawn".
@@ -157,6 +160,7 @@ def launch(
         start_timeout=start_timeout,
         grace=grace,
         stall_after=stall_after,
+        park_for=park_for,
         env=env,
         name=name,
         start_method=start_method,
@@ -222,6 +226,8 @@ def _start(request: Request) -> Run:
         panel=front.panel,
         heading=front.heading,
         show=front.show,
+        # a failure that is tried again, or that nobody looks at, keeps nothing
+        park_for=request.park_for if environment.live and not request.config.max_restarts else 0.0,
     )
     made.append(run)
     _last[:] = [run]

@@ -17,6 +17,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from nbaccel.errors import ConfigError, LaunchError, WorkerError
+from nbaccel.notebook import debugger
 from nbaccel.notebook.definitions import Definitions, is_definition
 from nbaccel.notebook.session import Session
 from nbaccel.notebook.tables import status_table, variables_table
@@ -42,14 +43,13 @@ class RankMagics(Magics):
 
     @line_magic
     def nbaccel(self, line: str) -> Any:
-        """%nbaccel start -n 4 | status | stop | restart | interrupt | vars | auto on|off"""
-        name, *arguments = shlex.split(line) or ["status"]
-        if name not in SUBCOMMANDS:
-            raise UsageError(f"%nbaccel {name}: there is {', '.join(sorted(SUBCOMMANDS))}")
-        try:
-            return SUBCOMMANDS[name](self, arguments)
-        except ConfigError as error:
-            raise UsageError(str(error)) from None
+        """%nbaccel start -n 4 | status | stop | restart | interrupt | vars | stacks | debug 3 | doctor | auto on|off"""
+        return self._subcommand(line)
+
+    @line_magic
+    def rank_debug(self, line: str) -> Any:
+        """%rank_debug 3: pdb on the frames of rank 3, which failed."""
+        return self._subcommand(f"debug {line}")
 
     @cell_magic
     def ranks(self, line: str, cell: str) -> None:
@@ -71,6 +71,15 @@ class RankMagics(Magics):
         finally:
             self._definitions.note_run(source, sent, notebook)
         _show(results)
+
+    def _subcommand(self, line: str) -> Any:
+        name, *arguments = shlex.split(line) or ["status"]
+        if name not in SUBCOMMANDS:
+            raise UsageError(f"%nbaccel {name}: there is {', '.join(sorted(SUBCOMMANDS))}")
+        try:
+            return SUBCOMMANDS[name](self, arguments)
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
 
     def running(self) -> Session:
         """The session.
@@ -283,14 +292,29 @@ def _auto(magics: RankMagics, arguments: Sequence[str]) -> None:
     print(f"cells run {where} from now on")
 
 
+def _stacks(magics: RankMagics, arguments: Sequence[str]) -> Any:
+    return debugger.stacks(magics.session)
+
+
+def _debug(magics: RankMagics, arguments: Sequence[str]) -> None:
+    debugger.debug(magics.session, arguments)
+
+
+def _doctor(magics: RankMagics, arguments: Sequence[str]) -> Any:
+    return debugger.show_doctor(magics.front.user_ns, arguments)
+
+
 SUBCOMMANDS: dict[str, Callable[[RankMagics, Sequence[str]], Any]] = {
     "auto": _auto,
+    "debug": _debug,
+    "doctor": _doctor,
     "interrupt": _interrupt,
     "push": _push,
     "restart": _restart,
+    "stacks": _stacks,
     "start": _start,
     "status": _status,
     "stop": _stop,
     "vars": _vars,
 }
-"""By name; `stacks`, `debug` and `doctor` belong here too."""
+"""By name."""

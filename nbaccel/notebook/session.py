@@ -13,10 +13,12 @@ from nbaccel.notebook.dashboard import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, running_cell
 from nbaccel.rank import namespace, shell
+from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import probe
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.looking import look_at
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
 from nbaccel.session.resolve import Plan, resolve
@@ -24,6 +26,7 @@ from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, check_call, default_start_method, make_spec
 from nbaccel.session.sinks.text import Mode, TextSink, Write
+from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RunState
 from nbaccel.wire import payload
 
@@ -44,6 +47,7 @@ class Session:
             and their variables lost.
         start_timeout: seconds until all ranks must be ready.
         output: how what ranks print is shown: "auto", "all", "rank0" or "none".
+        stall_after: as `nbaccel.launch`.
         idle_stop: seconds, or "30min", without a call after which the session ends by itself.
         name: what it is called in messages.
 
@@ -66,6 +70,7 @@ class Session:
         grace: float = 5.0,
         start_timeout: float | str = 60,
         output: Mode = "auto",
+        stall_after: float | str = 30,
         idle_stop: float | str | None = None,
         name: str = "session",
     ) -> None:
@@ -90,6 +95,7 @@ class Session:
         self._limits = Limits(
             start=duration_seconds(start_timeout, what="start_timeout"),
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
+            stall=0.0 if stall_after == 0 else duration_seconds(stall_after, what="stall_after"),
         )
         self._idle_stop = None if idle_stop is None else duration_seconds(idle_stop, what="idle_stop")
         self._environment = probe()
@@ -195,6 +201,18 @@ class Session:
         """What drives the ranks, for reports about them."""
         return self._relay
 
+    def stacks(self) -> StackReport:
+        """What every rank is doing now, and who waits for whom. Takes 0.1 to 0.3 s."""
+        return self._relay.look()
+
+    def debug(self, rank: int) -> None:
+        """Open pdb on the frames of a rank whose last call failed, at this cell's input box; `q` leaves it.
+
+        Raises:
+            ConfigError: no failure of it is kept.
+        """
+        look_at(self._relay, self._checked([rank])[0])
+
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt in the ranks that run something; they keep their variables."""
         self._relay.interrupt_current()
@@ -226,6 +244,7 @@ class Session:
     # ── within ────────────────────────────────────────────────────────────────────────────────────
 
     def _start(self) -> Relay:
+        parking.release()
         spec = make_spec(self._config, self._plan, self._env, keep=True)
         parcel, fd = payload.pack((int, (), {}), outward=True)
         relay = Relay(

@@ -39,6 +39,8 @@ class RunSpec:
     """Of the process group a session's ranks have ready."""
     panel: bool = False
     """Whether bars are painted by the notebook, and need not be written to stdout and stderr."""
+    park: bool = False
+    """Whether a rank that failed waits with its frames until it is told to leave."""
     keep: bool = False
     """Whether the ranks stay after a call, for the next: a session's do."""
 

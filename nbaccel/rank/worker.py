@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, final
 
 from nbaccel.errors import PayloadError
-from nbaccel.rank import capture, display, groups, rendezvous, threads
+from nbaccel.rank import capture, debugger, display, groups, rendezvous, threads
 from nbaccel.rank.bars import relay_bars
 from nbaccel.rank.failure import describe
 from nbaccel.rank.input import relay_input
@@ -96,11 +96,12 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         relay_bars(quiet=spec.panel)
         display.relay_displays()
         relay_input(port)
+        debugger.install(place.rank)
         os.register_at_fork(after_in_child=lambda: events.connect(None))
         reporter = Reporter()
         port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
         reporter.start()
-        code = _Server(port, call, membership).serve()
+        code = _Server(port, call, membership, park=spec.park).serve()
     except ChannelClosed:
         pass  # the notebook is gone: so are we
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
@@ -222,22 +223,27 @@ class _Server:
         port: where it is told.
         opened: (function, args, kwargs) of the call that was delivered at the start.
         membership: in a session, whose ranks go on after a failure.
+        park: whether to wait after a failure until told to leave: its frames may be looked at.
     """
 
-    def __init__(self, port: _Port, opened: Any, membership: Membership | None) -> None:
+    def __init__(self, port: _Port, opened: Any, membership: Membership | None, *, park: bool) -> None:
         self._port, self._opened, self._membership = port, opened, membership
+        self._stays = park or membership is not None
         self._came: dict[str, Any] = {}  # data of the notebook's, as it came
 
     def serve(self) -> int:
         """The exit code."""
+        code = 0
         while True:
             command, fds = self._port.next_command()
             if isinstance(command, Exit):
-                return 0
+                return code
             if isinstance(command, Join):
                 self._rejoin(command)
             elif not self._perform(command, fds) and self._membership is None:
-                return 1
+                code = 1
+                if not self._stays:
+                    return code
 
     def _rejoin(self, order: Join) -> None:
         assert self._membership is not None
@@ -250,6 +256,7 @@ class _Server:
             try:
                 _interruptible(True)
                 function, args, kwargs = self._open(call, fds)
+                debugger.forget_before(function)
                 value = function(*args, **kwargs)
                 display.show_figures()
                 _tell_of_peers()
@@ -321,6 +328,7 @@ class _Server:
 
     def _fail(self, call: Call, error: BaseException) -> None:
         """All output first, then the error."""
+        debugger.remember(error)
         info = describe(error)
         fd = None
         try:

@@ -14,7 +14,7 @@ from typing import Any, Literal, final
 from nbaccel.errors import NbaccelError
 from nbaccel.session.ending import Ending, Limits, Reason
 from nbaccel.session.outcome import Ended, conclude
-from nbaccel.session.report import CellLabel
+from nbaccel.session.report import CellLabel, Outcome, first_failures
 from nbaccel.session.results import Results
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.state import RunState, new_state
@@ -124,6 +124,18 @@ class CallInFlight:
     def say(self, note: str) -> None:
         """Tell the person one sentence, in the cell that made the call."""
         self.context.run(self._say, note)
+
+    def cause(self) -> int | None:
+        """The rank whose failure is taken for the cause of the others, as far as is known."""
+        if not self.failures:
+            return None
+        outcome = Outcome(
+            num_ranks=len(self.state.ranks),
+            failures=self.failures,
+            ended_by_us=self.signalled,
+            ranks=self.ranks,
+        )
+        return first_failures(outcome)[0]
 
     def unanswered(self) -> list[int]:
         """The ranks that still run it."""

@@ -28,6 +28,7 @@ from typing import Any, Literal, final
 from nbaccel.engines.base import Engine, Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.errors import LaunchError, NbaccelError
 from nbaccel.rank.spec import Call, Exit, Join, RunSpec
+from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Action, Ending, Reason
 from nbaccel.session.report import CellLabel, explain_exit, render
@@ -76,6 +77,7 @@ class Relay:
         label: what the front end calls a file a cell was compiled from.
         idle_sink: shown what happens while no call is under way.
         idle_stop: seconds without a call after which the group ends by itself.
+        park_for: seconds a rank is parked at most, if `spec.park` says that one may be.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Relay:
         label: CellLabel = lambda _: None,
         idle_sink: Sink | None = None,
         idle_stop: float | None = None,
+        park_for: float = 0.0,
     ) -> None:
         self.ready: Future[None] = Future()
         """Resolved when the ranks are first ready, or will never be."""
@@ -97,11 +100,13 @@ class Relay:
         self._start_limit, self._say, self._label = start_limit, say, label
         self._idle_sink = idle_sink
         self._idle_stop = idle_stop
+        self._park_for = park_for
         self._idle_context = contextvars.copy_context()
         self._idle_since = time.monotonic()
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._state = new_state(spec.num_processes, time.time())
-        self._phase: Literal["starting", "ready", "leaving", "stopping", "over"] = "starting"
+        self._phase: Literal["starting", "ready", "leaving", "parked", "stopping", "over"] = "starting"
+        self._parked: int | None = None
         self._call: CallInFlight | None = first
         self._waiting: deque[CallInFlight] = deque()
         self._settling: CallInFlight | None = None
@@ -145,6 +150,11 @@ class Relay:
     def over(self) -> bool:
         """Whether the group has ended, or is about to: it takes no more calls."""
         return self._phase in ("leaving", "stopping", "over")
+
+    @property
+    def parked(self) -> int | None:
+        """The rank that is kept with its frames after a launch has failed; None without one."""
+        return self._parked if self._phase == "parked" else None
 
     def look(self) -> StackReport:
         """Every rank's stacks now, and who waits for whom; from the thread that asks."""
@@ -215,7 +225,7 @@ class Relay:
         call, now = self._call, time.monotonic()
         times = (self._deadline, self._leaving.next_at(), self._idle_at(), call and call.next_at())
         due = [at - now for at in times if at is not None]
-        if call is not None or self._phase != "ready" or now < self._quiet_until:
+        if call is not None or self._phase not in ("ready", "parked") or now < self._quiet_until:
             due.append(_TICK)
         return max(0.0, min(due)) if due else None
 
@@ -232,14 +242,20 @@ class Relay:
         elif self._idle_sink is not None:
             self._idle_context.run(self._idle_sink.tick, now)
         if due := self._leaving.take_due(now):
-            self._act(due, [known.rank for known in self._state.ranks if known.exitcode is None])
+            alive = [known.rank for known in self._state.ranks if known.exitcode is None]
+            self._act(due, [rank for rank in alive if rank != self._parked])
         if self._idle_at() is not None and now >= (self._idle_at() or 0.0):
             self._say(f"the session had nothing to do for {self._idle_stop:g} s (idle_stop) and has ended")
             self._on_close()
         if self._phase == "starting" and self._deadline is not None and now > self._deadline:
             self._give_up(self._late())
-        if self._phase == "leaving" and all(known.exitcode is not None for known in self._state.ranks):
+        left = [known.rank for known in self._state.ranks if known.exitcode is None]
+        if self._phase == "leaving" and self._parked is not None and left == [self._parked]:
+            self._park(self._parked)
+        elif self._phase in ("leaving", "parked") and not left:
             self._stop()
+        if self._phase == "parked" and self._deadline is not None and now > self._deadline:
+            self._on_close()
         if self._phase == "stopping" and self._deadline is not None and now > self._deadline:
             raise LaunchError(f"the run's own process did not end in {_GONE:g} s.\n{self._engine.log()}")
 
@@ -266,7 +282,10 @@ class Relay:
     def _on_orders(self) -> None:
         while not self._orders.empty():
             what, about = self._orders.get()
-            if what == "submit":
+            if what == "submit" and self._phase == "parked" and self._call is None:
+                self._call = about
+                self._begin(about)
+            elif what == "submit":
                 self._waiting.append(about)
                 self._begin_next()
             elif what in ("interrupt", "kill"):
@@ -311,7 +330,9 @@ class Relay:
         if self._phase == "starting":
             self._give_up(LaunchError("the session was closed"))
             return
-        self._phase = "leaving"
+        if self._phase == "parked":
+            self._leaving, self._parked = Ending(1.0), None
+        self._phase, self._deadline = "leaving", None
         call = self._call
         if call is not None:
             call.ending.begin("killed", time.monotonic())
@@ -535,16 +556,60 @@ class Relay:
         before = call.ending.reason
         call.ending.begin(reason, time.monotonic())
         self._watch.finished()
+        if self._phase == "parked":
+            self._end_look(call, reason)
+            return
         if self._spec.keep:
             return  # `_on_time` sees to it
         if self._phase == "starting" and reason != "failed":
             self._give_up(LaunchError("interrupted while the ranks started"))
             return
+        if reason == "failed" and self._phase == "ready":
+            self._parked = self._worth_a_look(call)
+        elif reason != "returned":
+            self._release_parked()
         self._phase = "leaving"
         self._deadline = None
         if before is None:
             # also after a failure: a rank that has returned must not wait for its grace to pass
-            self._send_all(Exit())
+            for rank in range(self._spec.num_processes):
+                if rank == self._parked:
+                    self._free(rank)  # nobody is to wait for it
+                else:
+                    self._send(rank, Exit())
+
+    def _worth_a_look(self, call: CallInFlight) -> int | None:
+        """The rank to park: the first one that failed, if it has raised."""
+        rank, event = next(iter(call.failures.items()))
+        return rank if self._spec.park and isinstance(event, Raised) else None
+
+    def _release_parked(self) -> None:
+        if self._parked is not None:
+            self._send(self._parked, Exit())
+            self._parked = None
+
+    def _park(self, rank: int) -> None:
+        """All others have ended: the person is told, and may look at this one."""
+        call = self._call
+        assert call is not None
+        if call.cause() != rank:
+            self._release_parked()  # one that died was the cause: this one's frames tell nothing
+            return
+        self._phase, self._call = "parked", None
+        self._deadline = time.monotonic() + self._park_for
+        call.notes.append(parking.note(rank, self._state.ranks[rank].pid, self._park_for, self._spec.device))
+        parking.park(self)
+        call.resolve()
+
+    def _end_look(self, call: CallInFlight, reason: Reason) -> None:
+        """The call with which a person looks at the parked rank: it is over, or has to be."""
+        if reason in ("returned", "failed"):
+            self._call = None
+            call.resolve()
+        elif reason == "killed":
+            self._on_close()
+        else:
+            self._engine.kill(self._wires.ports, call.ranks, signal.SIGINT)
 
     def _settle(self, call: CallInFlight) -> None:
         """A session's call is over: hand it out, once the group is whole again."""

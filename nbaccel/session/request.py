@@ -34,6 +34,7 @@ _OWN_NAMES = frozenset(
         "max_time",
         "name",
         "output",
+        "park_for",
         "returns",
         "stall_after",
         "start_timeout",
@@ -57,6 +58,8 @@ class Request:
     output: Mode
     dashboard: Literal["auto"] | bool
     """Whether the run has a panel; "auto" is where somebody looks on."""
+    park_for: float
+    """Seconds for which the first rank that fails is kept with its frames, in a live notebook."""
     folder: str | Path | bool | None
     """Where the run folder goes; None is the user's state folder, False for none."""
 
@@ -92,6 +95,7 @@ def make_request(
     start_timeout: float | str = 60,
     grace: float = 1.0,
     stall_after: float | str = 30,
+    park_for: float | str = "10min",
     env: Mapping[str, str] | None = None,
     name: str | None = None,
     folder: str | Path | bool | None = None,
@@ -139,6 +143,7 @@ def make_request(
         env=for_ranks,
         output=_one_of("output", output, ("auto", "all", "rank0", "none")),
         dashboard=_one_of("dashboard", dashboard, ("auto", True, False)),
+        park_for=0.0 if park_for == 0 else duration_seconds(park_for, what="park_for"),
         folder=folder,
     )
 

@@ -115,11 +115,11 @@ class Run:
                 left = _MEANWHILE if left is None else min(left, _MEANWHILE)
             if presses.wait(left) == "press":
                 self._relay.interrupt(self._call)
-        if not self._call.keep:
+        if not self._call.keep and self._relay.parked is None:
             self._relay.join()
 
     def done(self) -> bool:
-        """Whether it has ended, well or not; no process of it is left then."""
+        """Whether it has ended, well or not; no process of it is left then but a parked rank."""
         return self._call.future.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -182,6 +182,25 @@ class Run:
         if self._relay.over:
             raise ConfigError(f"{self.name} is over: its ranks have no stacks any more")
         return self._relay.look()
+
+    def debug(self, rank: int | None = None) -> None:
+        """Open pdb on the frames of the rank that failed, at this cell's input box; `q` leaves it.
+
+        Args:
+            rank: None is the rank that is parked; in a session, any that failed in its last call.
+
+        Raises:
+            ConfigError: no such failure is kept.
+        """
+        from nbaccel.session.looking import look_at
+
+        look_at(self._relay, rank, first=self._call.cause())
+
+    def release(self) -> None:
+        """End the rank that a failed launch has parked, and wait for its end; nothing happens without one."""
+        if self._relay.parked is not None:
+            self._relay.close()
+            self._relay.join()
 
     @property
     def stall(self) -> Stall | None:

@@ -15,6 +15,7 @@ from nbaccel.config import RunConfig
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError
 from nbaccel.rank.spec import RunSpec
+from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
 from nbaccel.session.panel.reading import Heading
@@ -77,6 +78,7 @@ def start_run(
     panel: bool = False,
     heading: Heading | None = None,
     show: Callable[[Run], None] | None = None,
+    park_for: float = 0.0,
 ) -> Run:
     """Start the ranks `plan` describes and hand them the task; returns at once.
 
@@ -87,12 +89,14 @@ def start_run(
         panel: whether a sink paints the ranks' bars.
         heading: what its panel says above everything else.
         show: paints the run in a cell.
+        park_for: seconds for which the first rank that fails is kept with its frames; 0 keeps none.
 
     Raises:
         PayloadError: the function or an argument cannot travel; the message names it.
         LaunchError: the process that makes ranks cannot be started.
     """
-    spec = make_spec(config, plan, env, panel=panel)
+    parking.release()
+    spec = make_spec(config, plan, env, panel=panel, park=park_for > 0)
     parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
     delivery = Delivery(parcel=parcel, fd=fd, returns=task.returns)
     call = CallInFlight(
@@ -106,7 +110,9 @@ def start_run(
         expected=expectations(config),
     )
     engine = LocalEngine(config.start_method or default_start_method())
-    relay = Relay(engine, spec, delivery, call, start_limit=limits.start, say=say, label=label)
+    relay = Relay(
+        engine, spec, delivery, call, start_limit=limits.start, say=say, label=label, park_for=park_for
+    )
     asked = {name: value for name, value in asdict(config).items() if name != "sources"}
     return Run(
         relay,
@@ -121,9 +127,21 @@ def start_run(
 
 
 def make_spec(
-    config: RunConfig, plan: Plan, env: Mapping[str, str], *, keep: bool = False, panel: bool = False
+    config: RunConfig,
+    plan: Plan,
+    env: Mapping[str, str],
+    *,
+    keep: bool = False,
+    panel: bool = False,
+    park: bool = False,
 ) -> RunSpec:
-    """What the ranks are told; `keep`: whether they are a session's; `panel`: whether bars are painted."""
+    """What the ranks are told.
+
+    Args:
+        keep: whether they are a session's.
+        panel: whether bars are painted.
+        park: whether one that failed waits with its frames.
+    """
     environ = {**os.environ, **env}
     run_id = uuid.uuid4().hex[:12]
     return RunSpec(
@@ -140,6 +158,7 @@ def make_spec(
         collective_timeout=config.collective_timeout,
         backend=plan.backend if plan.backend != "nccl" else "cpu:gloo,cuda:nccl",
         panel=panel,
+        park=park,
         keep=keep,
     )
 

@@ -1,0 +1,99 @@
+"""pdb in a rank: after a failure on the frames that are kept, or where breakpoint() stands.
+
+It reads with input(), which the notebook asks of the person, and prints to the rank's output. The failure
+is kept until the person's next call; it pins whatever its frames hold.
+"""
+
+from __future__ import annotations
+
+import os
+import pdb
+import sys
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["forget_before", "held_bytes", "install", "post_mortem", "remember"]
+
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = tuple(os.path.join(_HOME, room) + os.sep for room in ("rank", "wire"))
+
+_failure: list[BaseException] = []
+_rank: list[int] = [0]
+
+
+def install(rank: int) -> None:
+    """Let breakpoint() open the debugger here, unless PYTHONBREAKPOINT says otherwise."""
+    _rank[:] = [rank]
+    if "PYTHONBREAKPOINT" not in os.environ:
+        sys.breakpointhook = _at_breakpoint
+
+
+def remember(error: BaseException) -> None:
+    """Keep this failure until the person's next call."""
+    if not isinstance(error, ConfigError):
+        _failure[:] = [error]
+
+
+def forget_before(function: Callable[..., Any]) -> None:
+    """Let go of what is kept, unless this call is one of ours, such as a completion."""
+    name = getattr(function, "__module__", None) or ""
+    if not name.startswith("nbaccel.") or getattr(function, "__name__", "") == "run_cell":
+        _failure.clear()
+
+
+def held_bytes() -> int:
+    """Memory of this process's device that is taken while it is kept; 0 on the CPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.memory_reserved())
+
+
+def post_mortem() -> None:
+    """Open the debugger on the frames of the kept failure; returns when the person leaves it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not _failure:
+        raise ConfigError(
+            f"rank {_rank[0]} has kept no failure: its last call ended well, or was interrupted"
+        )
+    error = _failure[0]
+    debugger = _new()
+    debugger.reset()
+    print(f"{type(error).__name__}: {error}", flush=True)
+    try:
+        debugger.interaction(None, _users_part(error.__traceback__))
+    except KeyboardInterrupt:
+        return  # the person has seen enough
+
+
+def _at_breakpoint(*_: Any, **__: Any) -> None:
+    caller: FrameType = sys._getframe(1)
+    _new().set_trace(caller)
+
+
+class _Debugger(pdb.Pdb):
+    """pdb, but an interrupt at its prompt leaves it."""
+
+    def _cmdloop(self) -> None:
+        self.cmdloop()
+
+
+def _new() -> pdb.Pdb:
+    # with its own SIGINT handler, an interrupt after "continue" would open the debugger again
+    debugger = _Debugger(nosigint=True)
+    debugger.prompt = f"(rank {_rank[0]}) "
+    return debugger
+
+
+def _users_part(tb: TracebackType | None) -> TracebackType | None:
+    """Without our frames around the call."""
+    inner = tb
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(_OURS):
+        inner = inner.tb_next
+    return inner or tb
