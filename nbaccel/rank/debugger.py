@@ -86,9 +86,7 @@ class _Debugger(pdb.Pdb):
 
 def _new() -> pdb.Pdb:
     # with its own SIGINT handler, an interrupt after "continue" would open the debugger again
-    debugger = _Debugger(nosigint=True)
-    debugger.prompt = f"(rank {_rank[0]}) "
-    return debugger
+    return _Debugger(nosigint=True)
 
 
 def _users_part(tb: TracebackType | None) -> TracebackType | None:

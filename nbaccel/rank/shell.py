@@ -62,7 +62,11 @@ def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
     result = shell.run_cell(above + cell.source, store_history=False)
     error = result.error_before_exec or result.error_in_exec
     if error is not None:
-        raise error.with_traceback(_users_part(error.__traceback__))
+        error = error.with_traceback(_users_part(error.__traceback__))
+        vars(sys).update(
+            last_type=type(error), last_value=error, last_traceback=error.__traceback__
+        )  # for %debug
+        raise error
     shown: Shown | None = shell.shown
     shell.shown = None
     return shown

@@ -47,12 +47,13 @@ def look_at(relay: Relay, rank: int | None, *, first: int | None = None) -> None
     asks = environment.allow_stdin if environment.kernel == "ipykernel" else sys.stdin.isatty()
     if not asks:
         raise ConfigError("this front end takes no input: open the notebook in a live one to debug")
-    prompts = Prompts(reply, interrupt=lambda: None, can_ask=True, num_ranks=1)
+    num_ranks = len(relay.state.ranks)
+    prompts = Prompts(reply, interrupt=lambda: None, can_ask=True, num_ranks=num_ranks)
     parcel, fd = payload.pack((debugger.post_mortem, (), {}), outward=True)
     call = CallInFlight(
         Delivery(parcel=parcel, fd=fd, returns="none"),
         [_Plain(), prompts],
-        num_ranks=len(relay.state.ranks),
+        num_ranks=num_ranks,
         ranks=[chosen],
         limits=Limits(stall=0),
         say=lambda _: None,

@@ -566,7 +566,7 @@ class Relay:
             return
         if reason == "failed" and self._phase == "ready":
             self._parked = self._worth_a_look(call)
-        elif reason != "returned":
+        elif reason in ("interrupted", "killed", "timeout"):
             self._release_parked()
         self._phase = "leaving"
         self._deadline = None
