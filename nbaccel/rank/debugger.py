@@ -18,7 +18,7 @@ from nbaccel.errors import ConfigError
 __all__ = ["forget_before", "held_bytes", "install", "post_mortem", "remember"]
 
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_OURS = tuple(os.path.join(_HOME, room) + os.sep for room in ("rank", "wire"))
+_OURS = tuple(os.path.join(_HOME, room) + os.sep for room in ("rank", "wire", "engines"))
 
 _failure: list[BaseException] = []
 _rank: list[int] = [0]
@@ -78,10 +78,17 @@ def _at_breakpoint(*_: Any, **__: Any) -> None:
 
 
 class _Debugger(pdb.Pdb):
-    """pdb, but an interrupt at its prompt leaves it."""
+    """pdb, but an interrupt at its prompt leaves it, and `w` leaves out what stands around the call."""
 
     def _cmdloop(self) -> None:
         self.cmdloop()
+
+    def print_stack_trace(self, *_: Any) -> None:
+        whole, self.stack = self.stack, [at for at in self.stack if not _is_ours(at[0])]
+        try:
+            super().print_stack_trace()
+        finally:
+            self.stack = whole
 
 
 def _new() -> pdb.Pdb:
@@ -89,9 +96,14 @@ def _new() -> pdb.Pdb:
     return _Debugger(nosigint=True)
 
 
+def _is_ours(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    return name.startswith(_OURS) or name == "<string>"
+
+
 def _users_part(tb: TracebackType | None) -> TracebackType | None:
     """Without our frames around the call."""
     inner = tb
-    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(_OURS):
+    while inner is not None and _is_ours(inner.tb_frame):
         inner = inner.tb_next
     return inner or tb

@@ -125,17 +125,17 @@ class CallInFlight:
         """Tell the person one sentence, in the cell that made the call."""
         self.context.run(self._say, note)
 
-    def cause(self) -> int | None:
-        """The rank whose failure is taken for the cause of the others, as far as is known."""
+    def causes(self) -> tuple[int, ...]:
+        """The rank whose failure is taken for the cause of the others, then those that failed the same way."""
         if not self.failures:
-            return None
+            return ()
         outcome = Outcome(
             num_ranks=len(self.state.ranks),
             failures=self.failures,
             ended_by_us=self.signalled,
             ranks=self.ranks,
         )
-        return first_failures(outcome)[0]
+        return first_failures(outcome)
 
     def unanswered(self) -> list[int]:
         """The ranks that still run it."""

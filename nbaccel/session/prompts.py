@@ -20,6 +20,8 @@ Reply = Callable[[int, str, Any], None]
 
 # A run nobody waits for: its questions are refused rather than left unanswered for ever.
 _UNATTENDED = 2.0
+# After an answer, the same rank's next question comes within this.
+_SAME_RANK = 0.15
 
 
 @final
@@ -37,6 +39,7 @@ class Prompts:
         self._reply, self._interrupt, self._can_ask = reply, interrupt, can_ask
         self._alone = num_ranks == 1
         self._queue: queue.SimpleQueue[InputRequest] = queue.SimpleQueue()
+        self._open: list[InputRequest] = []  # taken from the queue, by the thread that asks
         self._attended = time.monotonic()
         self._asking = False
 
@@ -60,13 +63,27 @@ class Prompts:
         self._attended = time.monotonic()
         if threading.current_thread() is not threading.main_thread():
             return
-        while not self._queue.empty():
-            question = self._queue.get()
-            self._asking = True
+        last: int | None = None
+        while (question := self._next(last)) is not None:
+            self._asking, last = True, question.rank
             try:
                 self._reply(question.rank, question.id, self._ask(question))
             finally:
                 self._asking, self._attended = False, time.monotonic()
+
+    def _next(self, last: int | None) -> InputRequest | None:
+        """The next question: of the rank that has just been answered, if it has one soon, as in a debugger."""
+        end = time.monotonic() + (_SAME_RANK if last is not None and not self._alone else 0.0)
+        while True:
+            while not self._queue.empty():
+                self._open.append(self._queue.get())
+            for question in self._open:
+                if question.rank == last:
+                    self._open.remove(question)
+                    return question
+            if time.monotonic() >= end:
+                return self._open.pop(0) if self._open else None
+            time.sleep(0.005)
 
     def _ask(self, question: InputRequest) -> str | BaseException:
         label = "" if self._alone else f"[rank {question.rank}] "
@@ -84,6 +101,8 @@ class Prompts:
             signal.signal(signal.SIGINT, before)
 
     def _refuse_all(self, why: str) -> None:
+        while self._open:
+            self._refuse(self._open.pop(0), why)
         while not self._queue.empty():
             self._refuse(self._queue.get(), why)
 

@@ -592,8 +592,8 @@ class Relay:
         """All others have ended: the person is told, and may look at this one."""
         call = self._call
         assert call is not None
-        if call.cause() != rank:
-            self._release_parked()  # one that died was the cause: this one's frames tell nothing
+        if rank not in call.causes():
+            self._release_parked()  # another was the cause: this one's frames tell nothing
             return
         self._phase, self._call = "parked", None
         self._deadline = time.monotonic() + self._park_for
@@ -674,7 +674,7 @@ class Relay:
         """Ranks may have been stopped at different steps."""
         found, self._replicas = self._replicas, {}
         for name in sorted({name for replicas in found.values() for name in replicas}):
-            sums = {rank: replicas.get(name, "") for rank, replicas in found.items()}
+            sums = {rank: replicas[name] for rank, replicas in found.items() if name in replicas}
             odd = [rank for rank, checksum in sums.items() if checksum != sums[min(sums)]]
             if odd:
                 note = (

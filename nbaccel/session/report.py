@@ -14,7 +14,16 @@ from nbaccel.session.stacks import is_users, place
 from nbaccel.wire.events import Died, ExceptionInfo, Raised
 from nbaccel.wire.snapshot import Line
 
-__all__ = ["CellLabel", "Outcome", "explain_exit", "first_failures", "render", "waited_in", "worker_error"]
+__all__ = [
+    "CellLabel",
+    "Outcome",
+    "explain_exit",
+    "first_failures",
+    "render",
+    "user_place",
+    "waited_in",
+    "worker_error",
+]
 
 CellLabel = Callable[[str], str | None]
 """From a file name to what the front end calls it ("Cell In[3]"); None for an ordinary file."""
@@ -98,7 +107,7 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
         headline = first.info.message.splitlines()[-1] if first.info.message else first.info.type_name
         yield from render(first.info, label, title=f"rank {ranks[0]}", colour=colour)
         yield ""
-        at = f" (at {where})" if (where := _user_place(first.info, label)) else ""
+        at = f" (at {where})" if (where := user_place(first.info, label)) else ""
         yield _paint(f"{title}{who} failed: {headline}{at}", _BOLD + _RED, colour)
     else:
         yield _paint(f"{title}{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
@@ -108,9 +117,9 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
             yield f"last words of rank {ranks[0]}:"
             yield from (f"  {word}" for word in words[-12:])
     yield from _fates(outcome, ranks, label)
-    yield from outcome.notes
     if outcome.folder:
         yield f"logs of every rank: {outcome.folder}"
+    yield from outcome.notes
 
 
 def _fates(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel) -> Iterable[str]:
@@ -120,7 +129,10 @@ def _fates(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel) -> Iterab
         if rank not in ranks:
             fates.setdefault(_fate(outcome, rank, label), []).append(rank)
     for fate, who in fates.items():
-        yield f"{'ranks' if len(who) > 1 else 'rank'} {rank_ranges(who)} {fate}"
+        if len(who) > 1:
+            yield f"ranks {rank_ranges(who)} {f'were {fate[4:]}' if fate.startswith('was ') else fate}"
+        else:
+            yield f"rank {who[0]} {fate}"
 
 
 def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
@@ -128,8 +140,8 @@ def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
     if isinstance(event, Raised) and (waited := waited_in(event.info, label)):
         return waited
     if outcome.keep and rank in outcome.ended_by_us and isinstance(event, Raised):
-        where = _user_place(event.info, label)
-        return f"were stopped{f' at {where}' if where else ''}"
+        where = user_place(event.info, label)
+        return f"was stopped{f' at {where}' if where else ''}"
     if isinstance(event, Raised):
         last = event.info.message.splitlines()[-1] if event.info.message else event.info.type_name
         return f"raised after it: {last[:200]}"
@@ -147,16 +159,17 @@ def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
     if op is None and info.type_name == "KeyboardInterrupt" and info.context is not None:
         # it was stopped, then freed: it waited where its connection broke
         op = _waited_in(info.context)
+        if op is None and _is_broken(info.context):
+            op = "a collective"  # called by C++ code, as when DDP makes its buckets
     if op is None:
         return None
-    where = _user_place(info, label)
+    where = user_place(info, label)
     return f"waited in {op}{f', called from {where}' if where else ''}"
 
 
 def _waited_in(info: ExceptionInfo) -> str | None:
     """The collective whose peers were gone, or that was interrupted; None when it raised by itself."""
-    broken = info.type_name in _BROKEN_TYPES and any(word in info.message for word in _BROKEN)
-    if info.type_name != "KeyboardInterrupt" and not broken:
+    if info.type_name != "KeyboardInterrupt" and not _is_broken(info):
         return None
     for frame in info.frames:  # the outermost of torch's is what the person called
         if frame.filename.endswith(_C10D) and not frame.function.startswith("_"):
@@ -166,7 +179,12 @@ def _waited_in(info: ExceptionInfo) -> str | None:
     return None
 
 
-def _user_place(info: ExceptionInfo, label: CellLabel) -> str | None:
+def _is_broken(info: ExceptionInfo) -> bool:
+    """Whether it is what a rank raises whose connection to another one ended."""
+    return info.type_name in _BROKEN_TYPES and any(word in info.message for word in _BROKEN)
+
+
+def user_place(info: ExceptionInfo, label: CellLabel) -> str | None:
     """Where in the person's own code it was raised, as "Cell In[7] line 12" or "train.py:88"."""
     for frame in reversed(info.frames):
         line = Line(frame.filename, frame.lineno, frame.function)

@@ -194,7 +194,7 @@ class Run:
         """
         from nbaccel.session.looking import look_at
 
-        look_at(self._relay, rank, first=self._call.cause())
+        look_at(self._relay, rank, first=next(iter(self._call.causes()), None))
 
     def release(self) -> None:
         """End the rank that a failed launch has parked, and wait for its end; nothing happens without one."""

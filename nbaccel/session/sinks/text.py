@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, final
 from nbaccel.session.lines import Lines, fit, visible
 from nbaccel.session.sinks.held import Block, Held, Stream
 from nbaccel.session.state import RunState
-from nbaccel.wire.events import Died, Display, Event, Output, Raised, Returned
+from nbaccel.wire.events import Died, Display, Event, InputRequest, Output, Raised, Returned
 
 __all__ = ["Label", "Mode", "TextSink", "Write"]
 
@@ -101,6 +101,9 @@ class TextSink:
                 self._add(key, texts)
         elif isinstance(event, (Returned, Raised, Died)):
             self._end_lines(event.rank)
+        elif isinstance(event, InputRequest):
+            self._end_lines(event.rank)
+            self.flush()  # what was printed before the question is what it is about
         elif (
             isinstance(event, Display) and self._displays and not event.update and "text/plain" in event.data
         ):
