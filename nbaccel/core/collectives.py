@@ -2,8 +2,8 @@
 
 Every operation begins with one `frame` of fixed size from each rank: which operation, the hash of what
 it brings, how many bytes. Small CPU payloads ride in that frame, so for them the check is free and the
-frame is the whole operation; larger ones follow in a collective of their own, and there the frame may be
-left out once a call site has proven itself (see `MismatchCheck`). Payloads travel as bytes, so
+frame is the whole operation; larger ones follow in a collective of their own, which no longer waits for
+the frames once a call site has proven itself (see `MismatchCheck`). Payloads travel as bytes, so
 every dtype a tensor can have can be moved.
 """
 
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from nbaccel.core.frames import (
     ROOM,
     CheckMode,
+    Meeting,
     MismatchCheck,
     all_gather_flat,
     caller,
-    exchange,
     exchange_blobs,
     exchange_objects,
 )
@@ -140,14 +140,11 @@ def broadcast(value: T, *, world: World, source: int = 0, check: MismatchCheck |
     if small:
         stacked = _gather_stacked("broadcast", tensors, world, check, options=options, paths=value)
         return _rebuild(value, [t[source].clone() for t in stacked])
-    _meet("broadcast", tensors, world, check, options=options, paths=value)
-    received = []
-    for tensor in tensors:
-        data = _to_carrier(tensor, world).contiguous().clone()
-        if data.numel():
-            dist.broadcast(as_bytes(data), src=source)
-        received.append(data.to(tensor.device))
-    return _rebuild(value, received)
+    meeting = _meet("broadcast", tensors, world, check, options=options, paths=value)
+    carried = [_to_carrier(tensor, world).contiguous().clone() for tensor in tensors]
+    works = [dist.broadcast(as_bytes(t), src=source, async_op=True) for t in carried if t.numel()]
+    _settle(meeting, works, carried, check)
+    return _rebuild(value, [c.to(t.device) for c, t in zip(carried, tensors, strict=True)])
 
 
 def broadcast_object_list(objects: list[Any], *, world: World, source: int = 0) -> list[Any]:
@@ -207,15 +204,16 @@ def all_to_all(value: T, *, world: World, check: MismatchCheck | None = None) ->
             )
     if world.size == 1:
         return _rebuild(value, [t.clone() for t in tensors])
-    _meet("all_to_all", tensors, world, check, options="", paths=value)
-    received = []
-    for tensor in tensors:
-        data = _to_carrier(tensor, world).contiguous()
-        out = torch.empty_like(data)
-        if data.numel():
-            dist.all_to_all_single(as_bytes(out), as_bytes(data))
-        received.append(out.to(tensor.device))
-    return _rebuild(value, received)
+    meeting = _meet("all_to_all", tensors, world, check, options="", paths=value)
+    carried = [_to_carrier(tensor, world).contiguous() for tensor in tensors]
+    received = [torch.empty_like(data) for data in carried]
+    works = [
+        dist.all_to_all_single(as_bytes(out), as_bytes(data), async_op=True)
+        for out, data in zip(received, carried, strict=True)
+        if data.numel()
+    ]
+    _settle(meeting, works, carried, check)
+    return _rebuild(value, [out.to(t.device) for out, t in zip(received, tensors, strict=True)])
 
 
 def scatter(value: T | None, *, world: World, source: int = 0) -> T:
@@ -247,7 +245,8 @@ def barrier(world: World) -> None:
         CollectiveMismatch: another rank is in another collective.
     """
     if world.size > 1:
-        exchange("wait_for_everyone", "", world=world, payload=torch.empty(0), num_bytes=0, place=caller())
+        nothing = torch.empty(0)
+        Meeting("wait_for_everyone", "", world=world, payload=nothing, num_bytes=0, place=caller()).agree()
 
 
 # --- pieces ----------------------------------------------------------------------------------------------
@@ -293,14 +292,42 @@ def _meet(
     *,
     options: str,
     paths: Any,
-) -> None:
-    """The check that precedes a collective too large for a frame, when it is due."""
+) -> Meeting | None:
+    """The check of a collective too large for a frame; what is returned is still to be settled."""
     place = caller()
-    if check is None or check.due(place):
-        said = _describe(paths, tensors)
-        text = f"{said} ({options})" if options else said
-        size = packed_size(tensors)
-        exchange(operation, text, world=world, payload=None, num_bytes=size, place=place, check=check)
+    due = check is None or check.due(place)
+    if check is not None and check.mode == "never":
+        return None
+    said = _describe(paths, tensors)
+    meeting = Meeting(
+        operation,
+        f"{said} ({options})" if options else said,
+        world=world,
+        payload=None,
+        num_bytes=packed_size(tensors),
+        place=place,
+        behind=not due,
+    )
+    if not due:
+        return meeting
+    meeting.agree()
+    return None
+
+
+def _settle(
+    meeting: Meeting | None,
+    works: Sequence[Any],
+    carried: Sequence[torch.Tensor],
+    check: MismatchCheck | None,
+) -> None:
+    """Returns when the payloads have arrived (are queued, on a device), and the ranks were found to agree."""
+    if meeting is not None:
+        if check is not None and any(t.device.type != "cpu" for t in carried):
+            check.later(meeting)  # the host must not wait for the other hosts
+        else:
+            meeting.agree()
+    for work in works:
+        work.wait()
 
 
 def _gather_stacked(
@@ -317,40 +344,34 @@ def _gather_stacked(
         said = _describe(paths, tensors)
         text = f"{said} ({options})" if options else said
         packed = pack(tensors)
-        frames = exchange(
-            operation,
-            text,
-            world=world,
-            payload=packed,
-            num_bytes=packed.numel(),
-            place=caller(),
-            check=check,
-        )
+        frames = Meeting(
+            operation, text, world=world, payload=packed, num_bytes=packed.numel(), place=caller()
+        ).agree()
         assert frames.payloads is not None  # equal signatures have equal sizes, so all of them fit
         return unpack_rows(frames.payloads, tensors)
-    _meet(operation, tensors, world, check, options=options, paths=paths)
+    meeting = _meet(operation, tensors, world, check, options=options, paths=paths)
     carried = [_to_carrier(t, world) for t in tensors]
     one_buffer = (
         len(tensors) > 1
         and len({t.device for t in carried}) == 1
         and all(t.nbytes < _PACK_BELOW for t in carried)
     )
+    sent = [pack(carried)] if one_buffer else [as_bytes(t.contiguous()) for t in carried]
+    taken = [t.new_empty((world.size, t.numel())) for t in sent]
+    works = [
+        all_gather_flat(out.view(-1), data, async_op=True)
+        for out, data in zip(taken, sent, strict=True)
+        if data.numel()
+    ]
+    _settle(meeting, works, carried, check)
     if one_buffer:
-        stacked = unpack_rows(_all_gather_bytes(pack(carried), world), carried)
+        stacked = unpack_rows(taken[0], carried)
     else:
         stacked = [
-            _all_gather_bytes(as_bytes(t.contiguous()), world).view(t.dtype).view(world.size, *t.shape)
-            if t.numel()
-            else t.new_empty((world.size, *t.shape))
-            for t in carried
+            out.view(t.dtype).view(world.size, *t.shape) if t.numel() else t.new_empty((world.size, *t.shape))
+            for out, t in zip(taken, carried, strict=True)
         ]
     return [s.to(t.device) for s, t in zip(stacked, tensors, strict=True)]
-
-
-def _all_gather_bytes(data: torch.Tensor, world: World) -> torch.Tensor:
-    out = torch.empty(world.size * data.numel(), dtype=torch.uint8, device=data.device)
-    all_gather_flat(out, data)
-    return out.view(world.size, data.numel())
 
 
 def _reduce_wide(
@@ -369,17 +390,20 @@ def _reduce_wide(
         if reduction in ("max", "min"):
             return [getattr(s, f"a{reduction}")(0) for s in by_rank]
         return [s.sum(0, dtype=s.dtype) for s in by_rank]
-    _meet(operation, tensors, world, check, options=reduction, paths=paths)
+    meeting = _meet(operation, tensors, world, check, options=reduction, paths=paths)
     op = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(reduction, dist.ReduceOp.SUM)
     wide = []
     for tensor in tensors:
         total = _widen(_to_carrier(tensor, world)).contiguous()
-        total = total.clone() if total.data_ptr() == tensor.data_ptr() else total
-        if total.numel():
-            # gloo and NCCL add complex numbers as pairs of reals.
-            dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, op=op)
-        wide.append(total.to(tensor.device))
-    return wide
+        wide.append(total.clone() if total.data_ptr() == tensor.data_ptr() else total)
+    works = [
+        # gloo and NCCL add complex numbers as pairs of reals.
+        dist.all_reduce(torch.view_as_real(t) if t.is_complex() else t, op=op, async_op=True)
+        for t in wide
+        if t.numel()
+    ]
+    _settle(meeting, works, wide, check)
+    return [total.to(t.device) for total, t in zip(wide, tensors, strict=True)]
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

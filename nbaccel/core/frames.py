@@ -1,12 +1,16 @@
 """The small message with which every collective begins, and what it finds out.
 
-        0        8        16         24       32      40         64                  512
-        +--------+--------+----------+--------+-------+----------+--------------------+
-        | magic  | shape  | bytes it | rides? | place | reserved | payload, if it     |
-        |        | hash   | brings   | 0 or 1 | hash  |          | rides (448 bytes)  |
-        +--------+--------+----------+--------+-------+----------+--------------------+
+        0        8        16         24        32         64                  512
+        +--------+--------+----------+---------+----------+--------------------+
+        | magic  | shape  | bytes it | how it  | reserved | payload, if it     |
+        |        | hash   | brings   | goes    |          | rides (448 bytes)  |
+        +--------+--------+----------+---------+----------+--------------------+
 
 All ranks gather everybody's frame, so all see the same disagreement and raise the same error.
+
+A large payload is either sent after the frames have been compared, or, where a line of code has proven
+itself, at once behind its frame: the frame is then compared while the payload travels, so that a rank
+that is somewhere else is still found out before anyone waits for a payload that does not come.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, NoReturn, final
 
 import torch
 import torch.distributed as dist
@@ -31,10 +35,10 @@ __all__ = [
     "ROOM",
     "CheckMode",
     "Frames",
+    "Meeting",
     "MismatchCheck",
     "all_gather_flat",
     "caller",
-    "exchange",
     "exchange_blobs",
     "exchange_objects",
 ]
@@ -42,12 +46,15 @@ __all__ = [
 FRAME, HEADER = 512, 64
 ROOM = FRAME - HEADER
 _MAGIC = 0x6E62616363656C
-_HEADER = struct.Struct("<qqqqq24x")
+_HEADER = struct.Struct("<qqqq32x")
+_AFTER, _RIDES, _BEHIND = range(
+    3
+)  # how a payload goes: after the frames agree, in the frame, right behind it
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 # torch renamed it; the older name warns in newer versions and is the only one in older ones.
-all_gather_flat: Callable[[torch.Tensor, torch.Tensor], Any] = (
+all_gather_flat: Callable[..., Any] = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 )
 
@@ -56,12 +63,11 @@ CheckMode = Literal["sampled", "always", "never"]
 
 @final
 class MismatchCheck:
-    """Decides when a collective too large for a frame is preceded by one.
+    """Decides when a collective too large for a frame waits for the frames to agree before it sends.
 
-    "sampled": at the first calls of each line of the user's code and every 32nd after; "always"; or
-    "never". Small CPU payloads are checked in every mode, since they travel in the frame itself. When
-    ranks are seen to make the same collective from different lines, their counts of calls no longer say
-    the same thing on every rank, and the check becomes permanent.
+    "sampled": at the first calls of each line of the user's code and every 32nd after, and else compares
+    them while the payload travels; "always"; or "never", which sends no frame. Small CPU payloads are
+    checked in every mode, since they travel in the frame itself.
     """
 
     FIRST, EVERY = 4, 32
@@ -69,19 +75,21 @@ class MismatchCheck:
     def __init__(self, mode: CheckMode = "sampled") -> None:
         self.mode: CheckMode = mode
         self._calls: dict[str, int] = {}
+        self._meetings: list[Meeting] = []
+
+    def later(self, meeting: Meeting) -> None:
+        """Compares these frames at a later call, when they have come: the host is ahead of a device."""
+        self._meetings.append(meeting)
 
     def due(self, place: str) -> bool:
-        """Whether this call at `place` begins with a frame; counts the call."""
+        """Whether this call at `place` waits for the frames; counts the call."""
+        while self._meetings and self._meetings[0].over:
+            self._meetings.pop(0).agree()
         if self.mode != "sampled":
             return self.mode == "always"
         count = self._calls.get(place, 0)
         self._calls[place] = count + 1
         return count < self.FIRST or count % self.EVERY == 0
-
-    def places_differ(self) -> None:
-        """Ranks stood at different lines in one collective."""
-        if self.mode == "sampled":
-            self.mode = "always"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,69 +119,88 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def exchange(
-    operation: str,
-    signature: str,
-    *,
-    world: World,
-    payload: torch.Tensor | None,
-    num_bytes: int,
-    place: str,
-    check: MismatchCheck | None = None,
-    sizes_may_differ: bool = False,
-    describe: Callable[[], str] | None = None,
-) -> Frames:
-    """Gathers every rank's frame and verifies that all are in the same operation.
+@final
+class Meeting:
+    """Everybody's frame, under way. Made by all ranks together; `agree` is called by all of them.
 
     Args:
         signature: what must be equal on all ranks, beside the operation's name.
         payload: uint8 [num_bytes] on the CPU, at most ROOM, to ride along; None when it travels apart.
+        behind: the payload is sent before `agree` has returned.
         describe: says what this rank brought, for the error; `signature` where not given.
-
-    Raises:
-        CollectiveMismatch: with every rank's operation, place and shapes.
     """
-    place_hash, shape_hash = digest(place), digest(f"{operation}|{signature}")
-    header = _HEADER.pack(_MAGIC, shape_hash, num_bytes, payload is not None, place_hash)
-    mine = torch.frombuffer(bytearray(header.ljust(FRAME, b"\0")), dtype=torch.uint8)
-    if payload is not None:
-        mine[HEADER : HEADER + num_bytes] = payload
-    mine = mine.to(world.control_device)
-    everyone = torch.empty(world.size * FRAME, dtype=torch.uint8, device=mine.device)
-    all_gather_flat(everyone, mine)
-    table = everyone.cpu().view(world.size, FRAME)
-    headers = [_HEADER.unpack_from(row) for row in table[:, :HEADER].numpy()]
-    if any(header[0] != _MAGIC for header in headers):
-        raise CollectiveMismatch(
-            f"rank {world.rank} is in {operation} at {place}, while another rank is in a collective of a "
-            "different kind. Every rank must call the same collectives in the same order."
-        )
-    sizes = [header[2] for header in headers]
-    if any(header[1] != shape_hash for header in headers) or (not sizes_may_differ and len(set(sizes)) > 1):
-        _raise_mismatch(operation, place, (describe or (lambda: signature))(), world)
-    if check is not None and any(header[4] != place_hash for header in headers):
-        check.places_differ()
-    rides = all(header[3] for header in headers)
-    return Frames(sizes=sizes, payloads=table[:, HEADER:] if rides else None)
 
+    def __init__(
+        self,
+        operation: str,
+        signature: str,
+        *,
+        world: World,
+        payload: torch.Tensor | None,
+        num_bytes: int,
+        place: str,
+        behind: bool = False,
+        describe: Callable[[], str] | None = None,
+    ) -> None:
+        self._operation, self._place, self._world = operation, place, world
+        self._describe = describe or (lambda: signature)
+        self._shape_hash = digest(f"{operation}|{signature}")
+        how = _RIDES if payload is not None else _BEHIND if behind else _AFTER
+        header = _HEADER.pack(_MAGIC, self._shape_hash, num_bytes, how)
+        mine = torch.frombuffer(bytearray(header.ljust(FRAME, b"\0")), dtype=torch.uint8)
+        if payload is not None:
+            mine[HEADER : HEADER + num_bytes] = payload
+        mine = mine.to(world.control_device)
+        self._everyone = torch.empty(world.size * FRAME, dtype=torch.uint8, device=mine.device)
+        self._work = all_gather_flat(self._everyone, mine, async_op=behind)
 
-def _raise_mismatch(operation: str, place: str, brought: str, world: World) -> None:
-    """All ranks are here, having seen the same headers: exchange the words and raise the same error."""
-    told: list[Any] = [None] * world.size
-    dist.all_gather_object(told, (operation, place, brought))
-    operations = {one[0] for one in told}
-    if len(operations) > 1:
-        what = "the ranks are in different collectives"
-        todo = "Every rank must call the same collectives in the same order; look for a branch on the rank."
-    else:
-        what = f"the ranks brought different things to {operation}"
-        todo = "Give equal structures, shapes and dtypes on every rank"
-        todo += "; pad_across_processes makes lengths equal, gather_for_metrics takes unequal ones."
-    lines = [
-        f"  rank {rank}: {op} of {text or 'nothing'} at {where}"
-        for rank, (op, where, text) in enumerate(told)
-    ]
-    raise CollectiveMismatch("\n".join([f"{what}:", *lines, todo]))
+    @property
+    def over(self) -> bool:
+        """Whether `agree` would not wait."""
+        return self._work is None or bool(self._work.is_completed())
+
+    def agree(self, *, sizes_may_differ: bool = False) -> Frames:
+        """What all ranks brought, once it is known that they are in the same operation.
+
+        Raises:
+            CollectiveMismatch: with every rank's operation, place and shapes.
+        """
+        if self._work is not None:
+            self._work.wait()
+        table = self._everyone.cpu().view(self._world.size, FRAME)
+        headers = [_HEADER.unpack_from(row) for row in table[:, :HEADER].numpy()]
+        if any(header[0] != _MAGIC for header in headers):
+            raise CollectiveMismatch(
+                f"rank {self._world.rank} is in {self._operation} at {self._place}, while another rank is in a "
+                "collective of a different kind. Every rank must call the same collectives in the same order."
+            )
+        sizes = [header[2] for header in headers]
+        same = all(header[1] == self._shape_hash for header in headers)
+        if not same or (not sizes_may_differ and len(set(sizes)) > 1):
+            self._raise(any(header[3] == _BEHIND for header in headers))
+        rides = all(header[3] == _RIDES for header in headers)
+        return Frames(sizes=sizes, payloads=table[:, HEADER:] if rides else None)
+
+    def _raise(self, under_way: bool) -> NoReturn:
+        """All ranks are here, having seen the same headers: exchange the words and raise the same error."""
+        told: list[Any] = [None] * self._world.size
+        # A payload that nobody takes is in the way of everything else in this group.
+        group = dist.new_group(backend="gloo") if under_way else None
+        dist.all_gather_object(told, (self._operation, self._place, self._describe()), group=group)
+        if len({one[0] for one in told}) > 1:
+            what = "the ranks are in different collectives"
+            todo = (
+                "Every rank must call the same collectives in the same order; look for a branch on the rank."
+            )
+        else:
+            what = f"the ranks brought different things to {self._operation}"
+            todo = "Give equal structures, shapes and dtypes on every rank"
+            todo += "; pad_across_processes makes lengths equal, gather_for_metrics takes unequal ones."
+        lines = [
+            f"  rank {rank}: {op} of {text or 'nothing'} at {where}"
+            for rank, (op, where, text) in enumerate(told)
+        ]
+        raise CollectiveMismatch("\n".join([f"{what}:", *lines, todo]))
 
 
 def exchange_blobs(
@@ -186,16 +213,15 @@ def exchange_blobs(
 ) -> list[torch.Tensor]:
     """Every rank's bytes (uint8, on the CPU, of any length), in rank order."""
     num_bytes = blob.numel()
-    frames = exchange(
+    frames = Meeting(
         operation,
         signature,
         world=world,
         payload=blob if num_bytes <= ROOM else None,
         num_bytes=num_bytes,
         place=caller(),
-        sizes_may_differ=True,
         describe=describe,
-    )
+    ).agree(sizes_may_differ=True)
     if frames.payloads is not None:
         return [row[:size] for row, size in zip(frames.payloads, frames.sizes, strict=True)]
     longest = max(frames.sizes)

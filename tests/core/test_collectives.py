@@ -271,22 +271,53 @@ def test_collectives_when_ranks_disagree(case, words):
         assert word in rank0
 
 
-def _sampling():
+def _elsewhere(case):
+    """A line that has proven itself no longer waits for the frames; then rank 1 is somewhere else."""
+    world = join()
+    check = c.MismatchCheck("sampled")
+    big = torch.ones(200_000)
+    try:
+        for step in range(8):
+            if step == 6 and world.rank == 1:
+                if case == "shape":
+                    c.gather(torch.ones(300_000), world=world, check=check)
+                elif case == "operation":
+                    c.reduce(big, world=world, check=check)
+                elif case == "small":
+                    c.gather(torch.ones(3), world=world, check=check)
+                else:
+                    c.gather_object("words", world=world)
+            c.gather(big, world=world, check=check)
+    except CollectiveMismatch as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+@pytest.mark.parametrize("case", ["shape", "operation", "small", "object"])
+def test_large_collectives_when_a_rank_is_at_another_line_name_both(case):
+    rank0, rank1 = run_ranks(_elsewhere, case, deadline=30)
+    assert rank0 == rank1
+    assert "rank 0: gather of float32 [200000] at" in rank0
+    lines = [int(line.rsplit(":", 1)[1]) for line in rank0.splitlines() if line.startswith("  rank")]
+    assert len(set(lines)) == 2
+    assert "test_collectives.py" in rank0
+
+
+def _branches():
     world = join()
     check = c.MismatchCheck("sampled")
     big = torch.ones(1000)
     for _ in range(40):
-        c.gather(big, world=world, check=check)
-    counted = list(check._calls.values())
-    if world.rank == 0:
-        c.gather(big, world=world, check=check)
-    else:
-        c.gather(big, world=world, check=check)
-    return counted, check.mode
+        got = c.gather(big, world=world, check=check)
+        if world.rank == 0:  # noqa: SIM108 - two lines, on purpose
+            got = c.gather(got, world=world, check=check)
+        else:
+            got = c.gather(got, world=world, check=check)
+    return got.shape[0], c.reduce(torch.tensor(1), world=world).item()
 
 
-def test_check_when_ranks_come_from_different_lines():
-    assert run_ranks(_sampling) == [([40], "always")] * 2
+def test_large_collectives_when_ranks_make_the_same_one_from_different_lines():
+    assert run_ranks(_branches) == [(4000, 2)] * 2
 
 
 def test_check_when_sampled():
