@@ -13,6 +13,8 @@ from typing import Any
 
 __all__ = ["drain", "redirect"]
 
+_libc = ctypes.CDLL(None)
+
 
 def redirect(stdout: int, stderr: int) -> None:
     """Make these descriptors this process's 1 and 2, for Python, for C and for what it starts."""
@@ -39,7 +41,7 @@ def drain() -> None:
             stream.flush()
         except (AttributeError, OSError, ValueError):
             pass  # the user's code closed or replaced it: nothing of it can be saved
-    ctypes.CDLL(None).fflush(None)
+    _libc.fflush(None)
 
 
 def _unbuffered(fd: int) -> io.TextIOWrapper:
@@ -50,6 +52,5 @@ def _unbuffered(fd: int) -> io.TextIOWrapper:
 
 def _buffer_c_stdout_by_line() -> None:
     """C libraries see a pipe and would hold 4 KiB back, until the crash that loses them."""
-    libc = ctypes.CDLL(None)
     name = "__stdoutp" if sys.platform == "darwin" else "stdout"
-    libc.setvbuf(ctypes.c_void_p.in_dll(libc, name), None, 1, 0)  # 1 is _IOLBF on glibc, musl and Darwin
+    _libc.setvbuf(ctypes.c_void_p.in_dll(_libc, name), None, 1, 0)  # 1 is _IOLBF on glibc, musl and Darwin

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,6 +43,7 @@ class Membership:
         self._swaps = 0
         self._group: Any = None
         self._claimed = False
+        self._device: Any = None
         self._init = self._take_over_init()
 
     def join(self, generation: int) -> None:
@@ -108,16 +110,34 @@ class Membership:
             "127.0.0.1", 0, self._rank, self._spec.num_processes, self._timeout
         )
         self._swaps += 1
+        options = self._options(gloo)
         for group in groups:
             name = world.pg_names[group]
             described = getattr(group, "group_desc", "")
             own = c10d.PrefixStore(f"nbaccel/{name}", store)
-            backend = gloo(own, group.rank(), group.size(), self._timeout)
+            backend = gloo(own, group.rank(), group.size(), options or self._timeout)
             backend._set_sequence_number_for_group()
             group._register_backend(torch.device("cpu"), kinds(_FIRST_KIND + self._swaps), backend)
             group._set_group_name(name)  # else the flight recorder shows none
             group._set_group_desc(described)
+            # the store before ends: groups made from now on meet on this one
+            world.pg_map[group] = (world.pg_map[group][0], c10d.PrefixStore(f"later/{name}", store))
         return True
+
+    def _options(self, gloo: Any) -> Any:
+        """All connections made later share one device: each of its own would keep a thread that wakes a
+        hundred times a second, and the old ones cannot be ended. None where a torch has no such option."""
+        try:
+            options = gloo._Options()
+            if self._device is None:
+                interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+                self._device = (
+                    gloo.create_device(interface=interface) if interface else gloo.create_default_device()
+                )
+            options._devices, options._timeout = [self._device], self._timeout
+        except (AttributeError, TypeError):
+            return None
+        return options
 
     def _take_over_init(self) -> Callable[..., None]:
         """Let `init_process_group` find what it asks for already there; the original."""

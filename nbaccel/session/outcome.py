@@ -10,7 +10,7 @@ from typing import Any
 
 from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
 from nbaccel.session.ending import Limits, Reason
-from nbaccel.session.report import CellLabel, Outcome, waited_in, worker_error
+from nbaccel.session.report import CellLabel, Outcome, user_place, waited_in, worker_error
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.wire import payload
 from nbaccel.wire.events import Died, Raised
@@ -93,9 +93,10 @@ def _place(ended: Ended, rank: int, label: CellLabel) -> str:
     if isinstance(event, Raised) and (waited := waited_in(event.info, label)):
         return waited
     if isinstance(event, Raised) and event.info.frames:
-        frames = event.info.frames
-        frame = next((f for f in reversed(frames) if label(f.filename)), frames[-1])
-        return f"was at {label(frame.filename) or frame.filename}, line {frame.lineno}, in {frame.function}"
+        frame = event.info.frames[-1]
+        where = user_place(event.info, label) or f"{frame.filename} line {frame.lineno}"
+        inner = next((f for f in reversed(event.info.frames) if f.filename and label(f.filename)), frame)
+        return f"was at {where}, in {inner.function}"
     if rank in ended.signalled:
         return f"did not react and was ended by {ended.signalled[rank].name}"
     return "was not running"

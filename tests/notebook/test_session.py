@@ -1,0 +1,344 @@
+"""A session of ranks: calls, cells, variables, and what becomes of them when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbaccel import Session, notebook_launcher
+from nbaccel.errors import ConfigError, WorkerError
+
+
+@pytest.fixture(scope="module")
+def session(warm: None) -> Iterator[Session]:
+    """Three ranks that every test of this module finds alive, and leaves so."""
+    with Session(3, device="cpu", grace=2.0) as started:
+        started.execute("import os, signal, time, torch\ntorch.set_num_threads(1)")
+        yield started
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def fail_on(bad: int) -> int:
+    import torch.distributed as dist
+
+    if dist.get_rank() == bad:
+        raise ValueError(f"rank {bad} gives up")
+    dist.barrier()
+    return bad
+
+
+def mean_of_ranks() -> float:
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+def press_after(seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+# ── calls and variables ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_ranks_are_the_same_processes_when_called_again(session: Session) -> None:
+    first = session.run(pid)
+    assert len(set(first)) == 3
+    assert session.run(pid) == first
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+def test_names_are_prebound_when_a_cell_runs(session: Session) -> None:
+    shown = session.execute("rank, local_rank, world_size, str(device), dist.is_initialized()")
+    assert [repr(one) for one in shown] == [f"({rank}, {rank}, 3, 'cpu', True)" for rank in range(3)]
+
+
+def test_variables_live_when_the_next_call_comes(session: Session) -> None:
+    session.push(scale=10)
+    session.execute("mine = rank * scale")
+    assert session.pull("mine") == [0, 10, 20]
+    assert session.pull("mine", ranks=[2]) == [20]
+    session.execute("layer = torch.nn.Linear(2, 2)", ranks=[1])
+    assert session.pull("layer.weight", ranks=[1])[0].shape == (2, 2)
+    with pytest.raises(WorkerError, match="name 'layer' is not defined in rank 0"):
+        session.pull("layer", ranks=[0])
+
+
+def test_pull_names_the_rank_when_results_are_shown(session: Session) -> None:
+    session.push(flag="on")
+    session.execute("flag = 'off'", ranks=[1])
+    assert repr(session.pull("flag")) == "[0,2] 'on'\n[1] 'off'"
+    assert repr(session.pull("flag", ranks=[1, 2])) == "[1] 'off'\n[2] 'on'"
+
+
+def test_runs_are_served_in_order_when_submitted_together(session: Session) -> None:
+    session.push(trail=[])
+    runs = [session.submit(append, number) for number in range(5)]
+    assert [run.result(timeout=30)[0] for run in runs] == [1, 2, 3, 4, 5]
+    assert session.pull("trail", ranks=[0]) == [[0, 1, 2, 3, 4]]
+
+
+def append(number: int) -> int:
+    import __main__
+
+    __main__.trail.append(number)
+    return len(__main__.trail)
+
+
+def test_waiting_run_never_starts_when_it_is_interrupted(session: Session) -> None:
+    first, second = session.submit(time.sleep, 0.3), session.submit(append, 9)
+    second.interrupt()
+    with pytest.raises(KeyboardInterrupt, match="before its turn"):
+        second.result(timeout=10)
+    assert first.result(timeout=10) == [None] * 3
+
+
+def test_large_value_arrives_whole_when_pushed_and_pulled(session: Session) -> None:
+    import torch
+
+    big = torch.arange(1_000_000)
+    session.push(big=big)
+    assert all(torch.equal(one, big) for one in session.pull("big"))
+
+
+def test_variables_tell_what_differs_when_ranks_disagree(session: Session) -> None:
+    session.execute("t = torch.full((2, 3), float(rank // 2)); same = {'a': [1, 2.5, 'x']}")
+    found = session.variables()
+    t = {rank: next(one for one in listed if one.name == "t") for rank, listed in found.items()}
+    assert (t[0].shape, t[0].dtype, t[0].device, t[0].bytes) == ((2, 3), "float32", "cpu", 24)
+    assert t[0].checksum == t[1].checksum != t[2].checksum
+    same = {one.checksum for listed in found.values() for one in listed if one.name == "same"}
+    assert len(same) == 1
+    assert "" not in same
+    assert not any(one.name in ("torch", "rank", "dist", "append") for one in found[0])
+
+
+def test_completions_are_the_ranks_names_when_asked(session: Session) -> None:
+    session.push(train_loss=0.5)
+    assert "train_loss" in session.complete("x = train_l", 11)
+    assert any(name.endswith("all_reduce") for name in session.complete("dist.all_r", 10))
+
+
+def test_unknown_rank_is_refused_when_chosen(session: Session) -> None:
+    with pytest.raises(ConfigError, match="there is no rank 7: this session has ranks 0 to 2"):
+        session.pull("x", ranks=[7])
+    with pytest.raises(ConfigError, match="no rank was chosen"):
+        session.execute("1", ranks=[])
+
+
+# ── functions written for a launch ────────────────────────────────────────────────────────────────────
+
+
+def as_launched() -> int:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    return size
+
+
+def test_launcher_function_runs_on_warm_ranks_when_given_the_session(session: Session) -> None:
+    before = session.run(pid)
+    assert notebook_launcher(as_launched, session=session) == [3, 3, 3]
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0], "the group is there again"
+    assert notebook_launcher(as_launched, num_processes=3, session=session, returns="rank0") == [
+        3,
+        None,
+        None,
+    ]
+    assert session.run(pid) == before
+    with pytest.raises(ConfigError, match="grace was asked, but the session's 3 ranks"):
+        notebook_launcher(as_launched, session=session, grace=3.0)
+    with pytest.raises(ConfigError, match="num_processes=2 was asked"):
+        notebook_launcher(as_launched, num_processes=2, session=session)
+
+
+# ── failures ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_failed_rank_is_named_and_others_keep_variables_when_one_raises(session: Session) -> None:
+    before = session.run(pid)
+    session.execute("kept = rank")
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 1 of 3 failed: ValueError: rank 1 gives up") as caught:
+        session.run(fail_on, 1)
+    assert time.monotonic() - began < 1.5
+    assert "ranks 0,2 waited in barrier, called from" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert session.pull("kept") == [0, 1, 2]
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+    assert session.run(pid) == before
+
+
+# C code that looks at no signal for minutes
+DEAF = "__import__('hashlib').pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
+
+
+def test_error_comes_in_time_when_a_peer_cannot_be_stopped(session: Session) -> None:
+    session.execute("kept = rank")
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 0 of 3 failed: ZeroDivisionError") as caught:
+        session.execute(f"if rank == 0: 1/0\nif rank == 2: {DEAF}\ndist.barrier()")
+    assert time.monotonic() - began < 1.5 + 1.0  # what a busy machine adds
+    assert "still busy, and given 2 s in all: rank 2" in str(caught.value)
+    assert session.pull("kept", ranks=[0, 1]) == [0, 1]
+    assert repr(session.execute("'kept' in globals()", ranks=[2])[0]) == "False"
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("os._exit(3)", "exit code 3"),
+        ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+    ],
+)
+def test_dead_rank_is_replaced_and_named_when_it_ends(session: Session, how: str, what: str) -> None:
+    session.execute("import os, signal\nkept = rank")
+    before = session.run(pid)
+    with pytest.raises(WorkerError, match=f"rank 1 of 3 .*{what}") as caught:
+        session.execute(f"if rank == 1:\n    {how}\ndist.barrier()")
+    assert "rank 1 was replaced by a fresh process: its variables are lost; ranks 0,2 keep theirs" in str(
+        caught.value
+    )
+    after = session.run(pid)
+    assert after[0] == before[0]
+    assert after[2] == before[2]
+    assert after[1] != before[1]
+    assert session.pull("kept", ranks=[0, 2]) == [0, 2]
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+def test_rank_that_died_idle_is_replaced_when_the_next_call_comes(
+    session: Session, capfd: pytest.CaptureFixture[str]
+) -> None:
+    victim = session.run(pid)[2]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: session.state.ranks[2].pid not in (None, victim))
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+def wait_for(condition: Any, timeout: float = 20.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ── interrupts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_interrupt_keeps_variables_when_ranks_run_python(session: Session) -> None:
+    before = session.run(pid)
+    press_after(0.5)
+    with pytest.raises(KeyboardInterrupt, match=r"ranks 0-2 were at .*:4, in"):
+        session.execute("count = 0\nimport time\nwhile True:\n    time.sleep(0.01); count += 1")
+    assert min(session.pull("count")) > 5
+    assert session.run(pid) == before
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+TRAINING = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+pair = dist.new_group([0, 1])
+def step(seed):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    model(torch.randn(3, 4) + rank).sum().backward()
+    return float(model.module.weight.grad.sum())
+expected = step(1)
+"""
+
+
+def test_wrappers_and_groups_work_when_ranks_were_freed_from_a_collective(session: Session) -> None:
+    before = session.run(pid)
+    session.execute(TRAINING)
+    for _ in range(3):
+        press_after(0.3)
+        with pytest.raises(KeyboardInterrupt, match=r"ranks 0,2 waited in .*rank 1 was at"):
+            session.execute("import time\nif rank == 1:\n    time.sleep(60)\nstep(2)")
+    assert session.run(pid) == before
+    assert session.execute("abs(step(1) - expected) < 1e-6")[0].data["text/plain"] == "True"
+    session.execute("t = torch.ones(1)\nif rank < 2: dist.all_reduce(t, group=pair)")
+    assert [float(t) for t in session.pull("t")] == [2.0, 2.0, 1.0]
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+    session.execute(
+        "other = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)); del model, other"
+    )
+
+
+def test_replicas_that_differ_are_named_when_ranks_stopped_at_different_steps(session: Session) -> None:
+    session.execute(TRAINING)
+    press_after(0.4)
+    with pytest.raises(KeyboardInterrupt, match="replicas of model are not equal any more: rank 2 differs"):
+        session.execute(
+            "if rank == 2:\n    with torch.no_grad(): model.module.weight.add_(1)\nimport time; time.sleep(60)"
+        )
+    session.execute("del model")
+
+
+def test_deaf_rank_is_replaced_and_named_when_interrupted(session: Session) -> None:
+    session.execute("kept = rank")
+    press_after(0.4)
+    lost = "rank 0 was replaced by a fresh process: its variables are lost; ranks 1-2 keep theirs"
+    with pytest.raises(KeyboardInterrupt, match=lost):
+        session.execute(f"if rank == 0: {DEAF}\ndist.barrier()")
+    assert session.pull("kept", ranks=[1, 2]) == [1, 2]
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+# ── the session itself ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_sessions_are_independent_when_side_by_side(session: Session) -> None:
+    session.push(owner="first")
+    with Session(2, device="cpu") as other:
+        other.push(owner="second")
+        assert session.pull("owner") == ["first"] * 3
+        assert other.pull("owner") == ["second"] * 2
+        with pytest.raises(WorkerError):
+            other.execute("1/0")
+        assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+    assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+def test_nothing_of_ours_wakes_up_when_a_session_is_idle(session: Session) -> None:
+    """Gloo's own thread looks at its sockets a hundred times a second; it is torch's, and not counted."""
+    pids = session.run(pid)
+    time.sleep(1.0)  # what the last call left to do
+    before = [_switches(number) for number in pids], _switches(os.getpid(), "nbaccel-relay")
+    time.sleep(2.0)
+    after = [_switches(number) for number in pids], _switches(os.getpid(), "nbaccel-relay")
+    assert after == before
+
+
+def _switches(number: int, thread: str | None = None) -> dict[str, int]:
+    """How often each thread of a process was woken, gloo's left out."""
+    known = {one.native_id: one.name for one in threading.enumerate()} if thread else {}
+    found = {}
+    for task in Path(f"/proc/{number}/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if "gloo" in name or (thread is not None and known.get(int(task.name)) != thread):
+            continue
+        lines = (task / "status").read_text().splitlines()
+        found[task.name] = sum(int(line.split()[1]) for line in lines if "_ctxt_switches" in line)
+    return found
