@@ -246,6 +246,10 @@ class Cell:
     result: str | None = None
     """text/plain of what the cell displays as its value."""
     displays: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[str] | None = None
+    """What a person would type, question after question; None is a front end without input."""
+    asked: list[str] = field(default_factory=list)
+    """The prompts it showed."""
     done: bool = False
 
     @property
@@ -276,9 +280,9 @@ class Kernel:
         self._cells: dict[str, Cell] = {}
         self.pid: int = self._manager.provisioner.pid  # type: ignore[union-attr,attr-defined]
 
-    def start(self, code: str) -> Cell:
-        """Send a cell; `finish` waits for it."""
-        cell = Cell(id=self._client.execute(code, allow_stdin=False))
+    def start(self, code: str, answers: list[str] | None = None) -> Cell:
+        """Send a cell; `finish` waits for it, and types `answers` where it asks."""
+        cell = Cell(id=self._client.execute(code, allow_stdin=answers is not None), answers=answers)
         self._cells[cell.id] = cell
         return cell
 
@@ -287,13 +291,13 @@ class Kernel:
         self.pump(lambda: cell.done, timeout, f"the cell to end; so far:\n{cell.output}")
         return cell
 
-    def run(self, code: str, timeout: float = 60) -> Cell:
+    def run(self, code: str, timeout: float = 60, answers: list[str] | None = None) -> Cell:
         """Execute a cell to its end, whatever that is."""
-        return self.finish(self.start(code), timeout)
+        return self.finish(self.start(code, answers), timeout)
 
-    def ok(self, code: str, timeout: float = 60) -> Cell:
+    def ok(self, code: str, timeout: float = 60, answers: list[str] | None = None) -> Cell:
         """Execute a cell that must not raise."""
-        cell = self.run(code, timeout)
+        cell = self.run(code, timeout, answers)
         assert cell.error is None, cell.output
         return cell
 
@@ -302,6 +306,7 @@ class Kernel:
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, f"not in {timeout} s: {what}"
+            self._answer()
             try:
                 message = self._client.get_iopub_msg(timeout=0.05)
             except Exception as error:  # jupyter_client raises queue.Empty, by way of asyncio
@@ -311,6 +316,21 @@ class Kernel:
             cell = self._cells.get(message["parent_header"].get("msg_id", ""))
             if cell is not None:
                 _take(cell, message["msg_type"], message["content"])
+
+    def _answer(self) -> None:
+        """Type the next answer if a cell asks."""
+        if not any(cell.answers is not None and not cell.done for cell in self._cells.values()):
+            return
+        try:
+            question = self._client.get_stdin_msg(timeout=0.01)
+        except Exception as error:
+            if type(error).__name__ != "Empty":
+                raise
+            return
+        cell = self._cells[question["parent_header"]["msg_id"]]
+        cell.asked.append(question["content"]["prompt"])
+        if cell.answers:  # else the person thinks
+            self._client.input(cell.answers.pop(0))
 
     def settle(self, seconds: float = 0.3) -> None:
         """Take in what comes during this time."""
