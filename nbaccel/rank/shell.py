@@ -51,7 +51,7 @@ def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
     """
     shell = _shell()
     shell.user_ns.update(definitions)
-    shell.shown = None
+    shell.shown, shell.source = None, cell.source
     shell.execution_count = cell.number
     if cell.filename is not None:
         shell.compile.get_code_name = lambda *_: cell.filename
@@ -135,6 +135,11 @@ def _kind() -> Any:
     class Hook(DisplayHook):
         """Keeps what the last expression would display."""
 
+        def quiet(self) -> bool:
+            shell: Any = self.shell
+            ends = getattr(self, "semicolon_at_end_of_expression", lambda _: False)
+            return bool(ends(shell.source))
+
         def start_displayhook(self) -> None:
             pass
 
@@ -153,6 +158,8 @@ def _kind() -> Any:
 
         displayhook_class = Hook
         shown: Shown | None = None
+        source = ""
+        """Of the cell that runs."""
 
         def showtraceback(self, *args: Any, **options: Any) -> None:
             pass
