@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import torch
 from torch import nn
 
 from nbaccel.core.world import cache_folder
@@ -21,4 +23,12 @@ def compile_module(module: nn.Module, mode: bool | str) -> None:
     """
     # Inductor looks here when it first compiles, and its own default is a temporary folder.
     os.environ.setdefault(_VARIABLE, str(cache_folder() / "inductor"))
-    module.compile(**({} if mode is True else {"mode": mode}))
+    call_impl: Any = module._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return call_impl(*args, **kwargs)
+
+    # What Module.compile does, but by way of a function of ours: dynamo passes over frames of torch's own
+    # files, so that an nn.Sequential would stay as it is, in silence.
+    options: dict[str, Any] = {} if mode is True else {"mode": mode}
+    module._compiled_call_impl = torch.compile(call, **options)

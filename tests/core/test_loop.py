@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,8 @@ def test_evaluation_when_in_the_middle_of_a_window():
 
 
 def _compiled():
+    from torch._dynamo.utils import counters
+
     acc = Accelerator(cpu=True, compile=True, measure=True)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
@@ -244,10 +247,39 @@ def _compiled():
     assert torch.allclose(out, expected, atol=1e-6)
     grad = acc.unwrap_model(model)[0].weight.grad
     assert acc.num_processes > 1 or torch.allclose(grad, plain[0].weight.grad, atol=1e-6)
-    return acc.unwrap_model(model)._compiled_call_impl is not None, acc.step_times().parts["forward"] > 0
+    return counters["stats"]["unique_graphs"], acc.step_times().parts["forward"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_compile_when_asked(num_processes):
-    assert run_ranks(_compiled, num_processes=num_processes) == [(True, True)] * num_processes
+    assert run_ranks(_compiled, num_processes=num_processes) == [(1, True)] * num_processes
+
+
+def _compile_once():
+    from torch._dynamo.utils import counters
+
+    acc = Accelerator(cpu=True, compile=True)
+    torch.manual_seed(0)
+    model = acc.prepare(nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1)))
+    acc.backward(model(torch.ones(3, 5)).sum())
+    found = {**counters["aot_autograd"], **counters["inductor"]}
+    names = ("autograd_cache_miss", "autograd_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_hit")
+    return [found.get(name, 0) for name in names], os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+@pytest.mark.slow
+def test_compile_when_launched_again_takes_what_the_first_launch_compiled(tmp_path, clean, monkeypatch):
+    from nbaccel import notebook_launcher
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    launches = [notebook_launcher(_compile_once, num_processes=1, device="cpu")[0] for _ in range(2)]
+    assert {folder for _, folder in launches} == {str(tmp_path / "nbaccel" / "inductor")}
+    (missed, hit, graphs_missed, graphs_hit), (missed_later, hit_later, graphs_missed_later, _) = (
+        counts for counts, _ in launches
+    )
+    assert (missed, hit) == (1, 0)
+    assert graphs_missed > 0
+    assert graphs_hit == 0
+    assert (missed_later, hit_later, graphs_missed_later) == (0, 1, 0)
