@@ -45,8 +45,13 @@ class _Probe:
     answers: dict[int, Answer] = field(default_factory=dict)
     unanswered: int | None = None
     """The last question that is still open: no further one is sent meanwhile."""
-    answered: float = field(default_factory=time.monotonic)
+    silent_since: float = 0.0
+    """When the first question was asked that has not been answered; counts while one is open."""
     still: float = 0.0
+
+    def silent(self, now: float) -> float:
+        """For how many seconds it owes an answer."""
+        return now - self.silent_since if self.unanswered is not None else 0.0
 
 
 @final
@@ -101,10 +106,7 @@ class Probes:
             for probe in self._probes.values():
                 self._take(probe)
                 self._ask(probe, "pulse")
-            return {
-                rank: max(probe.still, now - probe.answered if probe.unanswered is not None else 0.0)
-                for rank, probe in self._probes.items()
-            }
+            return {rank: max(probe.still, probe.silent(now)) for rank, probe in self._probes.items()}
 
     def look(self, num_ranks: int, ended: Mapping[int, str] | None = None) -> tuple[RankView, ...]:
         """Every rank's stacks and collectives now. Takes a tenth of a second, three when ranks are silent.
@@ -144,11 +146,13 @@ class Probes:
             probe.channel.send(ask)
         except ChannelClosed:
             return None  # /proc will tell
+        if probe.unanswered is None:
+            probe.silent_since = time.monotonic()
         probe.unanswered = ask.id
         return ask.id
 
     def _ask_for_all(self, probe: _Probe) -> tuple[int, int] | None:
-        if probe.unanswered is not None and time.monotonic() - probe.answered > _UNANSWERED:
+        if probe.silent(time.monotonic()) > _UNANSWERED:
             return None  # silent for long: a question more would only lie there
         # stacks first: they matter more, and records take longer
         first, second = self._ask(probe, "stacks", anyway=True), self._ask(probe, "records", anyway=True)
@@ -159,7 +163,7 @@ class Probes:
         if probe.channel.eof:
             return
         for answer, _ in probe.channel.drain():
-            probe.answered, probe.still = time.monotonic(), answer.still
+            probe.still, probe.silent_since = answer.still, time.monotonic()
             if answer.id == probe.unanswered:
                 probe.unanswered = None
             if answer.body is not None:
@@ -195,7 +199,7 @@ class Probes:
         condition: Condition = "answers"
         threads = body.threads if body else ()
         if body is None:
-            seconds = time.monotonic() - probe.answered
+            seconds = probe.silent(time.monotonic())
             condition = "stopped" if process.state == "T" else "silent"
             if process.state in ("", "Z", "X"):
                 condition = "gone"
