@@ -219,7 +219,7 @@ class CallInFlight:
             signalled=self.signalled,
             values=self.values,
             errors=self.errors,
-            last_words={known.rank: known.last_lines(20) for known in self.state.ranks},
+            last_words={rank: self.state.ranks[rank].last_lines(20) for rank in self.failures},
             limits=self.limits,
             folder=self._folder,
             keep=self.keep,

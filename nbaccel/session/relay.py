@@ -39,7 +39,7 @@ from nbaccel.session.stacks import StackReport, place, user_line
 from nbaccel.session.state import RankState, RunState, fold, new_state
 from nbaccel.session.watch import Stall, Watch
 from nbaccel.session.wires import Wires
-from nbaccel.wire.channel import ChannelClosed
+from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import (
     Died,
     Display,
@@ -393,7 +393,8 @@ class Relay:
 
     def _on_channel(self, rank: int) -> None:
         for event, fds in self._wires.events(rank):
-            self._on_event(replace(event, rank=rank), fds)
+            object.__setattr__(event, "rank", rank)  # it came just now: nobody else has it
+            self._on_event(event, fds)
 
     def _on_event(self, event: Event, fds: list[int]) -> None:
         rank = event.rank
@@ -518,15 +519,26 @@ class Relay:
         self._calls += 1
         delivered = call.delivery is self._delivery
         parcel, fd = (None, None) if delivered else (call.delivery.parcel, call.delivery.fd)
+        frames: dict[bool, bytes] = {}
         for rank in call.ranks:
             self._fold(Status(rank=rank, state="running"))
-            self._send(rank, Call(call.id, call.wants_value(rank), parcel), () if fd is None else (fd,))
+            wanted = call.wants_value(rank)
+            if fd is not None:
+                self._send(rank, Call(call.id, wanted, parcel), (fd,))
+                continue
+            if wanted not in frames:
+                frames[wanted] = Channel.encode(Call(call.id, wanted, parcel))
+            self._send(rank, frames[wanted])
         for message, ranks in call.posts:
             self._on_post(message, ranks, call)
 
     def _send(self, rank: int, message: Any, fds: tuple[int, ...] = ()) -> None:
         try:
-            self._wires.ports.channels[rank].send(message, fds)
+            channel = self._wires.ports.channels[rank]
+            if isinstance(message, bytes):
+                channel.send_encoded(message)
+            else:
+                channel.send(message, fds)
         except ChannelClosed:
             pass  # it died just now: its exit says so
 

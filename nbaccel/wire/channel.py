@@ -24,7 +24,7 @@ __all__ = ["Channel", "ChannelClosed", "pair"]
 
 _HEADER = struct.Struct("!QI")
 _BATCH = 200
-_CHUNK = 1 << 18
+_SMALL, _CHUNK = 1 << 13, 1 << 18
 # Descriptors that arrive must not leak into a user's subprocess, which would keep our pipes open.
 _FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -59,6 +59,7 @@ class Channel:
         self._buffer = bytearray()
         self._fds: deque[int] = deque()
         self._eof = False
+        self._size = _SMALL
 
     @classmethod
     def from_fd(cls, fd: int) -> Channel:
@@ -93,6 +94,24 @@ class Channel:
                 raise ChannelClosed("the channel is closed") from error
             raise
 
+    @staticmethod
+    def encode(value: Any) -> bytes:
+        """What `send` would write, for `send_encoded`: one value for many channels."""
+        body = pickle.dumps(value, protocol=5)
+        return _HEADER.pack(len(body), 0) + body
+
+    def send_encoded(self, frame: bytes) -> None:
+        """Send what `encode` made.
+
+        Raises:
+            ChannelClosed: nobody is there any more.
+        """
+        try:
+            with self._lock:
+                self._sock.sendall(frame)
+        except OSError as error:
+            raise ChannelClosed("the other end of the channel is gone") from error
+
     def _send_with_fds(self, header: bytes, fds: Sequence[int]) -> None:
         for start in range(0, len(fds), _BATCH):
             rights = array.array("i", fds[start : start + _BATCH])
@@ -122,8 +141,7 @@ class Channel:
 
     def drain(self) -> Iterator[tuple[Any, list[int]]]:
         """Every whole value that can be read without waiting. Check `eof` afterwards."""
-        while not self._eof and _readable(self._sock, 0):
-            self._fill()
+        while not self._eof and self._fill(wait=False):
             yield from self._frames()
         yield from self._frames()
 
@@ -132,12 +150,17 @@ class Channel:
         """Whether the other end is gone and everything it sent has been read from the socket."""
         return self._eof
 
-    def _fill(self) -> None:
-        """Read what is there, descriptors included."""
+    def _fill(self, *, wait: bool = True) -> bool:
+        """Read what is there, descriptors included; whether there was anything, or the end."""
+        flags = _FLAGS if wait else _FLAGS | socket.MSG_DONTWAIT
         try:
-            data, ancillary, _, _ = self._sock.recvmsg(_CHUNK, socket.CMSG_SPACE(_BATCH * 4), _FLAGS)
+            data, ancillary, _, _ = self._sock.recvmsg(self._size, socket.CMSG_SPACE(_BATCH * 4), flags)
         except (ConnectionResetError, BrokenPipeError):
             data, ancillary = b"", []
+        except BlockingIOError:
+            return False
+        # a large buffer for each small message costs more than the message
+        self._size = min(4 * self._size, _CHUNK) if len(data) == self._size else _SMALL
         if not data:
             self._eof = True
         for level, kind, content in ancillary:
@@ -146,6 +169,7 @@ class Channel:
                 received.frombytes(content[: len(content) - len(content) % received.itemsize])
                 self._fds.extend(received)
         self._buffer += data
+        return True
 
     def _frames(self) -> Iterator[tuple[Any, list[int]]]:
         """Every whole frame in the buffer."""

@@ -83,7 +83,7 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
     Raises:
         PayloadError: a part of it cannot be pickled; the message names it.
     """
-    file = _memory_file()
+    file = _Content()
     try:
         pickler = _Pickler(file, outward=outward)
         try:
@@ -91,19 +91,18 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
         except Exception as error:  # any __reduce__ may raise anything
             raise PayloadError(explain(value, error)) from error
         pickler.dump(Sidecar(pickler.names, pickler.classes, pickler.sources))
-        file.flush()
-        pickled = file.tell()
+        pickled = file.size
         buffers, end = [], pickled
         for buffer in pickler.buffers:
             offset = -(-end // _ALIGN) * _ALIGN
             raw = buffer.raw()
-            _write_at(file.fileno(), raw, offset)
+            _write_at(file.fileno(), raw, offset)  # a buffer alone is too large to go inline
             buffers.append((offset, raw.nbytes))
             end = offset + raw.nbytes
         parcel = Parcel(
             pickled,
             tuple(buffers),
-            inline=os.pread(file.fileno(), end, 0) if end <= _INLINE else None,
+            inline=file.small,
             modules=tuple(sorted(pickler.modules)),
             on_device=pickler.on_device,
         )
@@ -304,6 +303,50 @@ def _notebook_class(identity: str, name: str) -> type:
         raise pickle.UnpicklingError(
             f"the notebook's class {name} is gone: it was deleted or redefined"
         ) from None
+
+
+@final
+class _Content:
+    """What a pickler writes to: memory while it is small, then a memory file.
+
+    Attributes:
+        size: bytes written.
+    """
+
+    def __init__(self) -> None:
+        self._start = bytearray()
+        self._file: Any = None
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.size += size
+        if self._file is None and self.size <= _INLINE:
+            self._start += data
+        else:
+            self._on_file().write(data)
+        return size
+
+    @property
+    def small(self) -> bytes | None:
+        """All of it, when it is so small that no file was needed."""
+        return bytes(self._start) if self._file is None else None
+
+    def fileno(self) -> int:
+        """The file, with everything in it."""
+        file = self._on_file()
+        file.flush()
+        return int(file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _on_file(self) -> Any:
+        if self._file is None:
+            self._file = _memory_file()
+            self._file.write(self._start)
+        return self._file
 
 
 @final
