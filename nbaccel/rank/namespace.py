@@ -66,10 +66,6 @@ def variables() -> list[Variable]:
 
 
 def _describe(name: str, value: Any) -> Variable:
-    kind = type(value)
-    shown = (
-        kind.__name__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__name__}"
-    )
     digest = hashlib.blake2b(digest_size=4)
     try:
         comparable = _feed(digest, value, [_MAX_ITEMS])
@@ -79,7 +75,7 @@ def _describe(name: str, value: Any) -> Variable:
     text = repr(value)[:40] if isinstance(value, (bool, int, float, complex, str, bytes, type(None))) else ""
     return Variable(
         name=name,
-        type=shown,
+        type=type(value).__name__,
         shape=shape,
         dtype=dtype,
         device=device,
