@@ -47,6 +47,7 @@ lint: $(VENV)/.nbaccel-test  ## ruff and mypy
 
 bench: $(VENV)/.nbaccel-test  ## the figures of the README, beside the peers (half an hour)
 	$(PY) benchmarks/launch.py --out build/bench
+	$(PY) benchmarks/session.py --out build/bench
 
 bench-quick: $(VENV)/.nbaccel-test  ## the same, a few minutes, rough
 	$(PY) benchmarks/launch.py --quick --out build/bench
