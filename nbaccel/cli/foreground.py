@@ -17,6 +17,7 @@ from typing import Any, final
 from nbaccel.cli.target import Target
 from nbaccel.config import RUN_CONFIG_VARIABLE, duration_seconds
 from nbaccel.errors import LaunchError, RunTimeout, WorkerError
+from nbaccel.rank.spec import HostPlace
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading
@@ -30,7 +31,7 @@ from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.terminal import TerminalPanel
 from nbaccel.session.sinks.text import TextSink
 
-__all__ = ["exit_code", "run_here", "run_to_end"]
+__all__ = ["exit_code", "report", "run_here", "run_to_end", "say", "start", "terminations"]
 
 
 def run_to_end(request: Request, target: Target, *, stop_grace: str) -> int:
@@ -38,19 +39,19 @@ def run_to_end(request: Request, target: Target, *, stop_grace: str) -> int:
     seconds = duration_seconds(stop_grace, what="--stop-grace")
     for note in (*request.plan.notes, *target.notes):
         say(note)
-    with Presses() as presses, _terminations(seconds) as terminations:
+    with Presses() as presses, terminations(seconds) as ending:
         run = run_again(
             request,
-            lambda attempt: terminations.watch(_start(attempt, target)),
+            lambda attempt: ending.watch(start(attempt, target)),
             lambda run: run.wait_done(presses),
             say=say,
-            report=_report,
-            stopping=lambda: bool(terminations.received),
+            report=report,
+            stopping=lambda: bool(ending.received),
         )
         presses.absorb()
     error = run.exception()
-    _report(error)
-    return 128 + signal.SIGTERM if terminations.received else exit_code(error)
+    report(error)
+    return 128 + signal.SIGTERM if ending.received else exit_code(error)
 
 
 def say(note: str) -> None:
@@ -62,7 +63,7 @@ def say(note: str) -> None:
         pass  # the stream is closed: nobody is there to be told
 
 
-def _start(request: Request, target: Target) -> Run:
+def start(request: Request, target: Target, host: HostPlace | None = None) -> Run:
     """The run, its output going to this process's, with a live table below it in a terminal."""
     environment, plan = request.environment, request.plan
     folder = make_folder(request, say)
@@ -79,6 +80,7 @@ def _start(request: Request, target: Target) -> Run:
         num_ranks=plan.num_processes,
         mode=request.output,
         label="long",
+        first_rank=host.first_rank if host is not None else None,
         displays=request.output != "none",
     )
     prompts = Prompts(
@@ -104,6 +106,7 @@ def _start(request: Request, target: Target) -> Run:
         label=lambda _: None,
         meanwhile=prompts.meanwhile,
         panel=panel is not None,
+        host=host,
     )
     made.append(run)
     return run
@@ -158,21 +161,22 @@ class _Terminations:
 
 
 @contextmanager
-def _terminations(grace: float) -> Iterator[_Terminations]:
+def terminations(grace: float) -> Iterator[_Terminations]:
     """While entered, SIGTERM is taken as the wish to stop."""
-    terminations = _Terminations(grace)
+    ending = _Terminations(grace)
     before = None
     if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, terminations)
+        before = signal.signal(signal.SIGTERM, ending)
     try:
-        yield terminations
+        yield ending
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-        terminations.close()
+        ending.close()
 
 
-def _report(error: BaseException | None) -> None:
+def report(error: BaseException | None) -> None:
+    """Show how a run failed; nothing when it did not."""
     if error is None:
         return
     if isinstance(error, WorkerError):

@@ -12,6 +12,7 @@ import click
 from nbaccel.cli.foreground import run_here, run_to_end, say
 from nbaccel.cli.options import config_options, configuration, environment_pairs, file_options
 from nbaccel.cli.runs import complete_run, find_run
+from nbaccel.cli.several import make_meeting, run_among_hosts
 from nbaccel.cli.target import find_target, read_run
 from nbaccel.session.request import make_request
 
@@ -35,6 +36,17 @@ __all__ = ["launch"]
     help="After SIGTERM: time to stop at a step and save, before the ranks are interrupted.",
 )
 @click.option("--env", multiple=True, callback=environment_pairs, metavar="NAME=VALUE", help="For the ranks.")
+@click.option("--nnodes", default="1", metavar="N|MIN:MAX", help="Hosts; run the command on each.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the hosts meet; HOST is one of them.")
+@click.option("--rdzv-id", metavar="NAME", help="Keeps two runs at one endpoint apart.")
+@click.option(
+    "--rdzv-conf",
+    multiple=True,
+    callback=environment_pairs,
+    metavar="KEY=TIME",
+    help="join_timeout, last_call_timeout or silence.",
+)
+@click.option("--interface", metavar="NAME", help="Network of the ranks of several hosts.")
 @click.option("--name", help="What the run is called; the script's name otherwise.")
 @click.option("--folder", metavar="DIR", help="Where the run folder goes.")
 @click.option("--no-folder", is_flag=True, help="Keep no run folder.")
@@ -55,6 +67,11 @@ def launch(
     grace: float,
     stop_grace: str,
     env: dict[str, str],
+    nnodes: str,
+    rdzv_endpoint: str | None,
+    rdzv_id: str | None,
+    rdzv_conf: dict[str, str],
+    interface: str | None,
     name: str | None,
     folder: str | None,
     no_folder: bool,
@@ -85,6 +102,7 @@ def launch(
         os.chdir(before.cwd or ".")
         for note in before.notes:
             say(note)
+    meeting = make_meeting(nnodes, rdzv_endpoint, rdzv_id, interface, rdzv_conf)
     target = find_target(str(script), arguments, module=module)
     request = make_request(
         target.function,
@@ -102,6 +120,8 @@ def launch(
     )
     if request.plan.in_place:
         return run_here(request, target)
+    if meeting is not None:
+        return run_among_hosts(request, target, meeting, stop_grace=stop_grace)
     return run_to_end(request, target, stop_grace=stop_grace)
 
 

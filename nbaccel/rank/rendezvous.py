@@ -58,6 +58,7 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> Callable[[int], None]:
     if original is None:
         return renew
     owner = os.getpid()
+    meeting = (spec.host.address, spec.host.port) if spec.host is not None else None
     local = {"127.0.0.1", "localhost", "::1", "0.0.0.0", socket.gethostname()}
 
     def create(
@@ -69,6 +70,12 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> Callable[[int], None]:
         *args: Any,
         **options: Any,
     ) -> Any:
+        if spec.host is not None and os.getpid() == owner and (hostname, port) == meeting:
+            number = opened[world_size]
+            opened[world_size] += 1
+            found = original(hostname, port, rank_in_group, world_size, timeout, *args, **options)
+            whose = f" for {spec.host.first_rank + rank}" if world_size == 1 else ""
+            return c10d.PrefixStore(f"group {number} of {world_size}{whose}", found)
         if hostname not in local or os.getpid() != owner:
             return original(hostname, port, rank_in_group, world_size, timeout, *args, **options)
         number = base[0] + opened[world_size]

@@ -10,7 +10,27 @@ from typing import Any
 from nbaccel.config import RUN_CONFIG_VARIABLE
 from nbaccel.wire.payload import Parcel
 
-__all__ = ["Call", "Exit", "Free", "Join", "Place", "RunSpec", "rank_environ"]
+__all__ = ["Call", "Exit", "Free", "HostPlace", "Join", "Place", "RunSpec", "rank_environ"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPlace:
+    """A host's place in a run of several."""
+
+    index: int
+    count: int
+    """Hosts of the run."""
+    first_rank: int
+    """The rank of this host's first process."""
+    world_size: int
+    """Ranks of all hosts."""
+    address: str
+    port: int
+    """Where the store is that the ranks meet at."""
+    interface: str
+    """The network interface the ranks talk through."""
+    meeting: int
+    """How many times the hosts have met before: ranks of one meeting never meet those of another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +61,8 @@ class RunSpec:
     """Whether bars are painted by the notebook, and need not be written to stdout and stderr."""
     park: bool = False
     """Whether a rank that failed waits with its frames until it is told to leave."""
+    host: HostPlace | None = None
+    """Where this host stands when there are several."""
     keep: bool = False
     """Whether the ranks stay after a call, for the next: a session's do."""
 
@@ -118,10 +140,30 @@ def rank_environ(spec: RunSpec, rank: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": True,
         RUN_CONFIG_VARIABLE: spec.config,
         **spec.variables,
+        **_among_hosts(spec.host, rank),
     }
     # With an odd hostname gloo would listen on whatever it resolves to; NCCL bootstraps on the first interface.
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if name not in spec.environ:
-            variables[name] = loopback
+            variables[name] = loopback if spec.host is None else spec.host.interface
     return {name: str(value) for name, value in variables.items()}
+
+
+def _among_hosts(host: HostPlace | None, local_rank: int) -> dict[str, Any]:
+    """What is otherwise when the run has several hosts."""
+    if host is None:
+        return {}
+    rank = host.first_rank + local_rank
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": host.world_size,
+        "GROUP_RANK": host.index,
+        "GROUP_WORLD_SIZE": host.count,
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": host.world_size,
+        "MASTER_ADDR": host.address,
+        "MASTER_PORT": host.port,
+        # torch keeps the ranks of one attempt apart from those of the next by this number
+        "TORCHELASTIC_RESTART_COUNT": host.meeting,
+    }

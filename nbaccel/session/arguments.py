@@ -104,8 +104,8 @@ def _one_host(name: str, value: Any) -> dict[str, Any]:
     if value in (None, 1, "1", "1:1"):
         return {}
     raise ConfigError(
-        f"{name}={value!r}: a launch over several hosts is not built yet. Leave {name} out to run here, "
-        "or start the script with torchrun on each host: it runs in place there."
+        f"{name}={value!r}: a notebook's launch over several hosts is not built yet. Leave {name} out to run "
+        "here, or run a script with `nbaccel launch --nnodes` (or torchrun) on each host."
     )
 
 
@@ -113,7 +113,7 @@ def _first_host(name: str, value: Any) -> dict[str, Any]:
     if value in (None, 0, "0"):
         return {}
     raise ConfigError(
-        f"{name}={value!r}: a launch over several hosts is not built yet, and on one host {name} is 0. "
+        f"{name}={value!r}: a notebook's launch over several hosts is not built yet, and on one host {name} is 0. "
         "Leave it out."
     )
 

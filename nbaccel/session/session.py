@@ -7,14 +7,14 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nbaccel.config import RunConfig
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError
-from nbaccel.rank.spec import RunSpec
+from nbaccel.rank.spec import HostPlace, RunSpec
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
@@ -29,6 +29,7 @@ from nbaccel.wire import payload
 __all__ = ["Task", "check_call", "start_run"]
 
 Returns = Literal["all", "rank0", "none"]
+_FOR_EVER = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,7 @@ def start_run(
     heading: Heading | None = None,
     show: Callable[[Run], None] | None = None,
     park_for: float = 0.0,
+    host: HostPlace | None = None,
 ) -> Run:
     """Start the ranks `plan` describes and hand them the task; returns at once.
 
@@ -89,6 +91,7 @@ def start_run(
         panel: whether a sink paints the ranks' bars.
         heading: what its panel says above everything else.
         show: paints the run in a cell.
+        host: where this host stands when there are several.
         park_for: seconds for which the first rank that fails is kept with its frames; 0 keeps none.
 
     Raises:
@@ -96,7 +99,10 @@ def start_run(
         LaunchError: the process that makes ranks cannot be started.
     """
     parking.release()
-    spec = make_spec(config, plan, env, panel=panel, park=park_for > 0)
+    spec = replace(make_spec(config, plan, env, panel=panel, park=park_for > 0), host=host)
+    if config.collective_timeout is None and limits.stall > 0:
+        # the watch ends a hang, and names who is missed; a timeout of torch's does not
+        spec = replace(spec, collective_timeout=_FOR_EVER)
     parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
     delivery = Delivery(parcel=parcel, fd=fd, returns=task.returns)
     call = CallInFlight(

@@ -81,9 +81,9 @@ def test_arguments_with_a_word_of_ours_are_translated(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_nodes": 2}, "num_nodes=2: a launch over several hosts is not built yet"),
+        ({"num_nodes": 2}, "num_nodes=2: a notebook's launch over several hosts is not built yet"),
         ({"nnodes": "2"}, "several hosts is not built yet"),
-        ({"node_rank": 1}, "node_rank=1: a launch over several hosts is not built yet"),
+        ({"node_rank": 1}, "node_rank=1: a notebook's launch over several hosts is not built yet"),
         ({"use_port": "http"}, "use_port must be a port number from 0 to 65535, not 'http'"),
         ({"use_port": 70000}, "use_port must be a port number"),
         ({"use_port": True}, "use_port must be a port number"),

@@ -54,6 +54,7 @@ class TextSink:
             then shown in place, up to four times a second; otherwise a bar appears once, in its final state.
         hold: seconds a line may wait for its likes.
         columns: width of the terminal, which bars are cut to; None when lines have no limit.
+        first_rank: the number of the first rank where there are several hosts, for its label.
         displays: whether what ranks display is printed as text: there is no place for anything richer.
         clock: what `tick` is called with.
     """
@@ -68,14 +69,16 @@ class TextSink:
         transient: bool = False,
         hold: float = 0.1,
         columns: int | None = None,
+        first_rank: int | None = None,
         displays: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._write = write
         self._shown_ranks = {"none": 0, "rank0": 1}.get(mode, num_ranks)
-        self._bare = num_ranks == 1 or mode == "rank0"
+        self._bare = (num_ranks == 1 and first_rank is None) or mode == "rank0"
         self._bare_rank0 = mode == "auto" and label == "short"
         self._long = label == "long"
+        self._first_rank = first_rank or 0
         self._transient = transient
         self._columns = columns
         self._displays = displays
@@ -189,7 +192,7 @@ class TextSink:
     def _label(self, ranks: int) -> str:
         if self._bare or (self._bare_rank0 and ranks == 1):
             return ""
-        return _label(ranks, self._long)
+        return _label(ranks << self._first_rank, self._long)
 
     def _repaint(self, now: float) -> None:
         old = self._bar
