@@ -126,7 +126,8 @@ def launch(
         dashboard: "auto" is a live panel where somebody looks on: a notebook that is open, a terminal when
             rich is installed; True insists on it in any notebook, False is text alone.
         max_time: seconds, or "2h30m", after which the run is ended with RunTimeout.
-        collective_timeout: seconds a collective waits for the other ranks; None is torch's default.
+        collective_timeout: seconds a collective waits for the other ranks before it raises; None never raises,
+            but after half an hour of waiting the run is ended, naming the rank that is missed.
         start_timeout: seconds until all ranks must be ready to call the function.
         grace: seconds the other ranks get after one failed, and all after an interrupt.
         stall_after: seconds after which ranks that wait for one another are named with every rank's stack;

@@ -96,6 +96,7 @@ class Session:
             start=duration_seconds(start_timeout, what="start_timeout"),
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
             stall=0.0 if stall_after == 0 else duration_seconds(stall_after, what="stall_after"),
+            hang=Limits.hang_after(self._config.collective_timeout),
         )
         self._idle_stop = None if idle_stop is None else duration_seconds(idle_stop, what="idle_stop")
         self._environment = probe()

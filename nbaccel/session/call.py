@@ -222,6 +222,7 @@ class CallInFlight:
             last_words={rank: self.state.ranks[rank].last_lines(20) for rank in self.failures},
             limits=self.limits,
             folder=self._folder,
+            hung=self.stall,
             keep=self.keep,
             notes=tuple(self.notes),
         )

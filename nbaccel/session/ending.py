@@ -8,7 +8,7 @@ from typing import Literal, final
 
 __all__ = ["Action", "Ending", "Limits", "Reason"]
 
-Reason = Literal["returned", "failed", "interrupted", "timeout", "killed"]
+Reason = Literal["returned", "failed", "interrupted", "timeout", "hung", "killed"]
 
 Action = signal.Signals | Literal["free"]
 """A signal to the ranks, or "free" for those that wait in a collective."""
@@ -20,6 +20,8 @@ _EXIT_HANDLERS = 30.0
 # In a session the peers of a failed rank finish what they are at, are interrupted, and are freed.
 _PEERS_GO_ON = 0.3
 _AFTER_SIGINT = 0.2
+# A collective that torch gives up raises in the rank; only where that ends nothing is the call ended.
+_AFTER_TORCH = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,13 @@ class Limits:
     """For the call; None is for ever."""
     stall: float = 30.0
     """Until ranks that wait for one another are told with their stacks; 0 never."""
+    hang: float = 1800.0
+    """Until the call is ended because they still wait; nothing ends it when nobody looks (`stall` is 0)."""
+
+    @classmethod
+    def hang_after(cls, collective_timeout: float | None) -> float:
+        """`hang` for this option: torch, which was given it too, has the first word."""
+        return 1800.0 if collective_timeout is None else collective_timeout + _AFTER_TORCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class Ending:
             return [(0.0, signal.SIGKILL)]
         grace = _EXIT_HANDLERS if reason == "returned" else self._grace
         first: list[tuple[float, Action]] = (
-            [(0.0, signal.SIGINT)] if reason in ("interrupted", "timeout") else []
+            [(0.0, signal.SIGINT)] if reason in ("interrupted", "timeout", "hung") else []
         )
         return [*first, (grace, signal.SIGTERM), (grace + _AFTER_SIGTERM, signal.SIGKILL)]
 

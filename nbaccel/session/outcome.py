@@ -12,6 +12,7 @@ from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
 from nbaccel.session.ending import Limits, Reason
 from nbaccel.session.report import CellLabel, Outcome, user_place, waited_in, worker_error
 from nbaccel.session.results import Results, rank_ranges
+from nbaccel.session.watch import Stall
 from nbaccel.wire import payload
 from nbaccel.wire.events import Died, Raised
 
@@ -40,6 +41,8 @@ class Ended:
     last_words: Mapping[int, tuple[str, ...]]
     limits: Limits
     folder: str | None
+    hung: Stall | None = None
+    """What was seen of ranks that waited too long."""
     keep: bool = False
     """Whether the ranks stay: those that were interrupted then say where they were."""
     notes: tuple[str, ...] = ()
@@ -56,6 +59,8 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
         return RunTimeout(
             f"the run took longer than max_time={ended.limits.run:g} s.\n{_where(ended, label)}"
         )
+    if ended.reason == "hung" and ended.hung is not None:
+        return _hung(ended, ended.hung)
     if ended.failures:
         return _worker_error(ended, label)
     values = Results([None] * len(ended.ranks), ranks=ended.ranks)
@@ -64,6 +69,20 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
         if parcel is not None:
             values[at] = payload.unpack(parcel, fd)[0]
     return values
+
+
+def _hung(ended: Ended, stall: Stall) -> WorkerError:
+    """Ranks waited for one that did not come."""
+    found = stall.report.findings if stall.report is not None else ()
+    culprits = tuple(dict.fromkeys(rank for one in found for rank in one.culprits))
+    lines = [
+        *repr(stall.report).splitlines(),
+        "",
+        f"WorkerError: {stall.text.splitlines()[0]}",
+        f"the call was ended after {ended.limits.hang:g} s of waiting; collective_timeout=… gives it another time",
+        *([f"logs of every rank: {ended.folder}"] if ended.folder else []),
+    ]
+    return WorkerError("\n".join(lines).replace("WorkerError: ", ""), ranks=culprits, rendered=tuple(lines))
 
 
 def _interrupted(text: str) -> KeyboardInterrupt:

@@ -300,7 +300,7 @@ class Relay:
     def _on_stop_order(self, call: CallInFlight | None, *, kill: bool) -> None:
         call = call or self._call
         if call is not None and call is self._call:
-            again = call.ending.reason in ("interrupted", "failed", "timeout")
+            again = call.ending.reason in ("interrupted", "failed", "timeout", "hung")
             self._end("killed" if kill or again else "interrupted")
         elif call is not None and call in self._waiting:
             self._waiting.remove(call)
@@ -320,6 +320,9 @@ class Relay:
         if call is not self._call or call.resolved:
             return
         call.stall = stall
+        if stall.final:
+            self._end("hung")
+            return
         call.say(stall.text if stall.report is None else repr(stall.report))
         report = "" if stall.report is None else repr(stall.report)
         self._fold(Stalled(rank=call.ranks[0], text=stall.text, report=report))
@@ -515,7 +518,8 @@ class Relay:
         """Let the ranks run the function."""
         call.begin(self._calls, self._state, time.monotonic())
         self._idle_context = call.context
-        self._watch.began(call.limits.stall, lambda stall: self._order("stall", (call, stall)))
+        limits = call.limits
+        self._watch.began(limits.stall, limits.hang, lambda stall: self._order("stall", (call, stall)))
         self._calls += 1
         delivered = call.delivery is self._delivery
         parcel, fd = (None, None) if delivered else (call.delivery.parcel, call.delivery.fd)
@@ -578,7 +582,7 @@ class Relay:
             return
         if reason == "failed" and self._phase == "ready":
             self._parked = self._worth_a_look(call)
-        elif reason in ("interrupted", "killed", "timeout"):
+        elif reason in ("interrupted", "killed", "timeout", "hung"):
             self._release_parked()
         self._phase = "leaving"
         self._deadline = None

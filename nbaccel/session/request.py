@@ -139,6 +139,7 @@ def make_request(
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
             run=None if max_time is None else duration_seconds(max_time, what="max_time"),
             stall=0.0 if stall_after == 0 else duration_seconds(stall_after, what="stall_after"),
+            hang=Limits.hang_after(combined.collective_timeout),
         ),
         env=for_ranks,
         output=_one_of("output", output, ("auto", "all", "rank0", "none")),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 from nbaccel.session.diagnosis import diagnose, in_debugger
 from nbaccel.session.probes import Probes
@@ -28,6 +28,12 @@ _PERIOD = 0.5
 _LAG = 1.0
 
 
+# A rank that nobody waits for may do nothing for long; its call is not ended for it.
+_WAITS = frozenset({"mismatch", "absent", "slow", "peer", "start"})
+_STUCK = frozenset({"loader", "stopped", "silent"})
+_KINDS = {"word": _WAITS | _STUCK, "report": _WAITS | _STUCK | {"still"}, "end": _WAITS}
+
+
 @dataclass(frozen=True, slots=True)
 class Stall:
     """What the watch tells: that ranks wait, and for whom; or that they go on."""
@@ -35,6 +41,16 @@ class Stall:
     text: str
     report: StackReport | None
     """With every rank's stack, once it has lasted for `stall_after`."""
+    final: bool = False
+    """It has lasted too long: the call is to be ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What is done about a stall that has lasted so many seconds."""
+
+    after: float
+    does: Literal["word", "report", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +58,7 @@ class _Vigil:
     """What one call wants of the watch."""
 
     began: float
-    stall_after: float
+    stages: tuple[_Stage, ...]
     tell: Callable[[Stall], None]
     over: threading.Event
 
@@ -87,20 +103,22 @@ class Watch:
         known."""
         return self._probes.crash(rank)
 
-    def began(self, stall_after: float, tell: Callable[[Stall], None]) -> None:
+    def began(self, stall_after: float, hang_after: float, tell: Callable[[Stall], None]) -> None:
         """A call runs from now on.
 
         Args:
             stall_after: seconds until the full report; 0 never looks by itself.
+            hang_after: seconds until the call is to be ended.
             tell: called on the watch's thread.
         """
         self.finished()
-        self._vigil = _Vigil(time.monotonic(), stall_after, tell, threading.Event())
+        stages = () if stall_after <= 0 else _stages(stall_after, hang_after)
+        self._vigil = _Vigil(time.monotonic(), stages, tell, threading.Event())
 
     def tick(self, now: float) -> None:
         """Called now and then while a call runs; `now` is `time.monotonic()`."""
         vigil = self._vigil
-        if vigil is None or vigil.stall_after <= 0 or now - vigil.began <= _FIRST_LOOK:
+        if vigil is None or not vigil.stages or now - vigil.began <= _FIRST_LOOK:
             return
         if not self._threads or self._threads[-1][0] is not vigil:
             # what it tells appears in the cell that called
@@ -129,32 +147,37 @@ class Watch:
         self._probes.close()
 
     def _look_after(self, vigil: _Vigil) -> None:
-        stages = [at for at in (HINT_AFTER, vigil.stall_after) if at <= vigil.stall_after]
-        due, told, not_before = list(stages), False, 0.0
+        due, told, not_before = list(vigil.stages), False, 0.0
         while not vigil.over.wait(_PERIOD):
             still = max(self._probes.pulse().values(), default=0.0)
             if still < 2 * _PERIOD:
                 if told:
                     vigil.tell(Stall("the ranks go on", None))
-                due, told, not_before = list(stages), False, 0.0
-            elif due and still >= max(due[0] - _LAG, not_before):
-                full = len(due) == 1
-                stall = self._judge(due[0], full=full)
+                due, told, not_before = list(vigil.stages), False, 0.0
+            elif due and still >= max(due[0].after - _LAG, not_before):
+                stall = self._judge(due[0])
                 if stall is not None:
                     vigil.tell(stall)
-                    due, told, not_before = due[1:], told or full, 0.0
-                elif still > due[0] + _LAG:
+                    due, told, not_before = due[1:], told or stall.report is not None, 0.0
+                elif still > due[0].after + _LAG:
                     # it computes, or somebody debugs it: ask less often
-                    due, not_before = (due, 2 * still) if full else (due[1:], 0.0)
+                    due, not_before = (due[1:], 0.0) if due[0].does == "word" else (due, 2 * still)
 
-    def _judge(self, after: float, *, full: bool) -> Stall | None:
-        """What to tell of a stall that has lasted `after` seconds; None when there is nothing wrong."""
+    def _judge(self, stage: _Stage) -> Stall | None:
+        """What to tell of a stall that has come to this stage; None when there is nothing wrong."""
         report = self.look()
         if any(in_debugger(view) for view in report.views):
             return None
-        found = [
-            one for one in report.findings if one.seconds >= after - 0.2 and (full or one.kind != "still")
-        ]
+        kinds = _KINDS[stage.does]
+        found = [one for one in report.findings if one.seconds >= stage.after - 0.2 and one.kind in kinds]
         if not found:
             return None
-        return Stall("\n".join(one.text for one in found[:4]), report if full else None)
+        text = "\n".join(one.text for one in found[:4])
+        return Stall(text, None if stage.does == "word" else report, final=stage.does == "end")
+
+
+def _stages(stall_after: float, hang_after: float) -> tuple[_Stage, ...]:
+    """In their order; what would come after the end is left out."""
+    stages = [_Stage(HINT_AFTER, "word")] if stall_after > HINT_AFTER else []
+    stages += [_Stage(stall_after, "report")] if stall_after < hang_after else []
+    return (*(stage for stage in stages if stage.after < hang_after), _Stage(hang_after, "end"))

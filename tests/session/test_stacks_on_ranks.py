@@ -14,8 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from nbaccel import Run, launch
+from nbaccel import Run, RunConfig, launch
 from nbaccel.errors import ConfigError, WorkerError
+from nbaccel.session.ending import Limits
+from nbaccel.session.environment import probe
+from nbaccel.session.request import make_task
+from nbaccel.session.resolve import resolve
+from nbaccel.session.session import start_run
 from nbaccel.session.stacks import StackReport
 from tests.conftest import wait_until
 
@@ -224,6 +229,28 @@ def test_a_word_comes_after_five_seconds(hang: Callable[..., Run]) -> None:
     stall = wait_until(lambda: run.stall, 30, "a word")
     assert "rank 1 has not called init_process_group" in stall.text
     assert stall.report is None  # the stacks come later
+
+
+def test_a_hang_that_lasts_ends_the_run_and_names_the_rank() -> None:
+    config = RunConfig(num_processes=2)
+    task = make_task(come_late, (), None)
+    limits = Limits(stall=1, hang=3, grace=0.2)
+    run = start_run(
+        task,
+        config=config,
+        plan=resolve(config, probe()),
+        limits=limits,
+        env={},
+        sinks=[],
+        folder=None,
+        say=lambda _: None,
+        label=lambda _: None,
+    )
+    with pytest.raises(WorkerError, match="rank 1 has not called init_process_group") as caught:
+        run.result(timeout=30)
+    assert caught.value.ranks == (1,)
+    assert "ended after 3 s of waiting" in str(caught.value)
+    assert "in come_late" in str(caught.value)
 
 
 def crash() -> None:
