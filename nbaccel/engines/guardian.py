@@ -1,7 +1,8 @@
 """The guardian: parent of the server, and the end of everything when the notebook's process is gone.
 
-No threads, no torch. It adopts what is orphaned below it, watches the notebook's process and the server,
-and when either ends kills every descendant, DataLoader workers and setsid'ed grandchildren included.
+No threads, no torch. It adopts what is orphaned below it and ends that: a run's own process does so for its
+run, so what comes here belongs to one that was killed. It watches the notebook's process and the server, and
+when either ends kills every descendant, DataLoader workers and setsid'ed grandchildren included.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import sys
 from typing import NoReturn
 
 from nbaccel.engines.children import Children
-from nbaccel.rank.process import become_subreaper, call_process, kill_descendants
+from nbaccel.rank.process import become_subreaper, call_process, kill_children_but, kill_descendants
 
 __all__ = ["main"]
+
+# Seconds between looks: nothing tells a process that it has adopted another.
+_LOOK = 1.0
 
 
 def main(control: int, lifeline: int, notebook: int, log: int, start_method: str) -> NoReturn:
@@ -39,10 +43,10 @@ def main(control: int, lifeline: int, notebook: int, log: int, start_method: str
     os.close(control)
     children = Children()
     ends = [lifeline, *_pidfds(notebook)]
-    while not children.wait(*ends, timeout=None if len(ends) > 1 else 1.0):
-        # what was orphaned below is ours to reap too
+    while not children.wait(*ends, timeout=_LOOK):
         if any(children.reap(pid) is not None and pid == server for pid in children.ended()):
             break
+        kill_children_but(server)
     kill_descendants()
     sys.exit(0)
 

@@ -17,6 +17,7 @@ __all__ = [
     "descendants",
     "device_files",
     "die_with_parent",
+    "kill_children_but",
     "kill_descendants",
     "unclean",
 ]
@@ -70,6 +71,17 @@ def descendants(pid: int) -> Iterator[int]:
     while level:
         yield from level
         level = [below for child in level for below in _children(child)]
+
+
+def kill_children_but(kept: int) -> None:
+    """SIGKILL every child of this process except `kept`, and what is below each. Nothing without /proc."""
+    for stray in _children(os.getpid()):
+        if stray != kept:
+            for pid in (*descendants(stray), stray):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    pass  # it ended meanwhile, or it took another user's identity and is beyond us
 
 
 def kill_descendants() -> None:

@@ -115,7 +115,7 @@ class Relay:
         self._deadline: float | None = time.monotonic() + _SERVER_START
         # the sinks' own work waits while the ranks come up, unless that takes long
         self._quiet_until = time.monotonic() + 0.5
-        self._opened = False
+        self._opened = self._made_again = False
         self._started_once = False
         self._generation = 0
         self._recoveries = 0
@@ -351,7 +351,8 @@ class Relay:
                 self._opened = True
                 self._deadline = time.monotonic() + self._start_limit
             elif isinstance(message, Retry):
-                self._retry(message)
+                self._retries.append(message)
+                self._make_again()
                 return
             elif isinstance(message, Failed):
                 text = "\n".join(render(message.info, self._label, title="the ranks' parent", colour=False))
@@ -367,16 +368,18 @@ class Relay:
                 self._on_exit(message)
         if control.eof:
             self._wires.forget_control()
-            if self._phase != "stopping":
+            if self._phase == "starting" and not self._opened and not self._made_again:
+                self._make_again()  # the launch met a server that was just being killed
+            elif self._phase != "stopping":
                 self._on_lost_parent()
 
     def _on_pid(self, rank: int, pid: int) -> None:
         if self._state.ranks[rank].state == "starting":  # a quick rank has said "idle" before its parent this
             self._fold(Status(rank=rank, state="starting", pid=pid))
 
-    def _retry(self, retry: Retry) -> None:
-        """The same group again, made in the way `retry` says."""
-        self._retries.append(retry)
+    def _make_again(self) -> None:
+        """The same group again, made in the way the retries say."""
+        self._made_again = True
         sent = self._delivery
         self._wires.replace(self._engine.start(self._spec, sent.parcel, sent.fd, after=tuple(self._retries)))
         self._tell()

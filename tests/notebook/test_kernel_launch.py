@@ -254,7 +254,6 @@ def test_next_launch_works_when_a_waiting_process_was_killed(kernel: Kernel, vic
     kernel.ok("notebook_launcher(lambda: 1, num_processes=2)", timeout=60)
     pids = wait_until(lambda: named(kernel.pid, victim), 10, victim)
     os.kill(pids[0], signal.SIGKILL)
-    time.sleep(0.3)
     cell = kernel.ok("print(notebook_launcher(lambda: 1, num_processes=2) == [1, 1])", timeout=120)
     assert "True" in cell.stdout
 
@@ -273,6 +272,23 @@ def test_error_is_typed_and_next_launch_works_when_a_process_above_the_ranks_was
     wait_until(lambda: gone(ranks), 3, "the end of the ranks")
     cell = kernel.ok("print(notebook_launcher(lambda: 1, num_processes=2) == [1, 1])", timeout=120)
     assert "True" in cell.stdout
+
+
+@pytest.mark.parametrize("victim", ["nb-server", "nb-template", "nb-run"])
+def test_what_ranks_started_ends_when_a_process_above_them_was_killed(kernel: Kernel, victim: str) -> None:
+    kernel.ok("""
+def start_another():
+    import subprocess, time
+    print("started", subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+    time.sleep(60)
+""")
+    cell = kernel.start("notebook_launcher(start_another, num_processes=2)")
+    kernel.pump(lambda: cell.stdout.count("started") == 2, 60)
+    started = [int(line.split()[-1]) for line in cell.stdout.splitlines()]
+    assert all(psutil.pid_exists(pid) for pid in started)
+    os.kill(named(kernel.pid, victim)[0], signal.SIGKILL)
+    kernel.finish(cell, 20)
+    wait_until(lambda: gone(started), 5, "the end of what the ranks had started")
 
 
 def test_running_run_goes_on_when_another_launch_needs_a_fresh_server(kernel: Kernel) -> None:
