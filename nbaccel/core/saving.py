@@ -181,7 +181,8 @@ class Saving:
             if loader.epoch:
                 self._loop.to_skip[loader] = (loader.epoch, loader.state_dict())
         if self._world.is_main:
-            print(f"resumed from {loaded.path} at optimizer step {loaded.step}", flush=True)
+            place = loaded.path if where != "auto" else self._project() / loaded.path.name
+            print(f"resumed from {place} at optimizer step {loaded.step}", flush=True)
 
     def _save_if_possible(self) -> None:
         # Asked from outside, with nowhere to put it: the loop may still do it itself.
