@@ -111,16 +111,20 @@ def _in_group(group: str, views: Sequence[RankView], label: CellLabel) -> Iterat
     if absent:
         yield from _absent(absent, waiters, one, seconds, by_rank, title, label)
     elif len(waiters) == len(inside):
-        text = (
-            f"{who(waiters)} are all in {_called_text(one)}{title} for {seconds:.0f} s: "
-            "much data, or the connection between them does not work"
-        )
+        why = "much data, or the connection between them does not work"
+        if members - {view.rank for view in views}:
+            why = "the ranks of other hosts, which are not seen from here, have not come or not finished"
+        text = f"{who(waiters)} {_all_wait(waiters)} in {_called_text(one)}{title} for {seconds:.0f} s: {why}"
         yield Finding(kind="slow", text=text, culprits=(), waiting=waiters, seconds=seconds)
+
+
+def _all_wait(ranks: Sequence[int]) -> str:
+    return "are all" if len(ranks) > 1 else "is"
 
 
 def _group_title(group: str, members: set[int], views: Sequence[RankView]) -> str:
     """Which group, where that is a question: the default group has every rank."""
-    return "" if len(members) == len(views) else f" of the group of {who(sorted(members))}"
+    return "" if members >= {view.rank for view in views} else f" of the group of {who(sorted(members))}"
 
 
 def _mismatch(called: Mapping[int, Mapping[int, Collective]], first_pending: int) -> int | None:
@@ -220,6 +224,8 @@ def where(view: RankView, label: CellLabel) -> str:
     """A clause about what a rank does."""
     if view.ended:
         return view.ended
+    if view.condition == "starting":
+        return "it is still starting"
     if view.condition == "gone":
         return "its process is gone"
     if view.condition == "stopped":

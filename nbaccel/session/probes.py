@@ -108,10 +108,13 @@ class Probes:
                 self._ask(probe, "pulse")
             return {rank: max(probe.still, probe.silent(now)) for rank, probe in self._probes.items()}
 
-    def look(self, num_ranks: int, ended: Mapping[int, str] | None = None) -> tuple[RankView, ...]:
+    def look(
+        self, num_ranks: int, ended: Mapping[int, str] | None = None, *, first_rank: int = 0
+    ) -> tuple[RankView, ...]:
         """Every rank's stacks and collectives now. Takes a tenth of a second, three when ranks are silent.
 
         Args:
+            first_rank: what is added to a rank's number here, on one of several hosts.
             ended: how the call of a rank ended, for those whose call has.
         """
         with self._lock:
@@ -128,11 +131,13 @@ class Probes:
             for rank in range(num_ranks):
                 how = (ended or {}).get(rank, "")
                 if rank not in self._probes:
-                    views.append(RankView(rank=rank, pid=None, condition="gone", ended=how))
+                    condition: Condition = "gone" if how else "starting"
+                    views.append(RankView(rank=first_rank + rank, pid=None, condition=condition, ended=how))
                     continue
                 probe = self._probes[rank]
                 process = _process(probe.pid, usage[rank], time.monotonic() - start)
-                views.append(self._view(rank, probe, asked[rank], process, how))
+                view = self._view(first_rank + rank, probe, asked[rank], process, how)
+                views.append(view)
             return tuple(views)
 
     # ── the reporters ─────────────────────────────────────────────────────────────────────────────

@@ -125,7 +125,8 @@ class Relay:
         self._joined: set[int] = set()
         self._retries: list[Retry] = []
         self._startup_error: NbaccelError | None = None
-        self._watch = Watch(spec.num_processes, ended=self._fates, label=label)
+        first_rank = 0 if spec.host is None else spec.host.first_rank
+        self._watch = Watch(spec.num_processes, ended=self._fates, first_rank=first_rank, label=label)
         self._wires = Wires(
             engine.start(spec, delivery.parcel, delivery.fd),
             on_control=self._on_control,

@@ -29,8 +29,9 @@ __all__ = [
 ]
 
 CellLabel = Callable[[str], str | None]
-Condition = Literal["answers", "silent", "stopped", "gone"]
-"""Of a rank: its reporter answers; it does not, but its process lives; SIGSTOP; no such process."""
+Condition = Literal["starting", "answers", "silent", "stopped", "gone"]
+"""Of a rank: it has not said that it is there; its reporter answers; it does not, but its process lives;
+SIGSTOP; no such process."""
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # What stands around the person's call, and around an import.
@@ -208,6 +209,8 @@ def _state(views: Sequence[RankView]) -> str:
     view = views[0]
     if view.ended:
         return view.ended
+    if view.condition == "starting":
+        return "starting"
     if view.condition == "gone":
         return "its process is gone"
     if view.condition == "stopped":

@@ -71,6 +71,7 @@ class Watch:
     Args:
         num_ranks: how many there are.
         ended: how the call of a rank ended, by rank; asked on any thread.
+        first_rank: the number of the first one; on one of several hosts it is not 0.
         label: what the front end calls a file a cell was compiled from.
     """
 
@@ -79,8 +80,10 @@ class Watch:
         num_ranks: int,
         *,
         ended: Callable[[], Mapping[int, str]],
+        first_rank: int = 0,
         label: CellLabel = lambda _: None,
     ) -> None:
+        self._first_rank = first_rank
         self._num_ranks, self._ended, self._label = num_ranks, ended, label
         self._probes = Probes()
         self._vigil: _Vigil | None = None
@@ -136,7 +139,7 @@ class Watch:
 
     def look(self) -> StackReport:
         """Every rank's stacks now, and who waits for whom."""
-        views = self._probes.look(self._num_ranks, self._ended())
+        views = self._probes.look(self._num_ranks, self._ended(), first_rank=self._first_rank)
         return StackReport(views=views, findings=diagnose(views, self._label), label=self._label)
 
     def close(self) -> None:

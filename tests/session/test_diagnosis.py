@@ -192,6 +192,19 @@ def test_torchs_count_serves_when_there_is_no_flight_recorder() -> None:
     )
 
 
+def test_ranks_of_other_hosts_are_not_blamed_unseen() -> None:
+    here = [waiting(2, before=0), waiting(3, before=0)]
+    assert text(*here) == (
+        "ranks 2-3 are all in all_reduce #1 for 41 s: the ranks of other hosts, which are not seen from here, "
+        "have not come or not finished"
+    )
+
+
+def test_a_rank_that_starts_is_not_taken_for_dead() -> None:
+    shown = repr(StackReport(views=(RankView(rank=0, pid=None, condition="starting"),)))
+    assert shown == "no rank waits for another\nrank 0: starting"
+
+
 def test_nothing_is_found_when_ranks_compute() -> None:
     busy = [view(rank, at(5), records=records("all_reduce", ranks=2), process=RUNS) for rank in (0, 1)]
     assert diagnose(busy) == ()
