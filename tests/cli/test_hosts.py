@@ -73,7 +73,8 @@ class Net:
 
     def launch(self, index: int, *arguments: object, pause: float = 0.05) -> Launched:
         """`nbaccel launch` on a host."""
-        setup = f'hostname h{index}; mount --bind {self._names} /etc/hosts; mount --bind {self._names} /etc/resolv.conf; exec "$@"'
+        own = "; ".join(f"mount --bind {self._names} {file}" for file in ("/etc/hosts", "/etc/resolv.conf"))
+        setup = f'hostname h{index}; {own}; exec "$@"'
         command = ["ip", "netns", "exec", f"{self._name}h{index}", "unshare", "--mount", "--pid", "--fork",
                    "--kill-child", "--mount-proc", "--uts", "bash", "-c", setup, "_", sys.executable, "-m",
                    "nbaccel", "launch", "--config", "none", "--device", "cpu", "--no-folder",
