@@ -15,6 +15,7 @@ import contextvars
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -111,7 +112,7 @@ class Panel:
             self._cell.show(top, name=self._top, update=True)
             self._cell.show(durable, name=self._durable, update=True)
             if self._controls is not None:
-                self._controls.close()
+                self._controls.close(html.header(read(state, self._heading, time.time())))
 
     def _paint(self) -> None:
         view = read(self._state, self._heading, time.time())
@@ -172,6 +173,10 @@ def _hints(view: View) -> list[str]:
 def _bundle(content: str, plain: str) -> Bundle:
     style = "font-size:13px;line-height:1.45;max-width:1100px"
     return {"text/html": f'<div style="{style}">{content}</div>', "text/plain": plain}
+
+
+_remains: deque[tuple[Any, ...]] = deque()
+_MOST_REMAINS = 16
 
 
 @final
@@ -245,11 +250,21 @@ class _Controls:
         lines = known.last_lines(_LIVE_LINES) or ("nothing yet",)
         self._output.value = html.scrolling(lines)
 
-    def close(self) -> None:
-        """End the widgets, once something else stands in their place."""
+    def close(self, header: str) -> None:
+        """End the widgets, once something else stands in their place.
+
+        One stays a while: a page that was closed in mid-run was saved with it, and would find nothing.
+        """
         self.ear.close()
+        self._header.value = header
+        self._box.children = (self._header,)
         for widget in self._parts:
-            widget.close()
+            if widget not in (self._box, self._header):
+                widget.close()
+        _remains.append((self._box, self._header))
+        while len(_remains) > _MOST_REMAINS:
+            for widget in _remains.popleft():
+                widget.close()
 
     def _on_stop(self, _: object) -> None:
         self._stop.description = "Stop at once"

@@ -68,45 +68,28 @@ def columns(curves: Sequence[Curve], count: int) -> list[Span]:
     if first == last:
         values = [points[-1][1] for points in lines]
         return [Span(min(values), max(values))]
-    edges = [first + (last - first) * i / count for i in range(count + 1)]
-    found = []
-    sampled = [_sample(points, edges) for points in lines]
-    for i in range(count):
-        lows = [line[i].low for line in sampled if line[i] is not None]  # type: ignore[union-attr]
-        highs = [line[i].high for line in sampled if line[i] is not None]  # type: ignore[union-attr]
-        if lows:
-            found.append(Span(min(lows), max(highs)))
-    return found
+    lows, highs = [math.inf] * count, [-math.inf] * count
+    for points in lines:
+        _trace(points, first, count / (last - first), lows, highs)
+    return [Span(low, high) for low, high in zip(lows, highs, strict=True) if low <= high]
 
 
-def _sample(points: Sequence[tuple[int, float]], edges: Sequence[float]) -> list[Span | None]:
-    """The lowest and highest value of one line between each two edges; None where it does not reach."""
-    found: list[Span | None] = []
-    at = 0
-    for left, right in pairwise(edges):
-        if right < points[0][0] or left > points[-1][0]:
-            found.append(None)
-            continue
-        values = [
-            value for value in (_value(points, left, at), _value(points, right, at)) if value is not None
-        ]
-        while at < len(points) and points[at][0] <= right:
-            if points[at][0] >= left:
-                values.append(points[at][1])
-            at += 1
-        at = max(0, at - 1)
-        found.append(Span(min(values), max(values)) if values else None)
-    return found
-
-
-def _value(points: Sequence[tuple[int, float]], step: float, start: int) -> float | None:
-    """The line's value at `step`, looking from the point `start` on; None outside it."""
-    if step < points[0][0] or step > points[-1][0]:
-        return None
-    for (x0, y0), (x1, y1) in pairwise(points[start:]):
-        if x0 <= step <= x1:
-            return y1 if x1 == x0 else y0 + (y1 - y0) * (step - x0) / (x1 - x0)
-    return points[-1][1] if step == points[-1][0] else None
+def _trace(
+    points: Sequence[tuple[int, float]], first: int, scale: float, lows: list[float], highs: list[float]
+) -> None:
+    """Widen the columns by one line; `scale` is columns per step, from step `first` on."""
+    most = len(lows) - 1
+    for (x0, y0), (x1, y1) in pairwise(points):
+        begin, end = (x0 - first) * scale, (x1 - first) * scale
+        slope = (y1 - y0) / (end - begin) if end > begin else 0.0
+        for at in range(min(most, int(begin)), min(most, int(end)) + 1):
+            left = y0 + slope * (at - begin) if at > begin else y0
+            right = y0 + slope * (at + 1 - begin) if at + 1 < end else y1
+            low, high = (left, right) if left < right else (right, left)
+            if low < lows[at]:
+                lows[at] = low
+            if high > highs[at]:
+                highs[at] = high
 
 
 def sparkline(curves: Sequence[Curve], width: int = 24) -> str:

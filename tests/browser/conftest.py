@@ -110,6 +110,11 @@ class Lab:
         nbformat.write(book, path)
         return path
 
+    def theme(self, name: str) -> None:
+        """The theme of pages that are loaded from now on."""
+        path = self.folder / "settings" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
+        path.write_text(json.dumps({"theme": name}))
+
     def close(self) -> None:
         self.process.terminate()
         try:
@@ -142,18 +147,34 @@ def browser() -> Iterator[Any]:
 class Page:
     """A notebook open in the browser."""
 
-    def __init__(self, lab: Lab, browser: Any, path: Path, *, width: int = 1100, height: int = 900) -> None:
-        self.lab, self.path = lab, path
+    def __init__(
+        self,
+        lab: Lab,
+        browser: Any,
+        path: Path,
+        *,
+        start_kernel: bool = True,
+        width: int = 1100,
+        height: int = 900,
+    ) -> None:
+        self.lab, self.path, self.start_kernel = lab, path, start_kernel
         self.page = browser.new_page(viewport={"width": width, "height": height})
-        self.page.goto(f"{lab.url}/doc/tree/{path.name}?reset&token={lab.token}")
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Load the notebook afresh; its kernel goes on."""
+        self.page.goto(f"{self.lab.url}/doc/tree/{self.path.name}?reset&token={self.lab.token}")
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Wait for the notebook, and its kernel if it is to be used."""
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        if self.start_kernel:
+            self.ready()
 
     def ready(self) -> None:
-        """Wait for the kernel."""
-        self.page.wait_for_selector(
-            '.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]',
-            timeout=60_000,
-        )
+        """Wait for the kernel: a cell that is run before is not run at all."""
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
 
     def cell(self, index: int) -> Any:
         return self.page.locator(".jp-CodeCell").nth(index)
@@ -162,9 +183,17 @@ class Page:
         return self.cell(index).locator(".jp-OutputArea")
 
     def start(self, index: int) -> None:
-        """Run a cell; do not wait."""
-        self.cell(index).locator(".cm-content").click()
-        self.page.keyboard.press("Control+Enter")
+        """Run a cell; do not wait. A page that is still loading takes no keys: they are pressed again."""
+        cell = self.cell(index)
+        prompt, before = cell.locator(".jp-InputPrompt"), cell.locator(".jp-InputPrompt").inner_text()
+        for _ in range(20):
+            cell.locator(".cm-content").click(position={"x": 5, "y": 5})
+            self.page.keyboard.press("Control+Enter")
+            for _ in range(20):
+                if prompt.inner_text() != before:
+                    return
+                self.page.wait_for_timeout(50)
+        raise AssertionError(f"cell {index} does not start")
 
     def run(self, index: int, timeout: float = 90) -> None:
         """Run a cell and wait for its number."""
@@ -172,12 +201,16 @@ class Page:
         self.done(index, timeout)
 
     def done(self, index: int, timeout: float = 60) -> None:
+        """Wait until a cell that was started has its number."""
         end = time.monotonic() + timeout
         prompt = self.cell(index).locator(".jp-InputPrompt")
         while True:
             text = prompt.inner_text()
             if text.strip("[]: ").isdigit():
                 return
+            if text.strip("[]: ") == "":  # the page was still connecting, and has forgotten it
+                self.page.wait_for_timeout(1000)
+                self.start(index)
             assert time.monotonic() < end, (
                 f"cell {index} did not end: {text!r}\n{self.output(index).inner_text()}"
             )

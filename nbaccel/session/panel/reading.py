@@ -28,6 +28,7 @@ _LATELY = 3.0
 _ENOUGH_STEPS = 5
 _MOST_CHARTS = 6
 _MOST_METRICS = 4
+_MOST_CURVES = 8
 _MOST_ROWS = 16
 _OUTLIERS = 8
 
@@ -79,7 +80,7 @@ class Chart:
     name: str
     curves: tuple[Curve, ...]
     ranks: tuple[int, ...]
-    """Whose they are; empty when the value is one of all ranks together."""
+    """Whose they are, of many ranks a sample; empty when the value is one of all ranks together."""
 
     @property
     def last(self) -> float:
@@ -267,6 +268,8 @@ def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
     for name, holders in list(names.items())[:_MOST_CHARTS]:
         whole = [rank for rank in holders if (metric := rank.metrics.get(name)) and metric.reduced]
         shown = whole[:1] or holders
+        if len(shown) > _MOST_CURVES:
+            shown = [shown[at * (len(shown) - 1) // (_MOST_CURVES - 1)] for at in range(_MOST_CURVES)]
         charts.append(
             Chart(
                 name=name,

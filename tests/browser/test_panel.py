@@ -1,0 +1,239 @@
+"""The panel in a real JupyterLab, looked at with a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.browser.conftest import Lab, Page
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(180)]
+
+SHOTS = os.environ.get("NBACCEL_SHOTS")
+"""A folder for screenshots; none are kept without it."""
+
+SETUP = """
+import math, os, time
+from nbaccel import last_run, launch, notebook_launcher, runs
+from nbaccel.wire import events
+
+def train(steps, fail=False):
+    rank = int(os.environ["RANK"])
+    for step in range(1, steps + 1):
+        time.sleep(0.05)
+        if step % 20 == 0:
+            print(f"step {step} of rank {rank}", flush=True)
+        times = {"data": 0.01, "forward": 0.015, "backward": 0.02, "optimizer": 0.004}
+        events.emit(events.Progress(name="train", step=step, total=steps, epoch=0, unit="batch", times=times))
+        events.emit(events.Metric(values={"loss": math.exp(-step / 40) + 0.02 * rank}, step=step))
+        if fail and rank == 1 and step == steps // 2:
+            raise ValueError("<b>no such</b> \\x1b[31mshape")
+    return rank
+
+notebook_launcher(int, num_processes=2)
+"""
+RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED = range(1, 9)
+CELLS = {
+    RUN: "notebook_launcher(train, (90,), num_processes=4)",
+    STOP: """
+try:
+    notebook_launcher(train, (2000,), num_processes=2)
+except KeyboardInterrupt:
+    print("stopped")
+""",
+    FAIL: "notebook_launcher(train, (40, True), num_processes=2)",
+    SHOW: """
+def show():
+    from IPython.display import HTML, Markdown, clear_output
+    import matplotlib.pyplot as plt
+    from tqdm.auto import tqdm
+    rank = int(os.environ["RANK"])
+    for _ in tqdm(range(5), desc="bar of the rank"):
+        time.sleep(0.1)
+    plt.figure(figsize=(2, 1)); plt.plot([1, 3, rank]); plt.show()
+    handle = display(HTML("<b>first</b>"), display_id=True)
+    handle.update(HTML(f"<b>second of {rank}</b>"))
+    if rank == 1:
+        display(Markdown("*only* one"))
+notebook_launcher(show, num_processes=2)
+""",
+    ASK: "notebook_launcher(lambda: input('name? '), num_processes=2)",
+    LATER: "run = launch(train, 200, num_processes=2)",
+    AGAIN: "last_run().show()",
+    LISTED: "print(runs()[0].name); print(run.report())",
+}
+
+
+@pytest.fixture(scope="module")
+def book(lab: Lab, browser: Any) -> Iterator[Page]:
+    """A notebook with everything set up and its server warm."""
+    path = lab.notebook("panel.ipynb", SETUP, *CELLS.values())
+    page = Page(lab, browser, path)
+    page.run(0, timeout=75)
+    yield page
+    page.close()
+
+
+def shot(page: Page, name: str, index: int) -> None:
+    if SHOTS:
+        page.shot(Path(SHOTS) / f"{name}.png", index)
+
+
+def wait_for(condition: Any, timeout: float, what: str) -> Any:
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not in {timeout} s: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def outputs(lab: Lab, name: str, index: int) -> list[Any]:
+    return list(nbformat.read(lab.folder / "work" / name, as_version=4).cells[index].outputs)
+
+
+def test_panel_appears_and_its_bars_move_while_the_cell_blocks(book: Page) -> None:
+    output = book.output(RUN)
+    book.start(RUN)
+    output.get_by_text("train", exact=True).first.wait_for(timeout=5_000)
+    first = wait_for(lambda: "/90" in output.inner_text() and output.inner_text(), 10, "a bar")
+    wait_for(lambda: output.inner_text() != first, 3, "a bar that moves")
+    output.locator("button", has_text="Stop").wait_for(timeout=5_000)
+    num_widgets = output.locator(".jupyter-widgets").count()
+    output.locator("select").select_option(label="rank 2")
+    wait_for(lambda: "step 20 of rank 2" in output.inner_text(), 5, "the output of rank 2")
+    before = output.inner_text()
+    wait_for(lambda: output.inner_text() != before, 5, "a repaint")
+    assert output.locator("select").input_value() == "rank 2"
+    assert output.locator(".jupyter-widgets").count() == num_widgets
+    shot(book, "running", RUN)
+    book.done(RUN)
+    wait_for(lambda: "done" in output.inner_text(), 5, "the last form")
+    assert output.locator(".jupyter-widgets").count() == 0
+    assert output.inner_text().count("90/90") == 4
+    shot(book, "done", RUN)
+
+
+def test_stop_ends_the_run_while_the_cell_blocks(book: Page) -> None:
+    output = book.output(STOP)
+    book.start(STOP)
+    button = output.locator("button", has_text="Stop")
+    button.wait_for(timeout=15_000)
+    wait_for(lambda: "/2000" in output.inner_text(), 10, "a bar")
+    button.click()
+    book.done(STOP, timeout=15)
+    wait_for(lambda: "stopped" in output.inner_text(), 5, "the cell's own word")
+    assert "■" in output.inner_text()
+
+
+def test_exception_opens_itself(book: Page) -> None:
+    book.run(FAIL)
+    output = book.output(FAIL)
+    wait_for(lambda: "✗" in output.inner_text(), 5, "the failed rank")
+    text = output.inner_text()
+    assert "ValueError: <b>no such</b>" in text
+    assert "WorkerError: rank 1 of 2 failed" in text
+    assert output.get_by_text("output of rank 1").count() == 1
+    output.locator("summary", has_text="output of rank 1").click()
+    assert "step 20 of rank 1" in output.inner_text()
+    shot(book, "failed", FAIL)
+
+
+def test_displays_of_ranks_appear_side_by_side_and_bars_leave_the_text(book: Page) -> None:
+    book.run(SHOW, timeout=60)
+    output = book.output(SHOW)
+    wait_for(lambda: output.locator("img").count() == 2, 10, "a figure of each rank")
+    text = output.inner_text()
+    assert "second of 0" in text
+    assert "second of 1" in text
+    assert "first" not in text
+    assert "5/5" in text
+    assert "bar of the rank: 100%" not in text
+    shot(book, "displays", SHOW)
+
+
+def test_questions_of_ranks_are_asked_one_after_the_other(book: Page) -> None:
+    book.start(ASK)
+    output = book.output(ASK)
+    for number in (1, 2):
+        wait_for(lambda number=number: output.inner_text().count("name?") == number, 15, "a question")
+        book.page.wait_for_timeout(300)  # the box is given the focus a moment after it is there
+        box = output.locator("input.jp-Stdin-input").last
+        box.fill(f"person {number}")
+        box.press("Enter")
+        wait_for(lambda number=number: f"person {number}" in output.inner_text(), 10, "the answer")
+    book.done(ASK)
+    assert "[rank 0] name?" in output.inner_text()
+    assert "[rank 1] name?" in output.inner_text()
+
+
+def test_page_closed_in_mid_run_finds_the_run_again(book: Page, lab: Lab, open_page: Any) -> None:
+    book.run(LATER)
+    wait_for(lambda: "/200" in book.output(LATER).inner_text(), 10, "a bar")
+    book.save()
+    book.page.goto("about:blank")
+    time.sleep(1)
+    book.reopen()
+    book.run(AGAIN)
+    output = book.output(AGAIN)
+    first = wait_for(
+        lambda: "/200" in output.inner_text() and output.inner_text(), 10, "the run, shown again"
+    )
+    wait_for(lambda: output.inner_text() != first, 5, "and it goes on")
+    wait_for(lambda: output.inner_text().count("200/200") == 2, 20, "its end")
+    book.run(LISTED)
+    text = book.output(LISTED).inner_text()
+    assert text.startswith("train")
+    assert "2 ranks on cpu · done" in text
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_saved_notebook_shows_the_last_panel_without_widgets(
+    book: Page, lab: Lab, open_page: Any, trusted: bool
+) -> None:
+    book.save()
+    name = "panel.ipynb"
+    if not trusted:
+        content = json.loads((lab.folder / "work" / name).read_text())
+        content["metadata"]["copied"] = "so that its signature is another"
+        name = "copied.ipynb"
+        (lab.folder / "work" / name).write_text(json.dumps(content))
+    kinds = {mime for out in outputs(lab, name, RUN) for mime in out.get("data", {})}
+    assert kinds == {"text/html", "text/plain"}
+    page = open_page(name, start_kernel=False)
+    for index, words in ((RUN, "90/90"), (FAIL, "ValueError: <b>no such</b>")):
+        assert words in page.output(index).inner_text()
+        page.cell(index).scroll_into_view_if_needed()
+        shot(page, f"reopened-{'trusted' if trusted else 'untrusted'}-{index}", index)
+    bar = page.output(RUN).locator('div[style*="background-color"]').nth(1)
+    assert bar.evaluate("node => getComputedStyle(node).backgroundColor") not in ("rgba(0, 0, 0, 0)", "")
+    columns = page.output(RUN).locator("i")
+    assert columns.count() > 50
+    tops = {columns.nth(at).bounding_box()["y"] for at in (2, 25, 50)}
+    assert len(tops) == 3, "the curve is flat"
+    assert page.page.get_by_text("Loading widget").count() == 0
+    assert page.page.get_by_text("Error displaying widget").count() == 0
+
+
+def test_panel_is_readable_on_a_dark_page_and_a_narrow_one(lab: Lab, open_page: Any) -> None:
+    page = open_page("panel.ipynb", start_kernel=False, width=600)
+    page.page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    lab.theme("JupyterLab Dark")
+    try:
+        page.page.reload()
+        page.loaded()
+        cell = page.output(RUN)
+        colour = cell.locator("b").first.evaluate("node => getComputedStyle(node).color")
+        assert min(map(int, colour.removeprefix("rgb(").rstrip(")").split(", ")[:3])) > 150
+        box = cell.bounding_box()
+        inner = cell.locator("div").first.bounding_box()
+        assert inner["width"] <= box["width"] + 1
+        shot(page, "dark-narrow", RUN)
+    finally:
+        lab.theme("JupyterLab Light")
