@@ -59,9 +59,7 @@ def post_mortem() -> None:
         ConfigError: there is none.
     """
     if not _failure:
-        raise ConfigError(
-            f"rank {_rank[0]} has kept no failure: its last call ended well, or was interrupted"
-        )
+        raise ConfigError(f"rank {_rank[0]} has kept no failure: its last call ended well")
     error = _failure[0]
     debugger = _new()
     debugger.reset()

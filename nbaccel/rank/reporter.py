@@ -33,6 +33,8 @@ _DEEPEST = 100
 _C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
 # More wake-ups a second than this: the thread works, in many short waits.
 _WAKES = 4.0
+# Two looks that lie further apart, in seconds, say nothing of the time between them.
+_APART = 3.0
 
 
 @final
@@ -120,7 +122,7 @@ class _Place:
         keys = tuple((id(frame), id(frame.f_code), lineno) for frame, lineno in frames)
         elapsed = max(now - self._looked, 1e-3)
         cpu, wakes = used[0] - self._used[0], used[1] - self._used[1]
-        worked = cpu > 0.1 * elapsed + 0.02 or wakes > _WAKES * elapsed + 2
+        worked = cpu > 0.1 * elapsed + 0.02 or wakes > _WAKES * elapsed + 2 or elapsed > _APART
         if worked:
             self._seen = {}
         if worked or keys != self._now:
@@ -253,7 +255,8 @@ def _recorded(groups: Collection[str]) -> Iterator[Collective]:
             op=str(entry["profiling_name"]).rpartition(":")[2],
             sizes=tuple(tuple(size) for size in entry["input_sizes"]),
             dtypes=tuple(map(str, entry["input_dtypes"])),
-            pending=not entry["retired"],
+            # gloo's state is always "scheduled"; NCCL's records retire a little after they have completed
+            pending=not entry["retired"] and entry.get("state") != "completed",
             seconds=max(0.0, (now - entry["time_created_ns"]) / 1e9),
         )
 

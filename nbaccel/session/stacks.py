@@ -157,6 +157,8 @@ class StackReport:
     def _stack(self, frames: Sequence[Line], indent: str = "  ") -> Iterator[str]:
         """The person's own frames and the innermost few, outermost first."""
         frames = [line for line in frames if not line.filename.startswith(_AROUND)]
+        if len(frames) > 1 and frames[-1].filename == "<string>":
+            frames.pop()  # python -c, as the server was started
         shown = [line for at, line in enumerate(frames) if at < _INNERMOST or is_users(line)]
         if len(shown) > _MOST_FRAMES:
             yield f"{indent}… {len(shown) - _MOST_FRAMES} frames around it …"
