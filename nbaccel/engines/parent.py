@@ -278,6 +278,10 @@ class _Group:
                         _signal(pid, number)
 
     def _respawn(self, order: Respawn, fds: list[int], children: Children) -> None:
+        for pid, rank in list(self._rank_of.items()):
+            if rank == order.rank:  # it lives, and is given up: its end is no news
+                _signal(pid, signal.SIGKILL)
+                del self._rank_of[pid]
         ours, theirs = pair()
         self._store.send(order.rank, (ours.fileno(),))
         ours.close()

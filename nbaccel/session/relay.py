@@ -20,22 +20,24 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, final
 
 from nbaccel.engines.base import Engine, Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.errors import LaunchError, NbaccelError
-from nbaccel.rank.spec import Call, Exit, Join, RunSpec
+from nbaccel.rank.spec import Call, Exit, RunSpec
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Action, Ending, Reason
+from nbaccel.session.fates import cause_of_exit, fates, late_start, start_failure
+from nbaccel.session.recovery import Recovery
 from nbaccel.session.report import CellLabel, explain_exit, render
 from nbaccel.session.resources import oom_kills
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.sinks.base import Sink
-from nbaccel.session.stacks import StackReport, place, user_line
+from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RankState, RunState, fold, new_state
 from nbaccel.session.watch import Stall, Watch
 from nbaccel.session.wires import Wires
@@ -59,8 +61,6 @@ _TICK = 0.05
 # Importing torch in a cold server, on a slow disk: no fault of the ranks.
 _SERVER_START = 300.0
 _GONE = 10.0
-# A group whose ranks are lost again while they come up is given up.
-_MOST_RECOVERIES = 3
 
 
 @final
@@ -117,12 +117,8 @@ class Relay:
         self._quiet_until = time.monotonic() + 0.5
         self._opened = self._made_again = False
         self._started_once = False
-        self._generation = 0
-        self._recoveries = 0
-        self._replicas: dict[int, Mapping[str, str]] = {}
+        self._recovery = Recovery(spec.num_processes)
         self._oom_kills, _ = oom_kills()
-        self._counts: dict[int, int] = {}
-        self._joined: set[int] = set()
         self._retries: list[Retry] = []
         self._startup_error: NbaccelError | None = None
         first_rank = 0 if spec.host is None else spec.host.first_rank
@@ -303,6 +299,8 @@ class Relay:
         if call is not None and call is self._call:
             again = call.ending.reason in ("interrupted", "failed", "timeout", "hung")
             self._end("killed" if kill or again else "interrupted")
+        elif call is not None and call is self._settling:
+            call.resolve()  # who presses again does not wait until the group is whole
         elif call is not None and call in self._waiting:
             self._waiting.remove(call)
             call.resolve(KeyboardInterrupt("interrupted before its turn came"))
@@ -364,8 +362,9 @@ class Relay:
                 for rank, pid in enumerate(message.pids):
                     self._on_pid(rank, pid)
             elif isinstance(message, Respawned):
+                self._recovery.respawned(message.rank)
                 self._on_pid(message.rank, message.pid)
-            elif isinstance(message, Exited):
+            elif isinstance(message, Exited) and not self._recovery.is_replacing(message.rank):
                 self._on_exit(message)
         if control.eof:
             self._wires.forget_control()
@@ -409,17 +408,16 @@ class Relay:
             self._wires.drain_output(rank)  # what it printed before is seen before
         self._fold(event)
         if isinstance(event, Joined):
-            self._replicas[rank] = event.replicas
+            self._recovery.compared(rank, event.replicas)
         elif isinstance(event, Status) and event.state == "idle":
             if fds:
                 self._watch.add(rank, event.pid or 0, fds)
-            self._joined.add(rank)
-            if self._phase == "starting" and len(self._joined) == self._spec.num_processes:
+            if self._recovery.is_back(rank) and self._phase == "starting":
                 self._on_ready()
         elif isinstance(event, Raised) and event.call < 0:
             self._on_failed_start(event)
         elif isinstance(event, (Returned, Raised)) and self._call is not None and event.call == self._call.id:
-            self._counts[rank] = event.collectives
+            self._recovery.answered(rank, event.collectives)
             if reason := self._call.take(event, fds):
                 self._end(reason)
 
@@ -443,35 +441,11 @@ class Relay:
             self._recover(None)
 
     def _cause(self, exited: Exited) -> str:
-        """What is known about why a rank's process ended."""
-        if exited.exitcode == -signal.SIGKILL and not exited.detail:
-            kills, limit = oom_kills()
-            if kills > self._oom_kills:
-                return f"the kernel killed it because memory ran out ({limit}): use less, or fewer ranks"
-        return exited.detail or self._crash(exited.rank)
-
-    def _crash(self, rank: int) -> str:
-        """Where a rank was in its Python code when a signal ended it, as far as it could say."""
-        frames = self._watch.crash(rank)
-        line = user_line(frames) or (frames[0] if frames else None)
-        return f"it was in {line.function}, {place(line, self._label)}" if line else ""
+        return cause_of_exit(exited, self._watch.crash(exited.rank), self._oom_kills, self._label)
 
     def _fates(self) -> dict[int, str]:
-        """How the call of each rank ended, of those whose call has."""
         call = self._call
-        taken = range(self._spec.num_processes) if call is None else call.ranks
-        found = {}
-        for known in self._state.ranks:
-            if known.rank not in taken:
-                found[known.rank] = "it has no part in this call"
-            elif known.state == "done":
-                found[known.rank] = "its function returned"
-            elif known.state == "failed":
-                kind = known.error.type_name if known.error else "an exception"
-                found[known.rank] = f"it raised {kind}"
-            elif known.exitcode is not None:
-                found[known.rank] = f"it {explain_exit(known.exitcode)}"
-        return found
+        return fates(self._state, range(self._spec.num_processes) if call is None else call.ranks)
 
     def _on_failed_start(self, event: Raised | Died) -> None:
         """A rank did not come up, or was lost while the group was made again."""
@@ -481,10 +455,10 @@ class Relay:
             self._recover(None, everyone=True)
         elif self._call is not None:
             self._call.failures.setdefault(event.rank, event)
-            self._startup_error = self._startup_error or self._start_failure(event)
+            self._startup_error = self._startup_error or start_failure(event, self._state, self._label)
             self._end("failed")
         else:
-            self._give_up(self._start_failure(event))
+            self._give_up(start_failure(event, self._state, self._label))
 
     def _fold(self, event: Event) -> None:
         self._state = fold(self._state, event)
@@ -498,15 +472,15 @@ class Relay:
 
     def _on_ready(self) -> None:
         """All ranks are there, and wait."""
-        self._phase, self._deadline, self._recoveries = "ready", None, 0
+        self._phase, self._deadline = "ready", None
         self._started_once = True
         self._idle_since = time.monotonic()
         if not self.ready.done():
             self.ready.set_result(None)
-        if self._settling is not None:
-            self._compare_replicas(self._settling)
-            self._settling.resolve()
-            self._settling = None
+        call, self._settling = self._settling, None
+        self._tell_of(call, self._recovery.finish())
+        if call is not None:
+            call.resolve()
         if self._call is not None:
             self._begin(self._call)
         else:
@@ -635,75 +609,41 @@ class Relay:
         """A session's call is over: hand it out, once the group is whole again."""
         self._call = None
         self._idle_since = time.monotonic()
-        if self._all_live() and self._group_is_whole(call):
+        all_live = all(known.exitcode is None for known in self._state.ranks)
+        if all_live and not self._recovery.is_needed(call):
             call.resolve()
             self._begin_next()
         else:
             self._settling = call
             self._recover(call)
 
-    def _group_is_whole(self, call: CallInFlight) -> bool:
-        """Whether the next call can use the process group as it is: nobody was stopped in the middle of a
-        collective, and after a failure all ranks have called equally many."""
-        if -1 in self._counts.values() or call.signalled:
-            return False
-        return call.ending.reason == "returned" or len(set(self._counts.values())) == 1
-
-    def _all_live(self) -> bool:
-        return all(known.exitcode is None for known in self._state.ranks)
-
     def _recover(self, call: CallInFlight | None, *, everyone: bool = False) -> None:
         """Replace the ranks that are lost, and make the process group of all again."""
-        self._recoveries += 1
-        if self._recoveries > _MOST_RECOVERIES:
+        lost = [known.rank for known in self._state.ranks if everyone or known.exitcode is not None]
+        order = self._recovery.begin(lost)
+        if order is None:
             self._give_up(LaunchError("the ranks were lost again and again while they came up"))
             return
-        lost = [known.rank for known in self._state.ranks if known.exitcode is not None]
-        if everyone:
-            self._engine.kill(self._wires.ports, range(self._spec.num_processes), signal.SIGKILL)
-            lost = list(range(self._spec.num_processes))
         self._phase, self._deadline = "starting", time.monotonic() + self._start_limit
-        self._generation += 1
-        self._joined = set()
-        keep_groups = not lost and -1 not in self._counts.values()
         self._state = replace(self._state, ranks=tuple(_between(known, lost) for known in self._state.ranks))
         for rank in range(self._spec.num_processes):
             if rank in lost:
                 self._wires.drop_rank(rank)
-                self._engine.respawn(self._wires.ports, rank, self._generation)
+                self._watch.drop(rank)
+                self._engine.respawn(self._wires.ports, rank, order.generation)
                 self._wires.watch_rank(rank)
             else:
-                self._send(rank, Join(self._generation, keep_groups))
+                self._send(rank, order)
         if lost:
-            self._name_lost(call, lost)
+            self._tell_of(call, [self._recovery.name_lost(lost)])
 
-    def _name_lost(self, call: CallInFlight | None, lost: list[int]) -> None:
-        kept = [rank for rank in range(self._spec.num_processes) if rank not in lost]
-        many = len(lost) > 1
-        note = (
-            f"rank{'s' if many else ''} {rank_ranges(lost)} {'were' if many else 'was'} replaced by a fresh "
-            f"process: {'their' if many else 'its'} variables are lost"
-            + (f"; ranks {rank_ranges(kept)} keep theirs" if kept else "")
-        )
-        if call is not None and not call.resolved:
-            call.notes.append(note)
-        else:
-            self._say(note)
-
-    def _compare_replicas(self, call: CallInFlight) -> None:
-        """Ranks may have been stopped at different steps."""
-        found, self._replicas = self._replicas, {}
-        for name in sorted({name for replicas in found.values() for name in replicas}):
-            sums = {rank: replicas[name] for rank, replicas in found.items() if name in replicas}
-            odd = [rank for rank, checksum in sums.items() if checksum != sums[min(sums)]]
-            if odd:
-                note = (
-                    f"the replicas of {name} are not equal any more: rank {rank_ranges(odd)} differs from rank "
-                    f"{min(sums)}. They stopped at different steps; broadcast one rank's, or load a checkpoint"
-                )
+    def _tell_of(self, call: CallInFlight | None, notes: list[str]) -> None:
+        """Have the call's error say it, or say it now when there is none to come."""
+        for note in notes:
+            if call is not None and not call.resolved:
                 call.notes.append(note)
-                if call.resolved:
-                    self._say(note)
+            else:
+                self._say(note)
 
     def _give_up(self, error: NbaccelError) -> None:
         self._startup_error = self._startup_error or error
@@ -720,21 +660,7 @@ class Relay:
             return LaunchError(
                 f"the server that makes ranks was not ready in {_SERVER_START:g} s.\n{self._engine.log()}"
             )
-        states = "\n".join(
-            f"  rank {known.rank}: {known.state} {known.detail}" for known in self._state.ranks
-        )
-        return LaunchError(
-            f"not all ranks were ready in {self._start_limit:g} s (start_timeout):\n{states}\n"
-            "Opening the arguments or setting up the device takes longer: give start_timeout=… more seconds."
-        )
-
-    def _start_failure(self, event: Raised | Died) -> LaunchError:
-        rank = event.rank
-        if isinstance(event, Raised):
-            text = "\n".join(render(event.info, self._label, title=f"rank {rank}", colour=False))
-            return LaunchError(f"rank {rank} could not be set up.\n{text}")
-        words = "\n".join(self._state.ranks[rank].last_lines(20))
-        return LaunchError(f"rank {rank} ended while it was set up, exit code {event.exitcode}.\n{words}")
+        return late_start(self._state, self._start_limit)
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────
 

