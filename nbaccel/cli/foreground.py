@@ -148,6 +148,7 @@ class _Terminations:
         elif not run.state.options:  # no Accelerator that could stop at a step
             run.interrupt()
         else:
+            run.save()  # kept where there is a project_dir
             run.stop()
             self._timer = threading.Timer(self._grace, run.interrupt)
             self._timer.daemon = True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nbaccel.config import Device, Precision, RunConfig, StartMethod
+from nbaccel.config import Device, Precision, StartMethod
 from nbaccel.errors import ConfigError
 from nbaccel.notebook.dashboard import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
@@ -17,7 +17,7 @@ from nbaccel.notebook.session import Session
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading
-from nbaccel.session.request import Request, make_folder, make_request, make_task
+from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
 from nbaccel.session.restarts import run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
@@ -97,7 +97,7 @@ def launch(
     device: Device | None = None,
     devices: Sequence[int] | Literal["free"] | None = None,
     strategy: str | None = None,
-    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    config: Configuration | None = None,
     returns: Literal["all", "rank0", "none"] = "all",
     output: Mode = "auto",
     dashboard: Dashboard = "auto",

@@ -21,6 +21,7 @@ from nbaccel.session.interrupts import Presses
 from nbaccel.session.looking import look_at
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
+from nbaccel.session.request import Configuration, read_config
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.run import Run
@@ -64,7 +65,7 @@ class Session:
         devices: Sequence[int] | Literal["free"] | None = None,
         mixed_precision: Precision | None = None,
         strategy: str | None = None,
-        config: RunConfig | Mapping[str, Any] | None = None,
+        config: Configuration | None = None,
         env: Mapping[str, str] | None = None,
         start_method: StartMethod | None = None,
         grace: float = 5.0,
@@ -86,8 +87,7 @@ class Session:
             RunConfig.from_mapping({k: v for k, v in asked.items() if v is not None}, place="the session")
         ]
         if config is not None:
-            own = isinstance(config, RunConfig)
-            layers.append(config if own else RunConfig.from_mapping(config, place="config"))  # type: ignore[arg-type]
+            layers.append(read_config(config))
         self.name = name
         self._config = combine(*layers)
         self._env = {key: str(value) for key, value in (env or {}).items()}

@@ -19,7 +19,7 @@ from nbaccel.session.runs import default_root, new_folder, prune
 from nbaccel.session.session import Task, check_call
 from nbaccel.session.sinks.text import Mode
 
-__all__ = ["Request", "make_folder", "make_request", "make_task"]
+__all__ = ["Configuration", "Request", "make_folder", "make_request", "make_task", "read_config"]
 
 # For the nearest name, when one is misspelt.
 _OWN_NAMES = frozenset(
@@ -64,6 +64,27 @@ class Request:
     """Where the run folder goes; None is the user's state folder, False for none."""
 
 
+Configuration = RunConfig | Mapping[str, Any] | str | Path
+"""Options, or the file they stand in; "auto" searches for the project's or the user's."""
+
+
+def read_config(config: Configuration) -> RunConfig:
+    """What a `config=` argument asks.
+
+    Raises:
+        ConfigError: it is none, or something in it is wrong.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return RunConfig.from_mapping(config, place="config")
+    if isinstance(config, (str, Path)):
+        from nbaccel.session.configfile import load_config  # YAML's reader, for who has a file only
+
+        return load_config(config)
+    raise ConfigError(f"config must be a RunConfig, a mapping or a file, not {config!r}")
+
+
 def make_task(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -87,7 +108,7 @@ def make_request(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
     *,
-    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    config: Configuration | None = None,
     returns: Any = "all",
     output: Any = "auto",
     dashboard: Any = "auto",
@@ -115,16 +136,8 @@ def make_request(
     task = make_task(function, args, kwargs, name, _one_of("returns", returns, ("all", "rank0", "none")))
     asked = RunConfig.from_mapping({k: v for k, v in options.items() if k in known}, place="the launch")
     layers = [asked, RunConfig.from_mapping(accepted, place="the launch's other arguments")]
-    if isinstance(config, RunConfig):
-        layers.append(config)
-    elif isinstance(config, Mapping):
-        layers.append(RunConfig.from_mapping(config, place="config"))
-    elif isinstance(config, (str, Path)):
-        from nbaccel.session.configfile import load_config  # YAML's reader, for who has a file only
-
-        layers.append(load_config(config))
-    elif config is not None:
-        raise ConfigError(f"config must be a RunConfig, a mapping or a file, not {config!r}")
+    if config is not None:
+        layers.append(read_config(config))
     combined = combine(*layers)
     for_ranks = {key: str(value) for key, value in (env or {}).items()}
     environment = probe()

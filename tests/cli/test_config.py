@@ -142,3 +142,17 @@ def test_same_file_serves_the_notebook(clean, nbaccel: Command):
     path.write_text("device: cpu\nnum_processes: 2\nseed: 3\n")
     assert notebook_launcher(train, config=path, folder=False) == [(2, 3)] * 2
     assert notebook_launcher(train, config="auto", folder=False) == [(2, 3)] * 2
+
+
+def test_same_file_serves_a_session(clean, nbaccel: Command):
+    import nbaccel as package
+
+    Path("nbaccel.yaml").write_text("device: cpu\nnum_processes: 2\nseed: 3\n")
+    with package.Session(config="auto") as session:
+        assert session.run(_seed_of_the_launch) == [3, 3]
+
+
+def _seed_of_the_launch() -> int | None:
+    from nbaccel import Accelerator
+
+    return Accelerator().config.seed

@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_nothing_behind(nbaccel: Command, script: Writer):
     assert len(below) == 4
     process.send_signal(signal.SIGINT)
     assert process.wait(15) == 130
-    assert "train.py, line 5" in process.stderr.read()
+    assert "train.py:5" in process.stderr.read()
     wait_until(lambda: gone(below), 3, "the end of everything below the command")
     process.stdout.close()
     process.stderr.close()

@@ -94,7 +94,7 @@ def test_sigterm_interrupts_a_script_that_cannot_stop_by_itself(nbaccel: Command
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=15)
     assert process.returncode == 143
-    assert "train.py, line 3" in output
+    assert "train.py:3" in output
     wait_until(lambda: gone(below), 3, "the end of everything below the command")
 
 
