@@ -160,9 +160,7 @@ def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) 
     shown = [f"rank {state.failure.rank}: {error[-1]}"] if brief and error and state.failure else error
     top = html.header(view) + html.failure(shown)
     plain = paint_text(view, error=error_lines(state, label, colour=False), hints=_hints(view))
-    details = html.body(view) + "".join(
-        html.output(f"output of rank {rank}", lines) for rank, lines in last_outputs(state, view)
-    )
+    details = html.body(view) + html.outputs_folded(last_outputs(state, view))
     return _bundle(top, plain), _bundle(details, "")
 
 

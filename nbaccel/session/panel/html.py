@@ -18,7 +18,7 @@ from nbaccel.session.panel.ansi import ansi_to_html, plain
 from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number
 from nbaccel.session.results import rank_ranges
 
-__all__ = ["body", "document", "failure", "header", "output", "panel", "scrolling"]
+__all__ = ["body", "document", "failure", "header", "output", "outputs_folded", "panel", "scrolling"]
 
 _STATES = {
     "starting": ("#8c8c8c", "○"),
@@ -56,7 +56,7 @@ def panel(view: View, *, error: Sequence[str] = (), outputs: Sequence[tuple[int,
         error: lines about the first failure, ANSI colours allowed; shown open.
         outputs: rank and its last lines; folded.
     """
-    folded = "".join(output(f"output of rank {rank}", lines) for rank, lines in outputs if lines)
+    folded = outputs_folded(outputs)
     return _box(header(view) + body(view) + failure(error) + folded + _folder(view))
 
 
@@ -127,6 +127,12 @@ def output(title: str, lines: Sequence[str], *, opened: bool = False) -> str:
         f'{escape(title)}</summary><div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere;'
         f'max-height:320px;overflow-y:auto;padding:2px 10px">{text}</div></details>'
     )
+
+
+def outputs_folded(outputs: Sequence[tuple[int, Sequence[str]]]) -> str:
+    """What ranks printed last, one fold each, side by side while they are closed."""
+    folds = "".join(output(f"output of rank {rank}", lines) for rank, lines in outputs if lines)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:0 18px">{folds}</div>' if folds else ""
 
 
 def scrolling(lines: Sequence[str]) -> str:
