@@ -6,6 +6,7 @@ The only module of a rank that knows IPython; it is imported by the first cell.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -111,6 +112,7 @@ def _shell() -> Any:
     shell.display_pub = Publisher()
     shell.set_hook("show_in_pager", _page, 90)
     shell.Completer.use_jedi = False
+    warnings.filterwarnings("ignore", message="To exit: use")  # there is nothing to exit from
     own: Any = InteractiveShell
     own.instance = classmethod(lambda cls, *args, **options: shell)
     own.initialized = classmethod(lambda cls: True)

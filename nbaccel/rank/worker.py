@@ -272,6 +272,7 @@ class _Server:
         except ChannelClosed:
             raise
         except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt too: it is told
+            _interruptible(False)  # it may have come between the call and the line that ends it
             self._fail(call, error)
             return False
         return True

@@ -26,7 +26,8 @@ _HEADER = struct.Struct("!QI")
 _BATCH = 200
 _SMALL, _CHUNK = 1 << 13, 1 << 18
 # Descriptors that arrive must not leak into a user's subprocess, which would keep our pipes open.
-_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_FLAGS_NOW = _FLAGS | int(socket.MSG_DONTWAIT)
 
 
 class ChannelClosed(ConnectionError):
@@ -152,7 +153,7 @@ class Channel:
 
     def _fill(self, *, wait: bool = True) -> bool:
         """Read what is there, descriptors included; whether there was anything, or the end."""
-        flags = _FLAGS if wait else _FLAGS | socket.MSG_DONTWAIT
+        flags = _FLAGS if wait else _FLAGS_NOW
         try:
             data, ancillary, _, _ = self._sock.recvmsg(self._size, socket.CMSG_SPACE(_BATCH * 4), flags)
         except (ConnectionResetError, BrokenPipeError):

@@ -66,6 +66,12 @@ def test_output_appears_in_the_cell_that_ran_it(live: Kernel) -> None:
     assert second.stdout == "[0-2] two\n"
 
 
+def test_output_of_a_thread_appears_below_the_last_cell_when_no_call_runs(live: Kernel) -> None:
+    cell = live.ok("%%ranks 0\nimport threading\nthreading.Timer(0.5, print, ['from a thread']).start()")
+    assert cell.stdout == ""
+    live.pump(lambda: "from a thread" in cell.stdout, 10, "what the thread printed")
+
+
 def test_ipython_is_there_when_a_cell_uses_it(live: Kernel) -> None:
     cell = live.ok(
         "%%ranks 0\nimport asyncio\nawait asyncio.sleep(0)\n%timeit -n 5 -r 1 1+1\nlen?\n!echo from the shell"

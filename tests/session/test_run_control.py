@@ -53,6 +53,26 @@ def test_result_raises_timeout_and_run_goes_on_when_time_is_short() -> None:
     assert last_run() is run
 
 
+def first_requests(count: int) -> list[tuple[str, str, Any]]:
+    from nbaccel.wire import events
+
+    found: list[tuple[str, str, Any]] = []
+    end = time.monotonic() + 30
+    while len(found) < count and time.monotonic() < end:
+        found += [(one.kind, one.name, one.value) for one in events.requests()]
+        time.sleep(0.005)
+    return found
+
+
+def test_requests_reach_every_rank_when_made_before_and_during_the_call() -> None:
+    run = launch(first_requests, 3, num_processes=2)
+    run.set_knob("lr", 0.5)  # no rank is there yet
+    time.sleep(0.3)
+    run.save()
+    run.stop()
+    assert run.result(timeout=60) == [[("knob", "lr", 0.5), ("save", "", None), ("stop", "", None)]] * 2
+
+
 def test_run_can_be_awaited() -> None:
     async def main() -> Any:
         first, second = launch(sleep, 0.1, num_processes=1), launch(sleep, 0.1, num_processes=2)
