@@ -109,8 +109,9 @@ def test_failed_run_goes_on_from_its_checkpoint_when_restarts_are_left(
     assert done.code == 1
     assert said_by(done.out, "begins at 0 attempt 0") == {0, 1}
     assert said_by(done.out, "begins at 5 attempt 1") == {0, 1}, done.out + done.err
-    assert done.err.count("rank 1 of 2 failed: RuntimeError: as asked") == 2
-    assert "nbaccel: restart 1 of 1, from the newest checkpoint" in done.err
+    first, _, second = done.err.partition("nbaccel: restart 1 of 1, from the newest checkpoint")
+    assert "RuntimeError: as asked" in first
+    assert "RuntimeError: as asked" in second
     assert said_by(nbaccel(*ask, name).out, "ends at 50") == {0, 1}
 
 
