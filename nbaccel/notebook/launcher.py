@@ -264,7 +264,7 @@ def _front(request: Request, folder: Path | None, made: list[Run], write: Write)
             name=request.task.name,
             device=plan.device,
             precision=request.config.mixed_precision,
-            folder=str(folder) if folder else None,
+            folder=_with_tilde(folder) if folder else None,
         ),
         num_ranks=plan.num_processes,
         write=write,
@@ -294,6 +294,14 @@ def _run_in(
             "ask for it where the session starts"
         )
     return session.launch(make_task(function, args, kwargs, **own))
+
+
+def _with_tilde(folder: Path) -> str:
+    """A path as people write it: notebooks are given to others."""
+    try:
+        return f"~/{folder.relative_to(Path.home())}"
+    except (ValueError, RuntimeError):
+        return str(folder)
 
 
 def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:
