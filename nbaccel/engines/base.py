@@ -93,6 +93,10 @@ class Engine(Protocol):
         """
         ...
 
+    def lost(self) -> bool:
+        """Whether who was asked last has ended: then the end of a run's own process is no fault of the run."""
+        ...
+
     def exits(self, ports: Ports) -> list[Control]:
         """What has come over the control channel; never blocks."""
         ...

@@ -11,6 +11,7 @@ import atexit
 import functools
 import importlib.util
 import os
+import select
 import site
 import subprocess
 import sys
@@ -106,7 +107,7 @@ class ForkServer:
 
     def outdated(self, environ: Mapping[str, str]) -> str | None:
         """Why this server cannot serve a launch now; None when it can."""
-        if self._guardian.poll() is not None:
+        if self._guardian.poll() is not None or _hung_up(self._server):
             return "the previous one ended"
         if changed := sorted(name for name, _ in self._frozen.items() ^ frozen(environ).items()):
             return f"{', '.join(dict.fromkeys(changed))} changed, which libraries read when they load"
@@ -153,6 +154,8 @@ class ForkServer:
         with self._lock:
             try:
                 self._hurry()
+                if _hung_up(self._template):
+                    raise ChannelClosed("the template has ended")
                 self._preload()
                 self._template.send(launch, fds)
             except ChannelClosed:  # somebody killed it: the server makes another
@@ -180,6 +183,11 @@ class ForkServer:
         """Take no more runs; end with the last one that is under way."""
         self._template.close()
         self._server.close()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the server or the template has ended: what it was asked last may not have been done."""
+        return _hung_up(self._server) or _hung_up(self._template)
 
     @property
     def ended(self) -> bool:
@@ -295,6 +303,13 @@ def _installed_path() -> list[str]:
     """sys.path without the user's own folders: a file random.py there must not shadow the library's."""
     roots = (sys.prefix, sys.base_prefix, *(folder.rstrip(os.sep) for folder in _site_folders()))
     return [entry for entry in sys.path if entry.startswith(roots)]
+
+
+def _hung_up(channel: Channel) -> bool:
+    """Whether the process at the other end has ended, even if what it sent is not read yet."""
+    poll = select.poll()
+    poll.register(channel.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _stamp(package: str) -> tuple[int, int] | None:

@@ -50,11 +50,11 @@ class LocalEngine:
         server, notes = server_for(spec.environ, self._start_method)
         self._server = server
         for retry in after[-1:]:
-            notes.append(
-                retry.reason + ("; it is left out" if retry.package else "; each rank opens its own")
-            )
             if retry.package:
                 server.do_without(retry.package)
+                notes.append(f"{retry.reason}; it is left out")
+            elif retry.open_in_ranks:
+                notes.append(f"{retry.reason}; each rank opens its own")
         open_in_ranks = any(retry.open_in_ranks for retry in after)
         ends = _Ends(spec.num_processes)
         try:
@@ -65,6 +65,9 @@ class LocalEngine:
             ends.close()
             raise
         return ends.keep(notes)
+
+    def lost(self) -> bool:
+        return self._server is None or self._server.lost
 
     def exits(self, ports: Ports) -> list[Control]:
         messages: list[Control] = [message for message, _ in ports.control.drain()]

@@ -368,7 +368,8 @@ class Relay:
                 self._on_exit(message)
         if control.eof:
             self._wires.forget_control()
-            if self._phase == "starting" and not self._opened and not self._made_again:
+            at_fault = self._opened and not self._engine.lost()
+            if self._phase == "starting" and not at_fault and not self._made_again:
                 self._make_again()  # the launch met a server that was just being killed
             elif self._phase != "stopping":
                 self._on_lost_parent()
