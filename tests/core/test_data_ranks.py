@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections import namedtuple
@@ -158,8 +159,10 @@ def mixed(indices):
     return batch
 
 
-def dispatched_mixed():
+def dispatched_mixed(far):
     world = join()
+    if far:  # as if each rank were on a machine of its own
+        world = dataclasses.replace(world, local_size=1, local_rank=0)
     loader = ShardedLoader(DataLoader(Mixed(), 2, collate_fn=mixed), world=world, dispatch=True)
     plain = ShardedLoader(DataLoader(Mixed(), 2, collate_fn=mixed), world=world)
     kept = [list(loader) for _ in range(2)]
@@ -179,8 +182,9 @@ def same(a, b):
     return a == b
 
 
-def test_dispatch_carries_batches_of_changing_structure_and_the_loop_may_keep_them():
-    for first, second, expected in run_ranks(dispatched_mixed):
+@pytest.mark.parametrize("far", [False, True])
+def test_dispatch_carries_batches_of_changing_structure_and_the_loop_may_keep_them(far):
+    for first, second, expected in run_ranks(dispatched_mixed, far):
         assert len(expected) == 3
         assert same(first, expected)
         assert same(second, expected)
@@ -245,6 +249,47 @@ def test_dispatch_tells_the_other_ranks_when_reading_fails_on_rank_0(workers):
     assert one[0] == "WorkerError"
     assert "rank 0 failed while reading the data for all ranks: ValueError" in one[1]
     assert "sample 9 is broken" in one[1]
+
+
+def large_batches():
+    """Larger than a socket holds: the sender waits for the reader."""
+    loader = ShardedLoader(DataLoader(Large(), 2), world=join(), dispatch=True)
+    return [(batch.shape[1], batch[0, 0].item(), batch[-1, -1].item()) for batch in loader]
+
+
+class Large(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((3_000_000,), float(index))
+
+
+def test_dispatch_carries_batches_larger_than_a_socket_holds():
+    zero, one = run_ranks(large_batches)
+    assert zero == [(3_000_000, 0.0, 2.0), (3_000_000, 4.0, 6.0)]
+    assert one == [(3_000_000, 1.0, 3.0), (3_000_000, 5.0, 7.0)]
+
+
+def read_while_one_leaves(who):
+    world = join()
+    loader = ShardedLoader(DataLoader(Large(), 1), world=world, dispatch=True)
+    try:
+        for _ in loader:
+            if world.rank == who:
+                return "left"  # its process ends
+    except WorkerError as error:
+        return str(error), error.ranks
+    return "read all"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_dispatch_names_the_rank_that_has_ended(who):
+    answers = run_ranks(read_while_one_leaves, who)
+    assert answers[who] == "left"
+    text, ranks = answers[1 - who]
+    assert f"rank {who} has ended" in text
+    assert ranks == (who,)
 
 
 def sparse_batches():

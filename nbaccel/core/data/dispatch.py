@@ -15,26 +15,26 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nbaccel.core.data.plan import Share
+from nbaccel.core.data.wires import Pending, Wire
 from nbaccel.core.nested import map_leaves
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError, TrustError, WorkerError
 
-__all__ = ["Receiver", "Sender", "dispatch_group"]
+__all__ = ["Receiver", "Sender"]
 
 _HEADER = 512
 _WORDS = _HEADER // 8
 _ALIGN = 64
 _BATCH, _LAYOUT, _END, _FAILED = range(4)
 _FIXED, _LAST = 9, 7  # words before the shapes; the one that says whether the pass ends
-_TAG = 0x6E62
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +55,6 @@ class _Template:
     @property
     def dims(self) -> int:
         return sum(slot.ndim for slot in self.slots)
-
-
-def dispatch_group(world: World) -> dist.ProcessGroup | None:
-    """The group the batches travel on, which must carry CPU tensors; made if the default one cannot.
-
-    Collective where a group has to be made.
-    """
-    if world.size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return None
-    if world.control_device.type == "cpu":
-        return None  # the default group
-    made: dist.ProcessGroup = dist.new_group(backend="gloo")
-    return made
 
 
 def _take_apart(batch: Any) -> tuple[_Template, list[Tensor], list[Any]]:
@@ -113,7 +100,7 @@ class _Buffer:
         whole = torch.frombuffer(self._bytes, dtype=torch.uint8)
         self._shift = -whole.data_ptr() % _ALIGN
         self.tensor = whole[self._shift : self._shift + capacity]
-        self.pending: dist.Work | None = None
+        self.pending: Pending | None = None
 
     def write_words(self, words: list[int]) -> None:
         struct.pack_into(f"={len(words)}q", self._bytes, self._shift, *words)
@@ -132,9 +119,8 @@ class _Buffer:
 class _Line:
     """Rank 0's end towards one other rank; one message is written while the one before is under way."""
 
-    def __init__(self, rank: int, group: dist.ProcessGroup | None) -> None:
-        self._rank = rank
-        self._group = group
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self._template: _Template | None = None
         self._capacity = _HEADER
         self._free, self._under_way = _Buffer(_HEADER), _Buffer(_HEADER)
@@ -162,7 +148,7 @@ class _Line:
         for tensor in tensors:
             words += tensor.shape
         buffer.write_words(words)
-        buffer.pending = dist.isend(buffer.tensor, self._rank, group=self._group, tag=_TAG)
+        buffer.pending = self._wire.send(buffer.tensor)
         self._free, self._under_way = self._under_way, buffer
 
     def finish(self, number: tuple[int, int]) -> None:
@@ -197,10 +183,10 @@ class _Line:
     def _control(self, kind: int, payload: bytes, number: tuple[int, int]) -> None:
         self.wait()
         self._free.write_words([kind, *number, len(payload)])
-        dist.send(self._free.tensor, self._rank, group=self._group, tag=_TAG)
+        self._wire.send(self._free.tensor).wait()
         if payload:
             blob = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            dist.send(blob, self._rank, group=self._group, tag=_TAG)
+            self._wire.send(blob).wait()
 
 
 def _or_none(value: int | None) -> int:
@@ -211,8 +197,8 @@ def _or_none(value: int | None) -> int:
 class Sender:
     """Rank 0's side: gives each of the other ranks its batch."""
 
-    def __init__(self, world: World, group: dist.ProcessGroup | None) -> None:
-        self._lines = [_Line(rank, group) for rank in range(1, world.size)]
+    def __init__(self, wires: Mapping[int, Wire]) -> None:
+        self._lines = [_Line(wires[rank]) for rank in sorted(wires)]
 
     def send(self, batches: list[Any], shares: list[Share], number: tuple[int, int]) -> None:
         """Batches and shares of all ranks in rank order, rank 0's own included; `number` is (pass, step)."""
@@ -242,12 +228,12 @@ class Sender:
 class Receiver:
     """The side of every rank but 0."""
 
-    def __init__(self, world: World, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, world: World, wire: Wire) -> None:
         self._world = world
-        self._group = group
+        self._wire = wire
         self._template: _Template | None = None
         self._capacity = _HEADER
-        self._posted: tuple[dist.Work, Tensor] | None = None
+        self._posted: tuple[Pending, Tensor] | None = None
 
     def receive(self, number: tuple[int, int]) -> tuple[Any, Share] | None:
         """The batch of this (pass, step), or None when the pass holds none.
@@ -275,17 +261,14 @@ class Receiver:
                 self._posted = self._post()
             return self._batch(buffer, words)
 
-    def _post(self) -> tuple[dist.Work, Tensor]:
+    def _post(self) -> tuple[Pending, Tensor]:
         """Be ready for the next message: with a receiver waiting, gloo delivers in half the time.
 
         A loop left early leaves this behind; the first message of the next pass then finds it.
         """
         # Fresh memory for each batch: the tensors are views of it, and the loop may keep them.
         buffer = torch.empty(self._capacity, dtype=torch.uint8, pin_memory=self._world.device.type == "cuda")
-        work = dist.irecv(buffer, 0, group=self._group, tag=_TAG)
-        if work is None:
-            raise ConfigError(f"rank {self._world.rank} is not in the group that dispatches batches")
-        return work, buffer
+        return self._wire.receive(buffer), buffer
 
     def _batch(self, buffer: Tensor, words: list[int]) -> tuple[Any, Share]:
         template = self._template
@@ -317,7 +300,7 @@ class Receiver:
     def _blob(self, size: int) -> bytearray:
         blob = torch.empty(size, dtype=torch.uint8)
         if size:
-            dist.recv(blob, 0, group=self._group, tag=_TAG)
+            self._wire.receive(blob).wait()
         return _bytes_of(blob)
 
     def _raise_out_of_step(self, theirs: tuple[int, int], ours: tuple[int, int]) -> NoReturn:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nbaccel.core.data.agreement import agree, make_layout, warn_of_disorder, warn_of_tails
-from nbaccel.core.data.dispatch import Receiver, Sender, dispatch_group
+from nbaccel.core.data.dispatch import Receiver, Sender
 from nbaccel.core.data.iterable import Origin
 from nbaccel.core.data.plan import Shard, Share, num_batches
 from nbaccel.core.data.reading import MapReader, Reader, StreamBatches
@@ -22,6 +22,7 @@ from nbaccel.core.data.sampling import load_sampler_state, sampler_state, set_sa
 from nbaccel.core.data.source import read_dataloader
 from nbaccel.core.data.state import Position, skipped
 from nbaccel.core.data.transfer import Transfer
+from nbaccel.core.data.wires import connect_wires
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.wire import events
@@ -104,9 +105,9 @@ class ShardedLoader:
         self._loop = loop
         self.seed = agree(source, self._layout, world, seed, (dispatch, split_batches, per_sample_seed))
         self._reader = self._make_reader()
-        group = dispatch_group(world) if self._dispatch else None
-        self._sender = Sender(world, group) if self._dispatch and world.rank == 0 else None
-        self._receiver = Receiver(world, group) if self._dispatch and world.rank else None
+        wires = connect_wires(world) if self._dispatch else {}
+        self._sender = Sender(wires) if wires and world.rank == 0 else None
+        self._receiver = Receiver(world, wires[0]) if wires and world.rank else None
         self._transfer = Transfer(self.device)
         self._epoch = self._samples = self._cursor = self._passes = self._steps = 0
         self._sampler_start: dict[str, Any] | None = None
