@@ -53,6 +53,8 @@ class Span(NamedTuple):
 
     low: float
     high: float
+    mean: float
+    """Of several curves."""
 
 
 def columns(curves: Sequence[Curve], count: int) -> list[Span]:
@@ -67,11 +69,19 @@ def columns(curves: Sequence[Curve], count: int) -> list[Span]:
     last = max(points[-1][0] for points in lines)
     if first == last:
         values = [points[-1][1] for points in lines]
-        return [Span(min(values), max(values))]
-    lows, highs = [math.inf] * count, [-math.inf] * count
+        return [Span(min(values), max(values), sum(values) / len(values))]
+    traced = []
     for points in lines:
+        lows, highs = [math.inf] * count, [-math.inf] * count
         _trace(points, first, count / (last - first), lows, highs)
-    return [Span(low, high) for low, high in zip(lows, highs, strict=True) if low <= high]
+        traced.append(list(zip(lows, highs, strict=True)))
+    found = []
+    for column in zip(*traced, strict=True):
+        there = [(low, high) for low, high in column if low <= high]
+        if there:
+            middle = sum(low + high for low, high in there) / 2 / len(there)
+            found.append(Span(min(there)[0], max(high for _, high in there), middle))
+    return found
 
 
 def _trace(
@@ -97,7 +107,7 @@ def sparkline(curves: Sequence[Curve], width: int = 24) -> str:
     spans = columns(curves, width)
     if not spans:
         return ""
-    middles = [(span.low + span.high) / 2 for span in spans]
+    middles = [span.mean for span in spans]
     low, high = min(middles), max(middles)
     if high == low:
         return _BLOCKS[0] * len(middles)

@@ -48,7 +48,7 @@ def test_neighbouring_columns_touch_and_stay_in_range(values: list[float], count
 
 def test_columns_of_several_curves_are_a_band() -> None:
     spans = columns([curve(1.0, 1.0), curve(3.0, 3.0)], 4)
-    assert spans == [(1.0, 3.0)] * 4
+    assert spans == [(1.0, 3.0, 2.0)] * 4
 
 
 def test_sparkline_shows_the_shape() -> None:

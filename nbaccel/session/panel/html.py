@@ -42,6 +42,7 @@ _PARTS = {
     "other": "#9a9a9a",
 }
 _LINE = "#3b8fd0"
+_BAND = "rgba(59,143,208,0.3)"
 _RULE = "border-top:1px solid rgba(128,128,128,0.25)"
 _MONO = "font-family:monospace;font-size:12px;line-height:1.35"
 _MUTED = "opacity:0.7"
@@ -278,7 +279,8 @@ def _chart(chart: Chart) -> str:
         f'<div style="{_ONE_LINE}"><b>{escape(plain(chart.name))}</b> {number(chart.last)}'
         f'<span style="{_MUTED}"> · step {step}</span></div>'
     )
-    boxes = "".join(_column(span, low, high) for span in spans)
+    band = len(chart.curves) > 1
+    boxes = "".join(_column(span, low, high, band=band) for span in spans)
     frame = (
         f'<div style="display:flex;align-items:flex-end;height:{_CHART_HEIGHT}px;'
         f'border-left:1px solid rgba(128,128,128,0.5);border-bottom:1px solid rgba(128,128,128,0.5)">{boxes}</div>'
@@ -288,11 +290,16 @@ def _chart(chart: Chart) -> str:
     return f'<div style="width:{_CHART_WIDTH}px">{title}{frame}{scale}</div>'
 
 
-def _column(span: Span, low: float, high: float) -> str:
+def _column(span: Span, low: float, high: float, *, band: bool) -> str:
+    """A line's part; of lines that lie apart their mean, in the band they fill."""
     scale = (_CHART_HEIGHT - 4) / (high - low) if high > low and math.isfinite(high - low) else 0.0
     bottom = round((span.low - low) * scale)
     height = max(2, round((span.high - span.low) * scale))
-    width = f"{100 / _CHART_COLUMNS:.2f}%"
+    place = f"width:{100 / _CHART_COLUMNS:.2f}%;height:{height}px;margin-bottom:{bottom}px"
+    if not band or height < 5:
+        return f'<i style="{place};background-color:{_LINE}"></i>'
+    top = min(height - 2, max(0, round((span.high - span.mean) * scale) - 1))
+    line = f'<b style="display:block;height:2px;background-color:{_LINE}"></b>'
     return (
-        f'<i style="width:{width};height:{height}px;margin-bottom:{bottom}px;background-color:{_LINE}"></i>'
+        f'<i style="{place};background-color:{_BAND}"><i style="display:block;height:{top}px"></i>{line}</i>'
     )

@@ -255,8 +255,13 @@ def _shown_state(rank: RankState, state: RunState) -> str:
     first = state.failure
     if rank.error is not None and rank.error.type_name == "KeyboardInterrupt":
         return "stopped"
-    ended_by_us = rank.exitcode in (-2, -9, -15) and first is not None and first.rank != rank.rank
-    return "stopped" if rank.state == "lost" and ended_by_us else rank.state
+    if first is None or first.rank == rank.rank or rank.state not in ("failed", "lost"):
+        return rank.state
+    if rank.state == "lost":
+        return "stopped" if rank.exitcode in (-2, -9, -15) else "lost"
+    # the same error is the same fault; another one is what the first failure did to its peers
+    same = first.info is not None and rank.error is not None and first.info.type_name == rank.error.type_name
+    return "failed" if same else "stopped"
 
 
 def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
