@@ -31,6 +31,9 @@ from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.terminal import TerminalPanel
 from nbaccel.session.sinks.text import TextSink
 
+# So many ranks import what only some scripts need as quickly as a process that they are forked from.
+_FEW = 2
+
 __all__ = ["exit_code", "report", "run_here", "run_to_end", "say", "start", "terminations"]
 
 
@@ -107,6 +110,7 @@ def start(request: Request, target: Target, host: HostPlace | None = None) -> Ru
         meanwhile=prompts.meanwhile,
         panel=panel is not None,
         host=host,
+        lean=plan.num_processes <= _FEW,
     )
     made.append(run)
     return run

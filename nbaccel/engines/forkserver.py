@@ -67,9 +67,10 @@ class ForkServer:
     Args:
         environ: environment of the server; its frozen variables hold in every run.
         start_method: "fork" for a server warmed up with torch, "spawn" for a bare one.
+        lean: warm up with torch alone: the first rank runs 1.5 s sooner, and its first DDP step comes later.
     """
 
-    def __init__(self, environ: Mapping[str, str], start_method: str) -> None:
+    def __init__(self, environ: Mapping[str, str], start_method: str, *, lean: bool = False) -> None:
         self.start_method = start_method
         self._lock = threading.RLock()
         self._frozen = frozen(environ)
@@ -84,7 +85,7 @@ class ForkServer:
         fds = (theirs.fileno(), read, self._log.fileno())
         code = (
             f"import sys; sys.path[:] = {[*_installed_path(), _HOME]!r}; from nbaccel.engines import guardian; "
-            f"guardian.main({fds[0]}, {fds[1]}, {os.getpid()}, {fds[2]}, {start_method!r})"
+            f"guardian.main({fds[0]}, {fds[1]}, {os.getpid()}, {fds[2]}, {start_method!r}, {lean})"
         )
         self._guardian = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -223,8 +224,13 @@ _retired: list[ForkServer] = []
 _lock = threading.RLock()
 
 
-def server_for(environ: Mapping[str, str], start_method: str) -> tuple[ForkServer, list[str]]:
+def server_for(
+    environ: Mapping[str, str], start_method: str, *, lean: bool = False
+) -> tuple[ForkServer, list[str]]:
     """The warm server for a launch with this environment, and what to tell the person about it.
+
+    Args:
+        lean: if there is none yet, one that is sooner ready will do.
 
     Raises:
         LaunchError: it cannot be started.
@@ -243,7 +249,7 @@ def server_for(environ: Mapping[str, str], start_method: str) -> tuple[ForkServe
             server = None
         if server is None:
             try:
-                server = _servers[start_method] = ForkServer(environ, start_method)
+                server = _servers[start_method] = ForkServer(environ, start_method, lean=lean)
             except (OSError, ChannelClosed) as error:
                 raise LaunchError(f"the process that makes ranks could not be started: {error}") from error
         return server, notes

@@ -20,13 +20,16 @@ __all__ = ["main"]
 _LOOK = 1.0
 
 
-def main(control: int, lifeline: int, notebook: int, log: int, start_method: str) -> NoReturn:
+def main(
+    control: int, lifeline: int, notebook: int, log: int, start_method: str, lean: bool = False
+) -> NoReturn:
     """Guard a server for process `notebook`.
 
     Args:
         control: descriptor of the server's end of its channel.
         lifeline: reading end of a pipe whose other end only the notebook's process holds.
         log: descriptor that takes what the processes here print.
+        lean: whether torch alone is enough for that.
         start_method: "fork" warms the server up with torch; "spawn" keeps it bare.
     """
     become_subreaper()
@@ -39,7 +42,7 @@ def main(control: int, lifeline: int, notebook: int, log: int, start_method: str
         os.close(lifeline)
         from nbaccel.engines import server as room
 
-        room.serve(control, guardian=me, start_method=start_method)
+        room.serve(control, guardian=me, start_method=start_method, lean=lean)
     os.close(control)
     children = Children()
     ends = [lifeline, *_pidfds(notebook)]

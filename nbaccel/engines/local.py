@@ -29,9 +29,11 @@ class LocalEngine:
 
     Args:
         start_method: "fork" from the warm server, or "spawn" fresh interpreters.
+        lean: a server that is sooner ready will do, if there is none yet.
     """
 
-    def __init__(self, start_method: str = "fork") -> None:
+    def __init__(self, start_method: str = "fork", *, lean: bool = False) -> None:
+        self._lean = lean
         self._start_method = start_method
         self._server: ForkServer | None = None
 
@@ -47,7 +49,7 @@ class LocalEngine:
             raise LaunchError(f"the process that makes ranks is gone.\n{self.log()}") from error
 
     def _ask(self, spec: RunSpec, parcel: Parcel, fd: int | None, after: Sequence[Retry]) -> Ports:
-        server, notes = server_for(spec.environ, self._start_method)
+        server, notes = server_for(spec.environ, self._start_method, lean=self._lean)
         self._server = server
         for retry in after[-1:]:
             if retry.package:

@@ -13,6 +13,7 @@ import signal
 import traceback
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -38,6 +39,8 @@ WARM_UP = (
     "nbaccel.rank.worker",
     "nbaccel.core",
 )
+# What a run of a script on one or two ranks imports sooner by itself than it would wait for here.
+_LATER = ("torch._dynamo", "torch._inductor", "nbaccel.core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Hurry:
     """To the server: a launch waits already, so fork the template before anything else."""
 
 
-def serve(control: int, *, guardian: int, start_method: str) -> NoReturn:
+def serve(control: int, *, guardian: int, start_method: str, lean: bool = False) -> NoReturn:
     """Be the server until the notebook closes the channel."""
     die_with_parent(guardian)
     call_process("nb-server")
@@ -63,7 +66,7 @@ def serve(control: int, *, guardian: int, start_method: str) -> NoReturn:
     channel = Channel.from_fd(control)
     orders: deque[tuple[Template | Hurry, list[int]]] = deque()
     if start_method == "fork":
-        _warm_up()
+        _warm_up([name for name in WARM_UP if not lean or name not in _LATER])
         orders += _settle(channel)
     me = os.getpid()
     children = Children()
@@ -99,13 +102,13 @@ def _settle(channel: Channel) -> list[tuple[Template | Hurry, list[int]]]:
     return orders
 
 
-def _warm_up() -> None:
+def _warm_up(names: Sequence[str]) -> None:
     """Import what every run needs; single-threaded, no device touched."""
     # an import of NumPy starts BLAS threads, and a forked child inherits a pool without its threads
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in WARM_UP:
+        for name in names:
             try:
                 importlib.import_module(name)
             except ImportError:

@@ -81,6 +81,7 @@ def start_run(
     show: Callable[[Run], None] | None = None,
     park_for: float = 0.0,
     host: HostPlace | None = None,
+    lean: bool = False,
 ) -> Run:
     """Start the ranks `plan` describes and hand them the task; returns at once.
 
@@ -91,6 +92,7 @@ def start_run(
         panel: whether a sink paints the ranks' bars.
         heading: what its panel says above everything else.
         show: paints the run in a cell.
+        lean: make the ranks sooner, though their first DDP step comes later, if there is no warm server yet.
         host: where this host stands when there are several.
         park_for: seconds for which the first rank that fails is kept with its frames; 0 keeps none.
 
@@ -115,7 +117,7 @@ def start_run(
         folder=str(folder) if folder else None,
         expected=expectations(config),
     )
-    engine = LocalEngine(config.start_method or default_start_method())
+    engine = LocalEngine(config.start_method or default_start_method(), lean=lean)
     relay = Relay(
         engine, spec, delivery, call, start_limit=limits.start, say=say, label=label, park_for=park_for
     )
