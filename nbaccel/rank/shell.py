@@ -58,6 +58,9 @@ def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
         shell.compile.get_code_name = lambda *_: cell.filename
     else:
         vars(shell.compile).pop("get_code_name", None)
+    if "%debug" not in cell.source:  # else what failed before would keep its tensors until the next failure
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            vars(sys).pop(name, None)
     # comments keep the numbers of the lines; a cell magic must come first
     above = "" if cell.source.lstrip().startswith("%%") else "#\n" * (cell.first_line - 1)
     result = shell.run_cell(above + cell.source, store_history=False)

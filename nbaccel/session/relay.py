@@ -332,13 +332,16 @@ class Relay:
         if self._phase == "starting":
             self._give_up(LaunchError("the session was closed"))
             return
+        reason: Reason = "returned"
         if self._phase == "parked":
             self._leaving, self._parked = Ending(1.0), None
+            reason = "failed"  # as the ranks beside it: the next launch waits for its end
         self._phase, self._deadline = "leaving", None
         call = self._call
         if call is not None:
             call.ending.begin("killed", time.monotonic())
-        self._leaving.begin("returned" if call is None else "killed", time.monotonic())
+            reason = "killed"
+        self._leaving.begin(reason, time.monotonic())
         self._send_all(Exit())
 
     # ── what comes in ─────────────────────────────────────────────────────────────────────────────
