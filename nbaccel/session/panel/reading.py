@@ -11,7 +11,7 @@ from typing import Literal
 from nbaccel.session.curves import Curve
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import ENDED, Pace, RankState, RunState
-from nbaccel.wire.events import Progress
+from nbaccel.wire.events import ExceptionInfo, Progress
 
 __all__ = ["PARTS", "Chart", "Heading", "Row", "Situation", "View", "clock", "number", "read"]
 
@@ -260,8 +260,12 @@ def _shown_state(rank: RankState, state: RunState) -> str:
     if rank.state == "lost":
         return "stopped" if rank.exitcode in (-2, -9, -15) else "lost"
     # the same error is the same fault; another one is what the first failure did to its peers
-    same = first.info is not None and rank.error is not None and first.info.type_name == rank.error.type_name
-    return "failed" if same else "stopped"
+    return "failed" if _headline(first.info) == _headline(rank.error) else "stopped"
+
+
+def _headline(error: ExceptionInfo | None) -> str:
+    """An error's beginning, by which faults are told apart: addresses and ports come later."""
+    return "" if error is None else error.message[:60]
 
 
 def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
