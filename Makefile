@@ -12,10 +12,10 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # JupyterLab refuses to run as root (containers) unless told.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
-SCRIPTS := benchmarks/launch.py $(wildcard notebooks/*.py)
+SCRIPTS := benchmarks/launch.py benchmarks/dashboard.py $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
+.PHONY: help demo lab test test-browser chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,19 @@ lab: $(VENV)/.nbaccel-demo  ## open JupyterLab on the quickstart
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' >$(LAB_SETTINGS)/overrides.json
 	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. $(LAB_OPTIONS) notebooks/quickstart.ipynb
 
-test: lint  ## lint, types, unit, integration, notebooks with their stored outputs
+test: lint chromium  ## lint, types, unit, integration, a browser, notebooks with their stored outputs
 	$(PY) -m pytest tests notebooks $(NBVAL)
+
+test-browser: $(VENV)/.nbaccel-test chromium  ## the panel in a real JupyterLab; screenshots under build/
+	@mkdir -p build/screenshots
+	NBACCEL_SHOTS=build/screenshots $(PY) -m pytest tests/browser
+
+# The browser tests are skipped, and say so, where it cannot be installed.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	  echo "no Chromium here: the browser tests will be skipped"
 
 test-fast: $(VENV)/.nbaccel-test  ## the tests for the inner loop: nothing marked slow
 	$(PY) -m pytest tests -m "not slow and not gpu" -x -q
