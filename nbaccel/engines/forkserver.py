@@ -313,6 +313,8 @@ def _installed_path() -> list[str]:
 
 def _hung_up(channel: Channel) -> bool:
     """Whether the process at the other end has ended, even if what it sent is not read yet."""
+    if channel.fileno() < 0:
+        return False  # retired by us: it goes on until its last run has ended
     poll = select.poll()
     poll.register(channel.fileno(), 0)
     return bool(poll.poll(0))
