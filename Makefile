@@ -39,7 +39,8 @@ test-browser: $(VENV)/.nbaccel-test chromium  ## the panel in a real JupyterLab;
 
 # The browser tests are skipped, and say so, where it cannot be installed.
 chromium:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	  command -v google-chrome >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
 	  echo "no Chromium here: the browser tests will be skipped"
