@@ -15,10 +15,11 @@ from types import FrameType
 from typing import Any, final
 
 from nbaccel.cli.target import Target
-from nbaccel.config import RUN_CONFIG_VARIABLE, duration_seconds
+from nbaccel.config import duration_seconds
 from nbaccel.errors import LaunchError, RunTimeout, WorkerError
 from nbaccel.rank.spec import HostPlace
 from nbaccel.session.facts import run_facts
+from nbaccel.session.inplace import asked_here
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.prompts import Prompts
@@ -222,13 +223,13 @@ def run_here(request: Request, target: Target) -> int:
     """The script in this very process, which another launcher started as a rank."""
     for note in request.plan.notes:
         say(note)
-    os.environ.setdefault(RUN_CONFIG_VARIABLE, request.config.to_json())
     os.environ.update({**request.plan.variables, **request.env})
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     function: Callable[..., Any] = target.function
     try:
-        function(target.path, target.arguments)
+        with asked_here(request.config):
+            function(target.path, target.arguments)
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001  # shown as Python shows it, without our own frames

@@ -15,6 +15,7 @@ from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.notebook.session import Session
 from nbaccel.session.facts import run_facts
+from nbaccel.session.inplace import asked_here
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
@@ -72,7 +73,8 @@ def notebook_launcher(
         return _run_inline(make_task(function, tuple(args), kwargs), options)
     request = make_request(function, tuple(args), kwargs, **options)
     if request.plan.in_place:
-        return Results([request.task.function(*request.task.args, **request.task.kwargs)])
+        with asked_here(request.config):
+            return Results([request.task.function(*request.task.args, **request.task.kwargs)])
     with Presses() as presses:  # from before the first process: no press may find ranks that nobody waits for
         run = run_again(
             request,
