@@ -272,12 +272,12 @@ def requests() -> list[Request]:
 def at_call_end(method: Callable[[], None]) -> None:
     """Let a rank call this bound method when the user's call has returned and before its result is told: what
     it raises is the call's error. Its object is not kept alive. Nobody calls it outside a rank."""
+    _endings[:] = [one for one in _endings if one() is not None]
     _endings.append(weakref.WeakMethod(method))
 
 
 def call_ends() -> None:
     """Calls what `at_call_end` was given, the first first; `rank.worker` does."""
-    _endings[:] = [one for one in _endings if one() is not None]
     for one in list(_endings):
         if (method := one()) is not None:
             method()
