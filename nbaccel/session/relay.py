@@ -9,6 +9,9 @@ future is resolved when no process is left. In a session the ranks stay, and one
         control (exits)                      ─┼─ select → fold ────────┤
         orders (call, interrupt, kill, post) ─┘     │                  └─ the group's own sink
                                                     └─ Call, Join, Exit, Request, signals → ranks
+
+Longer than most files here: it is one state machine, whose every step changes what the others may do. What
+needs no state of its own stands beside it: `call`, `ending`, `recovery`, `wires`, `watch`, `parking`, `fates`.
 """
 
 from __future__ import annotations
