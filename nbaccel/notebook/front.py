@@ -79,7 +79,7 @@ def build_front(
         num_ranks=num_ranks,
         mode=mode,
         label="short" if kernel is not None else "long",
-        transient=environment.live or (environment.is_tty and panel is None),
+        transient=environment.live or environment.is_tty,
         displays=cell is None and mode != "none",
     )
     prompts = Prompts(

@@ -44,7 +44,9 @@ class TerminalPanel:
             return
         from rich.text import Text
 
-        self._live.console.print(Text.from_ansi(text), end="")
+        whole = text[: text.rfind("\n") + 1].lstrip("\r ")  # a bar that is painted over has no place above
+        if whole:
+            self._live.console.print(Text.from_ansi(whole), end="")
 
     def handle(self, event: Event, state: RunState) -> None:
         self._state = state
