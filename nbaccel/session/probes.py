@@ -210,7 +210,8 @@ class Probes:
                 condition = "gone"
             elif condition == "silent":
                 threads = self._signalled(probe, probe.pid)
-        children = body.children if body else ()
+        # of the others a stack tells nothing, and each takes some milliseconds
+        children = body.children if body and _waits_for_workers(threads) else ()
         return RankView(
             rank=rank,
             pid=probe.pid,
@@ -239,6 +240,11 @@ class Probes:
         except (ProcessLookupError, PermissionError):
             return ()
         return _parse(_when_written(probe.memory, before))
+
+
+def _waits_for_workers(threads: Sequence[Thread]) -> bool:
+    frames = next((thread.frames for thread in threads if thread.main), ())
+    return any("_next_data" in line.function or "_try_get_data" in line.function for line in frames)
 
 
 def _close(probe: _Probe) -> None:

@@ -23,9 +23,9 @@ _LEAST_MEMORY_FORKED = 24 * MB
 _LEAST_MEMORY_SPAWNED = 150 * MB
 # Main, reporter, gloo's loop and autograd's thread, beside the compute threads.
 _TASKS_PER_RANK = 4
-# In the process that reads the ranks: two pipes, a channel and a handle on its end. A rank itself
-# holds a socket for every other one.
-_FILES_PER_RANK = 4
+# In the process that reads the ranks: two pipes, a channel, the line to its reporter and its memory file. A
+# rank itself holds a socket for every other one.
+_FILES_PER_RANK = 5
 _FILES_OTHERWISE = 64
 
 MAX_RANKS = 1024

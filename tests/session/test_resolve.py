@@ -154,7 +154,7 @@ def test_ranks_when_more_than_one_on_mps_says_why(device: Any) -> None:
         ({}, {}, f"at most {MAX_RANKS} on one host", MAX_RANKS),
         ({"memory": 2 * GB}, {}, "2.0 GB of memory (the memory available", 83),
         ({"memory": 2 * GB}, {"start_method": "spawn"}, "at 150 MB for an idle rank", 13),
-        ({"files": 1024}, {}, "1024 open files per process (RLIMIT_NOFILE)", 240),
+        ({"files": 1024}, {}, "1024 open files per process (RLIMIT_NOFILE)", 192),
         (
             {"tasks": 100, "tasks_by": "pids.max of cgroup /job (128)"},
             {},
