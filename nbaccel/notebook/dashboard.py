@@ -15,13 +15,11 @@ import contextvars
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from nbaccel.notebook.cell import Bundle, Cell
-from nbaccel.notebook.tap import Ear, listen
+from nbaccel.notebook.controls import Actions, Controls
 from nbaccel.session.panel import html
 from nbaccel.session.panel.pages import error_lines, last_outputs
 from nbaccel.session.panel.reading import Heading, View, read
@@ -31,21 +29,10 @@ from nbaccel.session.run import Run
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Event
 
-__all__ = ["Actions", "Panel", "show"]
+__all__ = ["Panel", "show"]
 
 _REPAINT_SECONDS = 0.25
 _CONTROLS_AFTER = 0.4
-_LIVE_LINES = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Actions:
-    """What the controls do; called from any thread."""
-
-    stop: Callable[[], None]
-    """Ask all ranks to end; a second time, kill them."""
-    save: Callable[[], None]
-    """Ask for a checkpoint at the next step; there only while something in the ranks listens."""
 
 
 @final
@@ -67,7 +54,7 @@ class Panel:
         self._top, self._durable = f"nbaccel-{name}-top", f"nbaccel-{name}"
         self._actions = actions
         self._lock = threading.Lock()  # the relay's thread and the one that hears clicks
-        self._controls: _Controls | None = None
+        self._controls: Controls | None = None
         self._began = self._painted = time.monotonic()
         self._changed = True
         self._body = ""
@@ -90,7 +77,7 @@ class Panel:
         with self._lock:
             self._painted = now
             if self._controls is None and self._actions is not None and now - self._began > _CONTROLS_AFTER:
-                self._controls = _Controls.make(self._cell, self._actions, self._state, self._repaint_output)
+                self._controls = Controls.make(self._cell, self._actions, self._state, self._repaint_output)
                 self._actions = None
                 if self._controls is not None:
                     self._cell.show(self._controls.bundle(), name=self._top, update=True)
@@ -171,101 +158,3 @@ def _hints(view: View) -> list[str]:
 def _bundle(content: str, plain: str) -> Bundle:
     style = "font-size:13px;line-height:1.45;max-width:1100px"
     return {"text/html": f'<div style="{style}">{content}</div>', "text/plain": plain}
-
-
-_remains: deque[tuple[Any, ...]] = deque()
-_MOST_REMAINS = 16
-
-
-@final
-class _Controls:
-    """Stop, Save now, and the output of one rank: core ipywidgets, and the ear that hears them."""
-
-    def __init__(
-        self, widgets: Any, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
-    ) -> None:
-        self._actions = actions
-        self._header = widgets.HTML(layout=widgets.Layout(margin="0 12px 0 0", flex="1 1 320px"))
-        row = widgets.Layout(flex_flow="row wrap", align_items="center", width="100%")
-        small = widgets.Layout(width="auto", height="26px")
-        self._stop = widgets.Button(description="Stop", icon="stop", layout=small, tooltip="End all ranks")
-        self._stop.on_click(self._on_stop)
-        hidden = widgets.Layout(width="auto", height="26px", display="none")
-        self._save = widgets.Button(description="Save now", icon="save", layout=hidden)
-        self._save.on_click(lambda _: actions.save())
-        options = [("output of …", -1), *((f"rank {known.rank}", known.rank) for known in state.ranks)]
-        self._whose = widgets.Dropdown(options=options, value=-1, layout=widgets.Layout(width="120px"))
-        self._output = widgets.HTML(layout=widgets.Layout(width="100%"))
-        self._shown: tuple[int, bytes] | None = None
-        line = widgets.HBox([self._header, self._stop, self._save, self._whose], layout=row)
-        self._box = widgets.VBox([line, self._output], layout=widgets.Layout(width="100%"))
-        self._widgets = widgets
-        parts = [self._box, line, self._header, self._stop, self._save, self._whose, self._output]
-        self._ids = frozenset(widget.comm.comm_id for widget in parts)
-        self._parts = parts
-        self.ear: Ear
-        self._whose.observe(lambda _: repaint(), names="value")
-
-    @classmethod
-    def make(
-        cls, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
-    ) -> _Controls | None:
-        """The controls; None where there are no widgets or clicks could not be heard while the cell runs."""
-        try:
-            import ipywidgets
-        except ImportError:
-            return None
-        made = cls(ipywidgets, cell, actions, state, repaint)
-        ear = listen(cell, lambda: made._ids)
-        if ear is None:
-            made._box.close()
-            return None
-        made.ear = ear
-        return made
-
-    def bundle(self) -> Bundle:
-        """The widgets as an output."""
-        view = {"version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
-        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": ""}
-
-    def paint(self, header: str, state: RunState) -> None:
-        """Bring the header and the open output up to date."""
-        self._header.value = header
-        self._save.layout.display = "inline-block" if state.options else "none"
-        self.paint_output(state)
-
-    def paint_output(self, state: RunState) -> None:
-        """Show what the chosen rank printed last; of a failed run, the first failure's rank by itself."""
-        rank = self._whose.value
-        if rank < 0:
-            if self._shown is not None:
-                self._output.value, self._shown = "", None
-            return
-        known = state.ranks[rank]
-        if self._shown == (rank, known.tail):
-            return
-        self._shown = rank, known.tail
-        lines = known.last_lines(_LIVE_LINES) or ("nothing yet",)
-        self._output.value = html.scrolling(lines)
-
-    def close(self, header: str) -> None:
-        """End the widgets, once something else stands in their place.
-
-        One stays a while: a page that was closed in mid-run was saved with it, and would find nothing.
-        """
-        self.ear.close()
-        self._header.value = header
-        self._box.children = (self._header,)
-        for widget in self._parts:
-            if widget not in (self._box, self._header):
-                widget.close()
-        _remains.append((self._box, self._header))
-        while len(_remains) > _MOST_REMAINS:
-            for widget in _remains.popleft():
-                widget.close()
-
-    def _on_stop(self, _: object) -> None:
-        self._stop.description = "Stop at once"
-        self._stop.tooltip = "Kill all ranks without waiting for them"
-        self._stop.button_style = "danger"
-        self._actions.stop()

@@ -20,6 +20,7 @@ from nbaccel.wire.events import (
     Died,
     Event,
     ExceptionInfo,
+    Knob,
     Metric,
     Output,
     Progress,
@@ -126,6 +127,8 @@ class RunState:
     """When the last rank ended; None while one has not."""
     failure: Failure | None = None
     """The first failure in time, by the ranks' clocks: it is taken for the cause of the others."""
+    knobs: Mapping[str, Knob] = field(default_factory=dict)
+    """The values that can be changed from outside, as the ranks use them now."""
     stall: str = ""
     """What is known of ranks that wait for one another; empty while all go on."""
     options: Mapping[str, str] = field(default_factory=dict)
@@ -154,9 +157,11 @@ def fold(state: RunState, event: Event) -> RunState:
     rank = ranks[number]
     changed = _with_output(rank, event) if type(event) is Output else _changed(rank, event)
     ranks = (*ranks[:number], changed, *ranks[number + 1 :])
-    options, stall = state.options, state.stall
+    options, stall, knobs = state.options, state.stall, state.knobs
     if type(event) is Applied:
         options = _updated(options, {event.option: event.value})
+    elif type(event) is Knob:
+        knobs = {**knobs, event.name: event}
     elif type(event) is Stalled:
         stall = "" if event.text == _GO_ON else event.text
     if changed.state == rank.state and type(event) is not Died:
@@ -165,6 +170,7 @@ def fold(state: RunState, event: Event) -> RunState:
             started=state.started,
             ended=state.ended,
             failure=state.failure,
+            knobs=knobs,
             stall=stall,
             options=options,
         )
@@ -172,6 +178,7 @@ def fold(state: RunState, event: Event) -> RunState:
         changed = changed._replace(since=event.time)
         ranks = (*ranks[:number], changed, *ranks[number + 1 :])
     return RunState(
+        knobs=knobs,
         stall=stall,
         options=options,
         ranks=ranks,

@@ -1,0 +1,175 @@
+"""The panel's controls: core ipywidgets that work while the cell blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from nbaccel.notebook.cell import Bundle, Cell
+from nbaccel.notebook.tap import Ear, listen
+from nbaccel.session.panel import html
+from nbaccel.session.state import RunState
+from nbaccel.wire.events import Knob
+
+__all__ = ["Actions", "Controls"]
+
+_LIVE_LINES = 200
+_MOST_KNOBS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actions:
+    """What the controls do; called from any thread."""
+
+    stop: Callable[[], None]
+    """Ask all ranks to end; a second time, kill them."""
+    save: Callable[[], None]
+    """Ask for a checkpoint at the next step; there only while something in the ranks listens."""
+    turn: Callable[[str, Any], None]
+    """Set a knob on all ranks."""
+
+
+_remains: deque[tuple[Any, ...]] = deque()
+_MOST_REMAINS = 16
+
+
+@final
+class Controls:
+    """Stop, Save now, the output of one rank, the loop's knobs: core ipywidgets, and the ear that hears them.
+
+    As many for a thousand ranks as for one; a knob adds one.
+    """
+
+    def __init__(
+        self, widgets: Any, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
+    ) -> None:
+        self._actions = actions
+        self._header = widgets.HTML(layout=widgets.Layout(margin="0 12px 0 0", flex="1 1 320px"))
+        row = widgets.Layout(flex_flow="row wrap", align_items="center", width="100%")
+        small = widgets.Layout(width="auto", height="26px")
+        self._stop = widgets.Button(description="Stop", icon="stop", layout=small, tooltip="End all ranks")
+        self._stop.on_click(self._on_stop)
+        hidden = widgets.Layout(width="auto", height="26px", display="none")
+        self._save = widgets.Button(description="Save now", icon="save", layout=hidden)
+        self._save.on_click(lambda _: actions.save())
+        options = [("output of …", -1), *((f"rank {known.rank}", known.rank) for known in state.ranks)]
+        self._whose = widgets.Dropdown(options=options, value=-1, layout=widgets.Layout(width="120px"))
+        self._output = widgets.HTML(layout=widgets.Layout(width="100%"))
+        self._shown: tuple[int, bytes] | None = None
+        line = widgets.HBox([self._header, self._stop, self._save, self._whose], layout=row)
+        self._knobs = widgets.HBox([], layout=row)
+        self._turned: dict[str, Any] = {}
+        self._box = widgets.VBox([line, self._knobs, self._output], layout=widgets.Layout(width="100%"))
+        self._widgets = widgets
+        self._parts = [self._box, line, self._knobs, self._header, self._stop, self._save, self._whose]
+        self._parts.append(self._output)
+        self._ids = frozenset(widget.comm.comm_id for widget in self._parts)
+        self.ear: Ear
+        self._whose.observe(lambda _: repaint(), names="value")
+
+    @classmethod
+    def make(
+        cls, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
+    ) -> Controls | None:
+        """The controls; None where there are no widgets or clicks could not be heard while the cell runs."""
+        try:
+            import ipywidgets
+        except ImportError:
+            return None
+        made = cls(ipywidgets, cell, actions, state, repaint)
+        ear = listen(cell, lambda: made._ids)
+        if ear is None:
+            made._box.close()
+            return None
+        made.ear = ear
+        return made
+
+    def bundle(self) -> Bundle:
+        """The widgets as an output."""
+        view = {"version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
+        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": ""}
+
+    def paint(self, header: str, state: RunState) -> None:
+        """Bring the header and the open output up to date."""
+        self._header.value = header
+        self._save.layout.display = "inline-block" if state.options else "none"
+        for knob in list(state.knobs.values())[:_MOST_KNOBS]:
+            self._paint_knob(knob)
+        self.paint_output(state)
+
+    def _paint_knob(self, knob: Knob) -> None:
+        """A slider for a new knob; for a known one the value the ranks use, if it is not what was asked last."""
+        widget = self._turned.get(knob.name)
+        if widget is None:
+            widget = self._turned[knob.name] = _knob_widget(self._widgets, knob)
+            self._parts.append(widget)
+            self._ids |= {widget.comm.comm_id}
+            self._knobs.children = (*self._knobs.children, widget)
+            widget.nbaccel_said = knob.value
+            widget.observe(lambda change: self._on_turn(knob.name, widget, change["new"]), names="value")
+        elif knob.value != widget.nbaccel_said:
+            widget.nbaccel_said = knob.value
+            widget.value = knob.value
+
+    def _on_turn(self, name: str, widget: Any, value: Any) -> None:
+        if value != widget.nbaccel_said:
+            self._actions.turn(name, value)
+
+    def paint_output(self, state: RunState) -> None:
+        """Show what the chosen rank printed last; of a failed run, the first failure's rank by itself."""
+        rank = self._whose.value
+        if rank < 0:
+            if self._shown is not None:
+                self._output.value, self._shown = "", None
+            return
+        known = state.ranks[rank]
+        if self._shown == (rank, known.tail):
+            return
+        self._shown = rank, known.tail
+        lines = known.last_lines(_LIVE_LINES) or ("nothing yet",)
+        self._output.value = html.scrolling(lines)
+
+    def close(self, header: str) -> None:
+        """End the widgets, once something else stands in their place.
+
+        One stays a while: a page that was closed in mid-run was saved with it, and would find nothing.
+        """
+        self.ear.close()
+        self._header.value = header
+        self._box.children = (self._header,)
+        for widget in self._parts:
+            if widget not in (self._box, self._header):
+                widget.close()
+        _remains.append((self._box, self._header))
+        while len(_remains) > _MOST_REMAINS:
+            for widget in _remains.popleft():
+                widget.close()
+
+    def _on_stop(self, _: object) -> None:
+        self._stop.description = "Stop at once"
+        self._stop.tooltip = "Kill all ranks without waiting for them"
+        self._stop.button_style = "danger"
+        self._actions.stop()
+
+
+def _knob_widget(widgets: Any, knob: Knob) -> Any:
+    """What a knob of this kind is turned with; a change is told when the mouse is let go."""
+    given: dict[str, Any] = {"value": knob.value, "description": knob.name, "continuous_update": False}
+    if isinstance(knob.value, bool):
+        return widgets.Checkbox(value=knob.value, description=knob.name)
+    if isinstance(knob.value, str):
+        return widgets.Text(**given)
+    low, high = knob.low, knob.high
+    if low is None or high is None:
+        kind = widgets.IntText if isinstance(knob.value, int) else widgets.FloatText
+        return kind(**given)
+    if isinstance(knob.value, int):
+        return widgets.IntSlider(min=int(low), max=int(high), **given)
+    if low > 0 and high / low >= 50:
+        return widgets.FloatLogSlider(
+            min=math.log10(low), max=math.log10(high), step=0.02, readout_format=".2g", **given
+        )
+    return widgets.FloatSlider(min=low, max=high, step=(high - low) / 100, readout_format=".3g", **given)
