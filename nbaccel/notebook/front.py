@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nbaccel.notebook.cell import Cell
-from nbaccel.notebook.dashboard import Actions, Panel, show
+from nbaccel.notebook.controls import Actions
+from nbaccel.notebook.dashboard import Panel, show
 from nbaccel.notebook.displays import Displays
 from nbaccel.session.environment import Environment
 from nbaccel.session.panel.reading import Heading

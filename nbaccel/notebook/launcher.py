@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nbaccel.config import Device, Precision, StartMethod
 from nbaccel.errors import ConfigError
-from nbaccel.notebook.dashboard import Actions
+from nbaccel.notebook.controls import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.notebook.session import Session
@@ -255,6 +255,10 @@ def _front(request: Request, folder: Path | None, made: list[Run], write: Write)
         for run in made:
             run.save()
 
+    def turn(name: str, value: Any) -> None:
+        for run in made:
+            run.set_knob(name, value)
+
     def reply(rank: int, id: str, answer: Any) -> None:
         for run in made:
             run.reply(rank, id, answer)
@@ -272,7 +276,7 @@ def _front(request: Request, folder: Path | None, made: list[Run], write: Write)
         write=write,
         mode=request.output,
         dashboard=request.dashboard,
-        actions=Actions(stop=stop, save=save),
+        actions=Actions(stop=stop, save=save, turn=turn),
         reply=reply,
         label=cell_label,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
-from nbaccel.notebook.dashboard import Actions
+from nbaccel.notebook.controls import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, running_cell
 from nbaccel.rank import namespace, shell
@@ -345,6 +345,10 @@ class Session:
             for run in made:
                 run.save()
 
+        def turn(name: str, value: Any) -> None:
+            for run in made:
+                run.set_knob(name, value)
+
         def reply(rank: int, id: str, answer: Any) -> None:
             for run in made:
                 run.reply(rank, id, answer)
@@ -357,7 +361,7 @@ class Session:
             write=self._write(),
             mode=self._output,
             dashboard=dashboard,
-            actions=Actions(stop=stop, save=save),
+            actions=Actions(stop=stop, save=save, turn=turn),
             reply=reply,
             label=cell_label,
         )
