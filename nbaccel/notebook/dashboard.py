@@ -15,7 +15,6 @@ import contextvars
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from typing import final
 
 from nbaccel.notebook.cell import Bundle, Cell

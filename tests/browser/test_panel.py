@@ -39,7 +39,7 @@ def train(steps, fail=False):
 
 notebook_launcher(int, num_processes=2)
 """
-RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED = range(1, 9)
+RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB = range(1, 10)
 CELLS = {
     RUN: "notebook_launcher(train, (90,), num_processes=4)",
     STOP: """
@@ -68,6 +68,22 @@ notebook_launcher(show, num_processes=2)
     LATER: "run = launch(train, 200, num_processes=2)",
     AGAIN: "last_run().show()",
     LISTED: "print(runs()[0].name); print(run.report())",
+    KNOB: """
+def tuned():
+    import torch
+    from nbaccel import Accelerator
+    accelerator = Accelerator()
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    for step in range(1500):
+        width = accelerator.knob("width", 3, low=1, high=9)
+        if width != 3:
+            return f"{width} at step {step}"
+        accelerator.backward(model(torch.ones(4, 2)).sum())
+        optimizer.step()
+        time.sleep(0.02)
+notebook_launcher(tuned, num_processes=2)
+""",
 }
 
 
@@ -171,6 +187,17 @@ def test_questions_of_ranks_are_asked_one_after_the_other(book: Page) -> None:
     book.done(ASK)
     assert "[rank 0] name?" in output.inner_text()
     assert "[rank 1] name?" in output.inner_text()
+
+
+def test_knob_turns_on_all_ranks_at_the_same_step(book: Page) -> None:
+    book.start(KNOB)
+    handle = book.output(KNOB).locator(".noUi-handle")
+    handle.wait_for(timeout=20_000)
+    assert book.output(KNOB).locator("button", has_text="Save now").is_visible()
+    shot(book, "knob", KNOB)
+    handle.press("ArrowRight")
+    book.done(KNOB, timeout=20)
+    assert "[0-1] '4 at step" in book.output(KNOB).inner_text()
 
 
 def test_page_closed_in_mid_run_finds_the_run_again(book: Page, lab: Lab, open_page: Any) -> None:
