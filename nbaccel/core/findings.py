@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["Facts", "ModelFacts", "compare", "compare_models", "describe_model", "fingerprint", "same_inputs"]
 
-_BLOCK = 1 << 20  # words a checksum takes at once, to bound its memory
+_BLOCK = 1 << 18  # words a checksum takes at once: its memory, and a cache's size
 _FACTOR = 2654435761
 
 Pass = tuple[str, int]
@@ -27,12 +27,17 @@ def fingerprint(tensor: Tensor) -> int:
     if flat.numel() == 0:
         return 0
     words = flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8)
+    factors = torch.arange(1, min(_BLOCK, words.numel()) + 1, device=words.device) * _FACTOR + 31
     total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, words.numel(), _BLOCK):
-        block = words[start : start + _BLOCK].to(torch.int64)
-        places = torch.arange(start + 1, start + 1 + block.numel(), device=block.device)
-        total += (block * (places * _FACTOR + 31)).sum()
+    for number, part in enumerate(torch.split(words, _BLOCK)):
+        block = part.to(torch.int64)
+        total += (block * factors[: block.numel()]).sum() + block.sum() * _wrapped(number * _BLOCK * _FACTOR)
     return int(total.item())
+
+
+def _wrapped(number: int) -> int:
+    """As int64 arithmetic has it."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
