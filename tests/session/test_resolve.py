@@ -186,7 +186,7 @@ def test_ten_thousand_ranks_names_what_gives_out_first(
             {"tasks": 100, "tasks_by": "pids.max of cgroup /job (128)"},
             (11, "pids.max of cgroup /job (128)"),
         ),
-        (64, {"files": 128}, (16, "RLIMIT_NOFILE")),
+        (64, {"files": 128}, (12, "RLIMIT_NOFILE")),
         (2000, {}, (MAX_RANKS, "the CPU affinity of this process")),
         (8, {"tasks": 3, "tasks_by": "pids.max of cgroup /job (9)"}, (1, "pids.max of cgroup /job (9)")),
     ],
