@@ -80,12 +80,17 @@ class ConfigFile:
         found, problems = [], []
         for key, value in self.values.items():
             try:
-                found.append(RunConfig.from_mapping({key: value}, place=self.place(key)))
+                found.append(_asked(key, value, self.place(key)))
             except ConfigError as error:
                 problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
         return combine(*found)
+
+
+def _asked(key: str, value: Any, place: str) -> RunConfig:
+    """One key as a configuration. `sources` is RunConfig's own note of who asked, for nobody to set."""
+    return RunConfig.from_mapping({"sources." if key == "sources" else key: value}, place=place)
 
 
 def load_config(asked: str | Path) -> RunConfig:
@@ -232,7 +237,7 @@ def override(config: RunConfig, assignments: Iterable[str], *, place: str = "--s
         key, dot, part = key.partition(".")
         if dot:
             value = {**(getattr(config, key, None) or {}), part: value}
-        new = RunConfig.from_mapping({key: value}, place=place)
+        new = _asked(key, value, place)
         kept = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name not in ("sources", key)}
         sources = {name: where for name, where in config.sources.items() if name != key}
         config = combine(RunConfig(**kept, sources=sources), new)

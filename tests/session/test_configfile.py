@@ -160,3 +160,10 @@ def test_ddp_options_are_those_of_the_strategy():
     from nbaccel.core.strategies.ddp import DDPOptions
 
     assert {f.name for f in fields(DDPOptions)} == set(_DDP_OPTIONS)
+
+
+def test_who_asked_cannot_be_asked():
+    with pytest.raises(ConfigError, match="unknown option 'sources"):
+        configfile.read_file(write("x.yaml", "sources: {seed: me}")).config()
+    with pytest.raises(ConfigError, match="unknown option 'sources"):
+        configfile.override(RunConfig(), ["sources=1"])
