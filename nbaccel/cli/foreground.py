@@ -135,6 +135,7 @@ class _Terminations:
         self._grace = grace
         self._run: Run | None = None
         self._timer: threading.Timer | None = None
+        self._at_once = False
 
     def watch(self, run: Run) -> Run:
         """From now on this run is the one to be ended."""
@@ -143,8 +144,19 @@ class _Terminations:
             run.interrupt()  # it came between two attempts
         return run
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While entered there is no run: SIGTERM ends the command there and then."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
+        if self._at_once:
+            sys.exit(128 + number)
         run = self._run
         if run is None:
             return
@@ -212,7 +224,7 @@ def _worker_code(error: WorkerError) -> int:
     cause = error.__cause__
     if isinstance(cause, SystemExit):
         left_with = cause.args[0] if cause.args else 1  # what travelled has its arguments, not its `code`
-        return left_with % 256 if isinstance(left_with, int) else 1
+        return (left_with % 256 or 1) if isinstance(left_with, int) else 1
     code = error.exitcodes.get(error.ranks[0]) if error.ranks else None
     if code is None:
         return 1

@@ -71,28 +71,25 @@ def run_among_hosts(request: Request, target: Target, meeting: Meeting, *, stop_
     restarts = 0
     hosts = Hosts(meeting, say)
     try:
-        with Presses() as presses, terminations(seconds) as ending:
+        with terminations(seconds) as ending:
             while True:
-                place = hosts.meet(request.plan.num_processes)
-                last = place.first_rank + request.plan.num_processes - 1
-                mine = rank_ranges(range(place.first_rank, last + 1))
-                say(f"host {place.index} of {place.count}: rank(s) {mine} of {place.world_size}")
-                live = _Between(hosts, attempt(request, restarts), target, place)
-                ending.watch(live.run)
-                found = live.wait(presses)
+                with ending.at_once():  # nothing runs yet: Ctrl-C and SIGTERM just end this
+                    place = hosts.meet(request.plan.num_processes)
+                say(
+                    f"host {place.index} of {place.count}: rank(s) {_mine(place, request)} of {place.world_size}"
+                )
+                with Presses() as presses:
+                    between = _Between(hosts, attempt(request, restarts), target, place)
+                    ending.watch(between.run)
+                    found = between.wait(presses)
                 if ending.received:
                     hosts.wait_all_done()
                     report(found.error)
                     return 128 + signal.SIGTERM
-                if found.trouble is None:
-                    if not isinstance(found.error, WorkerError):
-                        report(found.error)
-                        return exit_code(found.error)
-                    hosts.tell_failure(rank_ranges([place.first_rank + rank for rank in found.error.ranks]))
-                    say(f"on this host, whose local ranks 0 to {last - place.first_rank} are rank(s) {mine}:")
+                if found.trouble is None and not isinstance(found.error, WorkerError):
                     report(found.error)
-                else:
-                    say(found.trouble[1])
+                    return exit_code(found.error)
+                _tell(hosts, place, request, found)
                 if found.trouble is None or found.trouble[0] != "joining":
                     restarts += 1
                     if restarts > limit:
@@ -100,6 +97,23 @@ def run_among_hosts(request: Request, target: Target, meeting: Meeting, *, stop_
                     say(f"restart {restarts} of {limit}")
     finally:
         hosts.close()
+
+
+def _mine(place: HostPlace, request: Request) -> str:
+    """The ranks of this host, for a person."""
+    return rank_ranges(range(place.first_rank, place.first_rank + request.plan.num_processes))
+
+
+def _tell(hosts: Hosts, place: HostPlace, request: Request, found: _Round) -> None:
+    """Say why the run ended here: to the person, and to the other hosts if it is news to them."""
+    if found.trouble is not None:
+        say(found.trouble[1])
+        return
+    assert isinstance(found.error, WorkerError)
+    hosts.tell_failure(rank_ranges([place.first_rank + rank for rank in found.error.ranks]))
+    last = request.plan.num_processes - 1
+    say(f"on this host, whose local ranks 0 to {last} are rank(s) {_mine(place, request)}:")
+    report(found.error)
 
 
 @final

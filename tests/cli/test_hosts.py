@@ -260,3 +260,19 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_wait_for_hosts_at_once(nbaccel: Command):
+    Path("train.py").write_text("")
+    ask = ("--device", "cpu", "-n", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{_free_port()}")
+    command = [sys.executable, "-m", "nbaccel", "launch", *map(str, ask), "train.py"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: _listens(int(str(ask[-1]).rpartition(":")[2])), 40, "the store")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 143
+
+
+def _listens(port: int) -> bool:
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
