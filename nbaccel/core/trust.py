@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any, final
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,6 @@ class TrustChecks:
         self._orders: dict[Pass, list[tuple[int, ...]]] = {}
         self._inputs: list[int] = []
         self._prepared_loader = False
-        self._unused: dict[str, nn.Parameter] = {}
         self._optimizers: list[_Watched] = []
         self._hooks: list[Any] = []
         self._counts = _BatchCounts(loop) if loop.world.size > 1 else None
@@ -156,7 +156,8 @@ class TrustChecks:
             places.append(place)
         drawn, indices = loader.global_batch_indices, loader.batch_indices
         if drawn is not None:
-            numbers = tuple(one if isinstance(one, int) else hash(repr(one)) for one in drawn)
+            # Not hash(): that of a string is another one in every process.
+            numbers = tuple(one if isinstance(one, int) else crc32(repr(one).encode()) for one in drawn)
             self._orders.setdefault(key, []).append(numbers)
         elif indices is not None and not loader.with_replacement:
             listed = indices.tolist() if isinstance(indices, Tensor) else list(indices)

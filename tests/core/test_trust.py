@@ -54,7 +54,16 @@ class Uneven(IterableDataset):
 DATA = TensorDataset(torch.arange(72.0).reshape(24, 3) / 72)
 
 
+class Named(dict):
+    """A data set whose indices are words."""
+
+    def __init__(self):
+        super().__init__({f"sample {i}": DATA[i] for i in range(24)})
+
+
 def _loader(case, rank):
+    if case == "named":
+        return DataLoader(Named(), batch_size=2, sampler=[f"sample {i}" for i in range(24)])
     if case == "sampler":
         return DataLoader(DATA, batch_size=2, sampler=Unsynchronised(24, seed=rank))
     if case == "replacement":
@@ -156,7 +165,7 @@ def test_batches_when_unequal_at_the_end_of_a_long_pass_are_named():
         assert "rank 0 is at the end after 9 batches; rank 1 is at the end after 10 batches" in text
 
 
-@pytest.mark.parametrize("case", ["good", "replacement"])
+@pytest.mark.parametrize("case", ["good", "replacement", "named"])
 def test_ranks_when_all_is_well_nothing_is_said(case):
     assert run_ranks(_train, case) == [18, 18]
     assert _train(case) == 36
