@@ -496,7 +496,7 @@ class Relay:
     def _begin_next(self) -> None:
         if self._phase == "ready" and self._call is None and self._waiting:
             self._call = self._waiting.popleft()
-            self._state = _for_next_call(self._state)
+            self._state = _for_next_call(self._state, self._call.ranks)
             self._begin(self._call)
 
     def _begin(self, call: CallInFlight) -> None:
@@ -510,7 +510,8 @@ class Relay:
         parcel, fd = (None, None) if delivered else (call.delivery.parcel, call.delivery.fd)
         frames: dict[bool, bytes] = {}
         for rank in call.ranks:
-            self._fold(Status(rank=rank, state="running"))
+            if not self._spec.keep:
+                self._fold(Status(rank=rank, state="running"))
             wanted = call.wants_value(rank)
             if fd is not None:
                 self._send(rank, Call(call.id, wanted, parcel), (fd,))
@@ -518,6 +519,8 @@ class Relay:
             if wanted not in frames:
                 frames[wanted] = Channel.encode(Call(call.id, wanted, parcel))
             self._send(rank, frames[wanted])
+        if self._spec.keep:  # the state has them all running already: one event shows it
+            self._fold(Status(rank=call.ranks[0], state="running"))
         for message, ranks in call.posts:
             self._on_post(message, ranks, call)
 
@@ -708,10 +711,16 @@ class Relay:
                 about.resolve(LaunchError("the session has ended"))
 
 
-def _for_next_call(state: RunState) -> RunState:
-    """Of the call before, a new one shows nothing."""
-    ranks = tuple(RankState(known.rank, state="idle", pid=known.pid) for known in state.ranks)
-    return RunState(ranks=ranks, started=time.time())
+def _for_next_call(state: RunState, taken: Collection[int]) -> RunState:
+    """Of the call before, a new one shows nothing; these ranks run it."""
+    now = time.time()
+    ranks = tuple(
+        RankState(
+            known.rank, state="running" if known.rank in taken else "idle", pid=known.pid, seen=now, since=now
+        )
+        for known in state.ranks
+    )
+    return RunState(ranks=ranks, started=now)
 
 
 def _between(known: RankState, lost: Collection[int]) -> RankState:
