@@ -15,12 +15,13 @@ from typing import Any
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["forget_before", "held_bytes", "install", "post_mortem", "remember"]
+__all__ = ["forget_before", "install", "post_mortem", "remember"]
 
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_HOME, room) + os.sep for room in ("rank", "wire", "engines"))
 
 _failure: list[BaseException] = []
+_looking: list[bool] = []  # whether the call under way is `post_mortem`: its own errors are not kept
 _rank: list[int] = [0]
 
 
@@ -33,23 +34,16 @@ def install(rank: int) -> None:
 
 def remember(error: BaseException) -> None:
     """Keep this failure until the person's next call."""
-    if not isinstance(error, ConfigError):
+    if not _looking:
         _failure[:] = [error]
 
 
 def forget_before(function: Callable[..., Any]) -> None:
     """Let go of what is kept, unless this call is one of ours, such as a completion."""
+    _looking[:] = [True] if function is post_mortem else []
     name = getattr(function, "__module__", None) or ""
     if not name.startswith("nbaccel.") or getattr(function, "__name__", "") == "run_cell":
         _failure.clear()
-
-
-def held_bytes() -> int:
-    """Memory of this process's device that is taken while it is kept; 0 on the CPU."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return 0
-    return int(torch.cuda.memory_reserved())
 
 
 def post_mortem() -> None:

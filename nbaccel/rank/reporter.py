@@ -51,6 +51,7 @@ class Reporter:
         self._channel = Channel(ours)
         self._theirs = theirs
         self._memory = _memory_file()
+        self._complained = False
         self.descriptors = (theirs.fileno(), *(() if self._memory is None else (self._memory,)))
 
     def start(self) -> None:
@@ -70,9 +71,20 @@ class Reporter:
                 if isinstance(ask, Free):
                     close_connections(ask.pids)
                 else:
-                    self._channel.send(_answer(ask, place))
+                    self._channel.send(self._try_to_answer(ask, place))
         except (ChannelClosed, OSError):
             return  # the notebook's process is gone; the rank's own channel ends the rank
+
+    def _try_to_answer(self, ask: Ask, place: _Place) -> Answer:
+        """The answer; an empty one, and once a word in the rank's log, when torch or Python is not as we know
+        them: the thread must go on."""
+        try:
+            return _answer(ask, place)
+        except Exception as problem:  # noqa: BLE001  # whatever a private function of torch may raise
+            if not self._complained:
+                self._complained = True
+                sys.stderr.write(f"nbaccel: no {ask.what} from this rank: {problem!r}\n")
+            return Answer(ask.id, None)
 
 
 def _answer(ask: Ask, place: _Place) -> Answer:
