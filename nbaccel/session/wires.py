@@ -24,7 +24,7 @@ class Wires:
     """Everything of a group that is read. Belongs to the relay's thread.
 
     Args:
-        ports: what is read first; `replace` and `renew_rank` put others in their place.
+        ports: what is read first; `replace` and `watch_rank` take others up.
         on_control: called when whoever makes the ranks has said something or is gone.
         on_rank: called with a rank whose channel has something.
         on_output: called with a rank, the stream and what came.
@@ -40,6 +40,7 @@ class Wires:
     ) -> None:
         self.ports = ports
         self._on_control, self._on_rank, self._on_output = on_control, on_rank, on_output
+        self._closed = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         os.set_blocking(self._wake_read, False)
@@ -49,10 +50,12 @@ class Wires:
 
     def wake(self) -> None:
         """End `wait` now. Safe in a signal handler and from any thread."""
+        if self._closed:
+            return  # the number may be somebody else's descriptor by now
         try:
             os.write(self._wake_write, b"!")
         except OSError:
-            pass  # it is over, or wakes up already
+            pass  # it wakes up already
 
     def wait(self, timeout: float | None) -> None:
         """Call back for whatever comes within `timeout` seconds (None: until something does)."""
@@ -106,6 +109,7 @@ class Wires:
 
     def close(self) -> None:
         """Close everything."""
+        self._closed = True
         self._let_go()
         self._selector.close()
         os.close(self._wake_write)
