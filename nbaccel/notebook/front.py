@@ -65,7 +65,8 @@ def build_front(
     kernel = _kernel() if environment.kernel == "ipykernel" else None
     cell = Cell(kernel) if kernel is not None else None
     wanted = mode != "none" if dashboard == "auto" else dashboard
-    live = environment.live or dashboard is True
+    # a console takes input too, and cannot repaint
+    live = (environment.live and environment.front_end != "none") or dashboard is True
     panel: Panel | TerminalPanel | None = None
     limit: Limit | None = None
     if wanted and cell is not None and live:
