@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ def find_target(text: str, arguments: tuple[str, ...], *, module: bool) -> Targe
         )
         return Target(function=script.run_notebook, path=path, arguments=arguments, name=name, notes=notes)
     try:
-        compile(Path(path).read_bytes(), path, "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the ranks will give them
+            compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OSError) as error:
         raise ConfigError(f"{text} cannot be run: {type(error).__name__}: {error}") from error
     return Target(function=script.run_script, path=path, arguments=arguments, name=name)

@@ -29,7 +29,7 @@ def run_script(path: str, arguments: tuple[str, ...]) -> None:
         path: absolute.
     """
     with io.open_code(path) as file:
-        code = compile(file.read(), path, "exec")
+        code = compile(file.read(), path, "exec", dont_inherit=True)
     sys.argv[:] = [path, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     _by_name()
@@ -86,7 +86,7 @@ def run_notebook(path: str, arguments: tuple[str, ...]) -> None:
         # with its source at hand, for tracebacks and inspect.getsource
         lines = cell.source.splitlines(keepends=True)
         linecache.cache[cell.filename] = (len(cell.source), None, lines, cell.filename)
-        exec(compile(cell.source, cell.filename, "exec"), namespace)
+        exec(compile(cell.source, cell.filename, "exec", dont_inherit=True), namespace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ def _plain(filename: str, source: str) -> Cell:
 
 def _is_python(source: str) -> bool:
     try:
-        compile(source, "<cell>", "exec")
+        compile(source, "<cell>", "exec", dont_inherit=True)
     except SyntaxError:
         return False
     return True

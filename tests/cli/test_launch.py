@@ -31,6 +31,15 @@ def test_script_gets_its_own_arguments_when_they_look_like_ours(clean, nbaccel: 
     assert f"[rank 1] 1 2 __main__ train.py True {own}" in done.out
 
 
+def test_script_is_compiled_as_python_would(clean, nbaccel: Command, script: Writer):
+    text = "def f(x: int): pass\nassert f.__annotations__ == {'x': int}, f.__annotations__\nprint('as written')\n"
+    document = {"cells": [{"cell_type": "code", "source": text}]}
+    Path("t.ipynb").write_text(json.dumps(document))
+    for name in (script(text), "t.ipynb"):
+        done = nbaccel(*CPU, "--no-folder", name)
+        assert said_by(done.out, "as written") == {0, 1}, done.err
+
+
 def test_module_runs_as_main_when_asked_with_m(clean, nbaccel: Command, script: Writer):
     Path("pkg").mkdir()
     script("v = 5", "pkg/x.py")
