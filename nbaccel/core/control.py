@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -89,8 +88,8 @@ class Control:
         self._save_seconds = save_every if isinstance(save_every, float) else None
         self._saved_at = now
         self._want_stop = self._want_save = False
-        self._turned: dict[str, Any] = {}
-        self._travelling: Mapping[str, Any] = {}
+        self._turned: list[tuple[str, Any]] = []
+        self._travelling: list[tuple[str, Any]] = []
         self._deaf_until = 0.0
         self._work: dist.Work | None = None
         self._flags = torch.zeros(_FLAGS, dtype=torch.float64)
@@ -110,7 +109,7 @@ class Control:
             self._want_save = False
             if self._turned:
                 self._knobs.turn(self._turned, step)
-                self._turned = {}
+                self._turned = []
         elif self._ticks >= self._due and not self.stopping:
             self._exchange(self._line, step)
 
@@ -130,7 +129,7 @@ class Control:
             elif request.kind == "save" and time.monotonic() >= self._deaf_until:
                 self._want_save = True
             elif request.kind == "knob" and self._is_main:
-                self._turned[request.name] = request.value
+                self._turned.append((request.name, request.value))
         if self._deadline is None and self._save_seconds is None:
             return
         now = time.monotonic()
@@ -157,7 +156,7 @@ class Control:
         now = time.monotonic()
         pace = (now - self._started_at) / max(1, self._ticks - self._started_tick)
         self._started_at, self._started_tick = now, self._ticks
-        self._travelling, self._turned = self._turned, {}
+        self._travelling, self._turned = self._turned, []
         wanted = [self._want_stop, self._want_save, pace, bool(self._travelling)]
         self._flags = torch.tensor(wanted, dtype=torch.float64)
         self._work = line.start_max(self._flags)

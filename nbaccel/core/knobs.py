@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
@@ -54,9 +54,9 @@ class Knobs:
         value: T = knob.value
         return value
 
-    def turn(self, changes: Mapping[str, Any], step: int) -> None:
-        """Takes new values over; what a knob cannot take is left out, aloud."""
-        for name, wanted in changes.items():
+    def turn(self, changes: Iterable[tuple[str, Any]], step: int) -> None:
+        """Takes new values over, (name, value) in order; what a knob cannot take is left out, aloud."""
+        for name, wanted in changes:
             knob = self._known.get(name)
             if knob is None:
                 self._early[name] = wanted
@@ -87,7 +87,7 @@ class Knobs:
         if early is None:
             self._tell(name, step)
         else:
-            self.turn({name: early}, step)
+            self.turn([(name, early)], step)
         return self._known[name]
 
     def _tell(self, name: str, step: int) -> None:

@@ -50,7 +50,7 @@ class _Counters:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._loop.steps = int(state_dict["steps"])
-        self._knobs.turn(state_dict.get("knobs", {}), self._loop.steps)
+        self._knobs.turn(state_dict.get("knobs", {}).items(), self._loop.steps)
 
 
 @final
