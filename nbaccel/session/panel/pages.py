@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbaccel.session.panel import html
-from nbaccel.session.panel.reading import Heading, View, read
+from nbaccel.session.panel.reading import Heading, Row, View, all_rows, read
 from nbaccel.session.panel.text import paint_text
 from nbaccel.session.report import CellLabel, render
 from nbaccel.session.state import RunState
@@ -52,7 +52,7 @@ def report(state: RunState, heading: Heading, label: CellLabel, asked: Mapping[s
         "state": view.situation,
         "started": state.started,
         "seconds": view.elapsed,
-        "ranks": [_rank(row, state) for row in _all_rows(state, heading)],
+        "ranks": [_rank(row, state) for row in all_rows(state, time.time())],
         "metrics": {chart.name: _finite(chart.last) for chart in view.charts},
         "sentences": list(view.sentences),
         "stall": state.stall or None,
@@ -105,24 +105,7 @@ def last_outputs(state: RunState, view: View) -> list[tuple[int, Sequence[str]]]
     return [(row.rank, state.ranks[row.rank].last_lines(_LINES)) for row in view.rows[:_OUTPUTS]]
 
 
-def _all_rows(state: RunState, heading: Heading) -> Sequence[Any]:
-    return [
-        row
-        for start in range(0, len(state.ranks), _OUTPUTS)
-        for row in read(
-            RunState(
-                ranks=state.ranks[start : start + _OUTPUTS],
-                started=state.started,
-                ended=state.ended,
-                failure=state.failure,
-            ),
-            heading,
-            time.time(),
-        ).rows
-    ]
-
-
-def _rank(row: Any, state: RunState) -> dict[str, Any]:
+def _rank(row: Row, state: RunState) -> dict[str, Any]:
     known = state.ranks[row.rank]
     return {
         "rank": row.rank,

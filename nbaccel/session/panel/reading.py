@@ -13,7 +13,7 @@ from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import ENDED, Pace, RankState, RunState
 from nbaccel.wire.events import ExceptionInfo, Progress
 
-__all__ = ["PARTS", "Chart", "Heading", "Row", "Situation", "View", "clock", "number", "read"]
+__all__ = ["PARTS", "Chart", "Heading", "Row", "Situation", "View", "all_rows", "clock", "number", "read"]
 
 Situation = Literal["starting", "running", "done", "failed", "stopped"]
 
@@ -141,6 +141,12 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         states={name: tuple(of) for name, of in states.items()},
         charts=_charts(ranks),
     )
+
+
+def all_rows(state: RunState, now: float) -> tuple[Row, ...]:
+    """A row for every rank, however many there are."""
+    at = now if state.ended is None else state.ended
+    return tuple(_row(rank, state, at) for rank in state.ranks)
 
 
 def _situation(state: RunState) -> Situation:
