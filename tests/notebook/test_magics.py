@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
-from conftest import Kernel, gone, wait_until
 
 from nbaccel.notebook.definitions import Definitions
 from nbaccel.notebook.magics import parse_ranks
+from tests.conftest import Kernel, gone, wait_until
 
 pytestmark = pytest.mark.kernel
 
