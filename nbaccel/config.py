@@ -185,7 +185,9 @@ class RunConfig:
         indices = isinstance(listed, (tuple, list)) and all(isinstance(one, int) for one in listed)
         restarts = self.max_restarts
         self._require("max_restarts", restarts == 0 or _is_count(restarts), "an int, 0 or more")
-        self._require("devices", indices or listed == "free", "indices ([4, 5]) or 'free'")
+        self._require(
+            "devices", indices or listed == "free", "indices ([4, 5]) or 'free'; how many is num_processes"
+        )
 
     def _require(self, name: str, fits: bool, wanted: str) -> None:
         value = getattr(self, name)

@@ -134,8 +134,8 @@ def _listed_number(config: RunConfig) -> int:
     listed, said = config.devices, asked_text(config, "devices")
     if not isinstance(listed, (tuple, list)) or not listed:
         raise ConfigError(
-            f"{said}: list the indices of the accelerators, as in devices=[0, 1], or 'free'; "
-            "how many is num_processes=2. Left out, all are used."
+            f"{said}: list the indices of the accelerators, as in devices=[0, 1], or 'free'. "
+            "Left out, all are used."
         )
     if config.num_processes not in (None, len(listed)):
         raise ConfigError(

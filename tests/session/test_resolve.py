@@ -288,6 +288,12 @@ def test_devices_when_listed_count_within_those_visible(
     assert {name: value for name, value in plan.variables.items() if "VISIBLE" in name} == expected
 
 
+@pytest.mark.parametrize("listed", [2, ("0",), "all", {0: 1}], ids=repr)
+def test_devices_when_they_are_no_indices(listed: Any) -> None:
+    with pytest.raises(ConfigError, match=r"indices \(\[4, 5\]\) or 'free'; how many is num_processes"):
+        RunConfig(devices=listed)
+
+
 @pytest.mark.parametrize(
     ("config", "environment", "message"),
     [
@@ -301,10 +307,8 @@ def test_devices_when_listed_count_within_those_visible(
             host(gpus=gpus(1)),
             "-1 is not the index of a visible CUDA device; there is only 0",
         ),
-        ({"devices": ("0",)}, host(gpus=gpus(1)), "'0' is not the index"),
         ({"devices": (1, 1)}, host(gpus=gpus(2)), "1 is there twice"),
         ({"devices": ()}, host(gpus=gpus(2)), "list the indices"),
-        ({"devices": 2}, host(gpus=gpus(2)), "how many is num_processes=2"),
         ({"devices": (0, 1), "num_processes": 1}, host(gpus=gpus(2)), "names 2 and one rank runs on each"),
         ({"devices": (0,)}, host(), "the ranks would run on the CPU"),
         ({"devices": "free"}, host(), "the ranks would run on the CPU"),
