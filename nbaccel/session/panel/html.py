@@ -228,14 +228,20 @@ def _legend(view: View) -> str:
         for name, share in row.parts:
             shares[name] = shares.get(name, 0.0) + share / len(holders)
     words = "".join(
-        f'<span><span style="color:{_PARTS[name]}">■</span> {name} {shares[name]:.0%}</span>'
+        f'<span>{_swatch(_PARTS[name])} <span style="{_MUTED}">{name} {shares[name]:.0%}</span></span>'
         for name in PARTS
         if shares.get(name, 0.0) >= 0.01
     )
     if not words:
         return ""
-    style = f"display:flex;flex-wrap:wrap;gap:0 10px;font-size:11px;{_MUTED};padding:2px 0"
-    return f'<div style="{style}"><span>each step:</span>{words}</div>'
+    style = "display:flex;flex-wrap:wrap;gap:0 10px;font-size:11px;padding:2px 0"
+    return f'<div style="{style}"><span style="{_MUTED}">each step:</span>{words}</div>'
+
+
+def _swatch(colour: str) -> str:
+    """A small box in the very colour of the bars, which muted text would dim."""
+    style = f"display:inline-block;width:9px;height:9px;border-radius:2px;background-color:{colour}"
+    return f'<span style="{style}"></span>'
 
 
 # ── many ranks ────────────────────────────────────────────────────────────────────────────────────────
