@@ -12,7 +12,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # JupyterLab refuses to run as root (containers) unless told.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
-SCRIPTS := benchmarks/launch.py benchmarks/dashboard.py $(wildcard notebooks/*.py)
+SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test test-browser chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean

@@ -97,12 +97,12 @@ def dcp(folder: Path, megabytes: float) -> Contender:
 
     def load() -> None:
         target = state()
-        checkpoint.load(target, checkpoint_id=folder / "c")
+        checkpoint.load(target, checkpoint_id=folder / "c")  # type: ignore[attr-defined]
         set_state_dict(model, optimizer, model_state_dict=target["m"], optim_state_dict=target["o"])
 
     def background() -> None:
         pending.append(
-            checkpoint.async_save(
+            checkpoint.async_save(  # type: ignore[attr-defined]
                 state(), checkpoint_id=folder / "b", process_group=group, async_stager=stager
             )
         )
@@ -112,7 +112,7 @@ def dcp(folder: Path, megabytes: float) -> Contender:
             result = pending.pop()
             getattr(result, "upload_completion", result).result()
 
-    save = lambda: checkpoint.save(state(), checkpoint_id=folder / "c")  # noqa: E731
+    save = lambda: checkpoint.save(state(), checkpoint_id=folder / "c")  # type: ignore[attr-defined]  # noqa: E731
     return {"save": save, "load": load, "blocks": background, "wait": wait}
 
 

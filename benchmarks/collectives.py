@@ -49,7 +49,7 @@ def _rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     from accelerate import Accelerator as Theirs
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies import DDPStrategy  # type: ignore[attr-defined]
 
     from nbaccel.core import Accelerator
 
@@ -106,10 +106,10 @@ def _rank(rank: int, port: int) -> None:
 
 
 def main() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
-    mp.spawn(_rank, args=(store.port,), nprocs=2)
+    mp.spawn(_rank, args=(store.port,), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def measure_resume(rounds: int) -> list[Row]:
 
     def theirs(dataset: Endless, shuffle: bool) -> Iterable[Any]:
         loader = accelerator.prepare_data_loader(DataLoader(dataset, 1, shuffle=shuffle))
-        return skip_first_batches(loader, batches)
+        return skip_first_batches(loader, batches)  # type: ignore[no-any-return]
 
     def by_hand(dataset: Endless, shuffle: bool) -> Iterable[Any]:
         return itertools.islice(DataLoader(dataset, 1, shuffle=shuffle), batches, None)
@@ -201,7 +201,7 @@ def measure_dispatch(rounds: int) -> list[Row]:
     """Two ranks: rank 0 reads for both, beside every rank reading its own share."""
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
-        mp.spawn(_dispatch_rank, args=(folder, rounds, port), nprocs=2)
+        mp.spawn(_dispatch_rank, args=(folder, rounds, port), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
         return json.loads((Path(folder) / "rows.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -248,7 +248,7 @@ def _dispatch_rank(rank: int, folder: str, rounds: int, port: int) -> None:
             "torch, each rank reads": DataLoader(
                 make().dataset,
                 make().batch_size,
-                sampler=torch.utils.data.DistributedSampler(make().dataset, shuffle=False),  # type: ignore[arg-type]
+                sampler=torch.utils.data.DistributedSampler(make().dataset, shuffle=False),
             ),
         }
         rows += rows_of(case, in_turns(loaders, rounds), "torch, each rank reads")

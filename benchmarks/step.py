@@ -57,7 +57,7 @@ def raw(case: str, large: bool) -> Step:
         def accumulate() -> None:
             nonlocal count
             count += 1
-            (loss_fn(model(x), y) / 4).backward()
+            (loss_fn(model(x), y) / 4).backward()  # type: ignore[no-untyped-call]
             if count % 4 == 0:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -73,7 +73,7 @@ def raw(case: str, large: bool) -> Step:
             loss = loss_fn(out.float(), y)
         else:
             loss = loss_fn(model(x), y)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
