@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nbformat
 import pytest
@@ -145,7 +145,7 @@ def browser() -> Iterator[Any]:
 
 
 class Page:
-    """A notebook open in the browser."""
+    """A notebook open in the browser; `app`: in JupyterLab ("doc/tree") or Notebook 7 ("notebooks")."""
 
     def __init__(
         self,
@@ -153,17 +153,18 @@ class Page:
         browser: Any,
         path: Path,
         *,
+        app: Literal["doc/tree", "notebooks"] = "doc/tree",
         start_kernel: bool = True,
         width: int = 1100,
         height: int = 900,
     ) -> None:
-        self.lab, self.path, self.start_kernel = lab, path, start_kernel
+        self.lab, self.path, self.app, self.start_kernel = lab, path, app, start_kernel
         self.page = browser.new_page(viewport={"width": width, "height": height})
         self.reopen()
 
     def reopen(self) -> None:
         """Load the notebook afresh; its kernel goes on."""
-        self.page.goto(f"{self.lab.url}/doc/tree/{self.path.name}?reset&token={self.lab.token}")
+        self.page.goto(f"{self.lab.url}/{self.app}/{self.path.name}?reset&token={self.lab.token}")
         self.loaded()
 
     def loaded(self) -> None:
