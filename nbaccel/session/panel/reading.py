@@ -298,9 +298,16 @@ def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
 # ── what dominates ────────────────────────────────────────────────────────────────────────────────────
 
 
+# Seconds: a warm server has forked the ranks long before.
+_COLD = 1.0
+
+
 def _sentences(state: RunState, timed: Mapping[int, Pace], now: float) -> Iterable[str]:
     if state.ended is None:
         yield from state.stall.splitlines()[:2] or _late(state.ranks, now)
+        nobody = all(known.state == "starting" and known.pid is None for known in state.ranks)
+        if nobody and now - state.started > _COLD:
+            yield "the process that ranks come from imports torch: once, later launches take a moment"
     if not timed or min(pace.step for pace in timed.values()) < _ENOUGH_STEPS:
         return
     straggler = _straggler(timed)

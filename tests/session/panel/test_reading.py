@@ -86,3 +86,10 @@ def test_end_stands_still() -> None:
 def test_figures_are_short() -> None:
     assert [clock(seconds) for seconds in (4.21, 42.9, 65, 7384)] == ["4.2 s", "42 s", "1:05", "2:03:04"]
     assert [number(value) for value in (3.0, 0.123456, float("nan"), 1e9)] == ["3", "0.1235", "nan", "1e+09"]
+
+
+def test_cold_server_is_the_reason_for_a_start_that_takes_long() -> None:
+    cold = view(2, iter(()), now=3.0)
+    assert any("imports torch" in sentence for sentence in cold.sentences)
+    assert not view(2, iter(()), now=0.5).sentences
+    assert not view(2, started(2), now=3.0).sentences
