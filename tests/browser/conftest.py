@@ -125,15 +125,19 @@ class Lab:
         self.log.close()
 
 
-@pytest.fixture(scope="session")
+# Of a module, not of the session: the browser's driver keeps an event loop running, and the server's kernels
+# have launches of their own.
+
+
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One server for all tests."""
+    """One server for a module's tests."""
     server = Lab(tmp_path_factory.mktemp("lab"))
     yield server
     server.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a window."""
     from playwright.sync_api import sync_playwright
