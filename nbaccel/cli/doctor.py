@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import click
 
@@ -31,10 +29,10 @@ def doctor(end_leftovers: bool) -> int:
     report = Report(
         checks=(
             checks.check_accelerators(accelerators, cuda, None),
-            checks.check_nccl(os.environ, _maps()),
+            checks.check_nccl(os.environ, checks.mapped_files()),
             checks.check_tpu_variables(os.environ, accelerators.tpu_chips),
             checks.check_leftovers(leftovers),
-            _shared_memory(),
+            checks.shared_memory_here(),
             checks.check_packages(dict(sys.modules)),
             _run_folders(),
         ),
@@ -45,21 +43,6 @@ def doctor(end_leftovers: bool) -> int:
         click.echo(f"ended {report.end_leftovers()} process(es)")
         return 0
     return 1 if report.problems else 0
-
-
-def _maps() -> str:
-    try:
-        return Path("/proc/self/maps").read_text()
-    except OSError:
-        return ""
-
-
-def _shared_memory() -> Check:
-    try:
-        usage = shutil.disk_usage("/dev/shm")
-    except OSError:
-        return checks.check_shared_memory(None, None)
-    return checks.check_shared_memory(usage.free, usage.total)
 
 
 def _run_folders() -> Check:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from nbaccel.notebook import kernel
@@ -32,10 +30,10 @@ def doctor(function: Callable[..., Any] | None = None) -> Report:
     found = [
         _cuda_here(),
         checks.check_accelerators(environment.accelerators, _torch_cuda(), _driver_cuda()),
-        checks.check_nccl(os.environ, _maps()),
+        checks.check_nccl(os.environ, checks.mapped_files()),
         checks.check_tpu_variables(os.environ, environment.accelerators.tpu_chips),
         checks.check_leftovers(leftovers),
-        _shared_memory(),
+        checks.shared_memory_here(),
         checks.check_front_end(environment.kernel),
         checks.check_packages(dict(sys.modules)),
     ]
@@ -78,18 +76,3 @@ def _driver_cuda() -> tuple[int, int] | None:
     except pynvml.NVMLError:
         return None
     return version // 1000, version % 1000 // 10
-
-
-def _maps() -> str:
-    try:
-        return Path("/proc/self/maps").read_text()
-    except OSError:
-        return ""
-
-
-def _shared_memory() -> Check:
-    try:
-        usage = shutil.disk_usage("/dev/shm")
-    except OSError:
-        return checks.check_shared_memory(None, None)
-    return checks.check_shared_memory(usage.free, usage.total)

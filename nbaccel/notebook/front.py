@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from nbaccel.session.report import CellLabel
 from nbaccel.session.run import Run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.limit import Limit
-from nbaccel.session.sinks.terminal import TerminalPanel, can_paint
+from nbaccel.session.sinks.terminal import TerminalPanel
 from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.state import new_state
 
@@ -50,8 +50,8 @@ def build_front(
     write: Write,
     mode: Mode,
     dashboard: Dashboard,
-    actions: Actions,
-    reply: Reply,
+    made: Sequence[Run],
+    stop: Callable[[], None],
     label: CellLabel,
 ) -> Front:
     """The sinks for the front end this process has. Called in the main thread, from the cell that launches.
@@ -59,9 +59,10 @@ def build_front(
     Args:
         write: prints text in the cell or the terminal.
         dashboard: "auto" is a panel where somebody looks on: a live notebook, a terminal.
-        actions: what the panel's controls do.
-        reply: answers a rank's question.
+        made: where the run will be: it is started with what is built here.
+        stop: what the Stop control does.
     """
+    actions, reply = _controls(made, stop)
     kernel = _kernel() if environment.kernel == "ipykernel" else None
     cell = Cell(kernel) if kernel is not None else None
     wanted = mode != "none" if dashboard == "auto" else dashboard
@@ -73,7 +74,7 @@ def build_front(
         state = new_state(num_ranks, time.time())
         panel = Panel(cell, heading, state, actions=actions, label=label)
         limit = Limit(write)
-    elif wanted and cell is None and environment.is_tty and can_paint():
+    elif wanted and cell is None and environment.is_tty:
         panel = TerminalPanel(heading)
         write = panel.write
     text = TextSink(
@@ -112,6 +113,24 @@ def build_front(
         heading=heading,
         show=show_run if kernel is not None else None,
     )
+
+
+def _controls(made: Sequence[Run], stop: Callable[[], None]) -> tuple[Actions, Reply]:
+    """What the panel's controls do to the run, and how a rank's question is answered."""
+
+    def save() -> None:
+        for run in made:
+            run.save()
+
+    def turn(name: str, value: Any) -> None:
+        for run in made:
+            run.set_knob(name, value)
+
+    def reply(rank: int, id: str, answer: Any) -> None:
+        for run in made:
+            run.reply(rank, id, answer)
+
+    return Actions(stop=stop, save=save, turn=turn), reply
 
 
 def _kernel() -> Any:

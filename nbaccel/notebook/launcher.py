@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from nbaccel.config import Device, Precision, StartMethod
 from nbaccel.errors import ConfigError
-from nbaccel.notebook.controls import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.notebook.session import Session
@@ -251,18 +250,6 @@ def _front(request: Request, folder: Path | None, made: list[Run], write: Write)
                 run.interrupt()
         asked.append("stop")
 
-    def save() -> None:
-        for run in made:
-            run.save()
-
-    def turn(name: str, value: Any) -> None:
-        for run in made:
-            run.set_knob(name, value)
-
-    def reply(rank: int, id: str, answer: Any) -> None:
-        for run in made:
-            run.reply(rank, id, answer)
-
     plan = request.plan
     return build_front(
         request.environment,
@@ -276,8 +263,8 @@ def _front(request: Request, folder: Path | None, made: list[Run], write: Write)
         write=write,
         mode=request.output,
         dashboard=request.dashboard,
-        actions=Actions(stop=stop, save=save, turn=turn),
-        reply=reply,
+        made=made,
+        stop=stop,
         label=cell_label,
     )
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, final
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
-from nbaccel.notebook.controls import Actions
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, running_cell
 from nbaccel.rank import namespace, shell
@@ -341,18 +340,6 @@ class Session:
             for run in made:
                 run.interrupt()
 
-        def save() -> None:
-            for run in made:
-                run.save()
-
-        def turn(name: str, value: Any) -> None:
-            for run in made:
-                run.set_knob(name, value)
-
-        def reply(rank: int, id: str, answer: Any) -> None:
-            for run in made:
-                run.reply(rank, id, answer)
-
         precision = self._config.mixed_precision
         return build_front(
             self._environment,
@@ -361,8 +348,8 @@ class Session:
             write=self._write(),
             mode=self._output,
             dashboard=dashboard,
-            actions=Actions(stop=stop, save=save, turn=turn),
-            reply=reply,
+            made=made,
+            stop=stop,
             label=cell_label,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,14 @@ def check_nccl(variables: Mapping[str, str], maps: str) -> Check:
     )
 
 
+def mapped_files() -> str:
+    """What this process has mapped, for `check_nccl`; empty where /proc does not tell."""
+    try:
+        return Path("/proc/self/maps").read_text()
+    except OSError:
+        return ""
+
+
 def check_tpu_variables(variables: Mapping[str, str], tpu_chips: int) -> Check:
     """Variables of a TPU runtime that is not there, which make libraries look for it."""
     name = "TPU variables"
@@ -251,6 +260,15 @@ def check_shared_memory(free: int | None, total: int | None, folder: Path = Path
         )
     told = "" if free is None or total is None else f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     return Check(name=name, status="ok", text=told or "not on this platform")
+
+
+def shared_memory_here() -> Check:
+    """`check_shared_memory` of this machine."""
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return check_shared_memory(None, None)
+    return check_shared_memory(usage.free, usage.total)
 
 
 def _orphans(folder: Path) -> Iterator[tuple[Path, int]]:

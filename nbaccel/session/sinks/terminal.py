@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from typing import Any, final
@@ -13,15 +12,10 @@ from nbaccel.session.sinks.held import Stream
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Event
 
-__all__ = ["TerminalPanel", "can_paint"]
+__all__ = ["TerminalPanel"]
 
 _REPAINT_SECONDS = 0.25
 _COLOURS = {"running": "blue", "done": "green", "failed": "red", "lost": "red", "waiting": "magenta"}
-
-
-def can_paint() -> bool:
-    """Whether rich is installed: `pip install 'nbaccel[terminal]'`."""
-    return importlib.util.find_spec("rich") is not None
 
 
 @final
