@@ -15,6 +15,8 @@ _HOMES = {
     "RunConfig": "nbaccel.config",
     "Session": "nbaccel.notebook.session",
     "doctor": "nbaccel.notebook.doctor",
+    "init_empty_weights": "nbaccel.core.offload",
+    "init_on_device": "nbaccel.core.offload",
     "last_run": "nbaccel.notebook.launcher",
     "launch": "nbaccel.notebook.launcher",
     "notebook_launcher": "nbaccel.notebook.launcher",

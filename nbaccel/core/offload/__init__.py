@@ -1,0 +1,11 @@
+"""Models larger than the device's memory, or than the machine's: built empty, placed, streamed while they run.
+
+`plan` decides which module lies where and is pure; `weights` is where tensors lie; `hooks` brings them to
+where they are needed, and takes them away again. Needs no ranks: works in a notebook's kernel and in ranks.
+"""
+
+from __future__ import annotations
+
+from nbaccel.core.offload.meta import init_empty_weights, init_on_device
+
+__all__ = ["init_empty_weights", "init_on_device"]

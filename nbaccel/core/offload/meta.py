@@ -1,0 +1,71 @@
+"""Modules built without memory, or straight on a device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["init_empty_weights", "init_on_device"]
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
+    """Modules made inside have their parameters on the meta device: shapes and types, no memory.
+
+    Buffers keep their values unless `include_buffers`: what is computed at construction (rotary tables,
+    masks) often is in no checkpoint. Parameters that are tied inside stay tied. Only the calling thread's
+    modules are concerned.
+    """
+    with init_on_device(torch.device("meta"), include_buffers=include_buffers):
+        yield
+
+
+@contextmanager
+def init_on_device(device: torch.device | str, include_buffers: bool = False) -> Iterator[None]:
+    """Modules made inside have each parameter moved to `device` as soon as it is registered.
+
+    With `include_buffers` the buffers too, and whatever else is made inside without a device of its own.
+    """
+    target, thread = torch.device(device), threading.get_ident()
+    moved = WeakIdKeyDictionary()  # one parameter under two names stays one
+
+    # torch's own annotations say that these hooks return nothing
+    def parameter(module: nn.Module, name: str, value: nn.Parameter | None) -> Any:
+        if value is None or threading.get_ident() != thread or is_lazy(value) or value.device == target:
+            return None
+        if value not in moved:
+            moved[value] = _moved(value, target)
+        return moved[value]
+
+    def buffer(module: nn.Module, name: str, value: torch.Tensor | None) -> Any:
+        if value is None or threading.get_ident() != thread or is_lazy(value):
+            return None
+        return value.to(target)
+
+    with ExitStack() as stack:
+        handle = hooks.register_module_parameter_registration_hook(parameter)
+        stack.callback(handle.remove)
+        if include_buffers:
+            handle = hooks.register_module_buffer_registration_hook(buffer)
+            stack.callback(handle.remove)
+            stack.enter_context(target)
+        yield
+
+
+def _moved(value: nn.Parameter, target: torch.device) -> nn.Parameter:
+    """The same parameter on `target`: its class, its attributes, whether it learns."""
+    with torch.no_grad():
+        tensor = value.detach().to(target)
+    new: Any = tensor.as_subclass(type(value)).requires_grad_(value.requires_grad)
+    if type(value) is nn.Parameter:
+        new = nn.Parameter(tensor, requires_grad=value.requires_grad)
+    new.__dict__.update(value.__dict__)
+    return new
