@@ -148,7 +148,7 @@ class Accelerator:
         )
         if config.seed is not None:
             set_seed(config.seed)
-        self.strategy = choose_strategy(config, world, ddp_options(config, ddp), device_placement)
+        self.strategy = choose_strategy(config, world, ddp_options(config, ddp))
         events.emit(events.Applied(option="mixed_precision", value=self._precision.kind))
         events.emit(events.Applied(option="strategy", value=self.strategy.name))
         watched = events.active()
@@ -508,8 +508,9 @@ class Accelerator:
         return inner
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """The model's whole state dict, under the user's names unless `unwrap` is False."""
-        return self.strategy.full_state_dict(model) if unwrap else model.state_dict()
+        """The model's whole state dict on every rank, under the user's names; as the wrapped module keeps it
+        if `unwrap` is False. Called on all ranks."""
+        return self.strategy.full_state_dict(model, rank_zero_only=False) if unwrap else model.state_dict()
 
     def free_memory(self, *objects: Any) -> list[Any]:
         """Forgets everything prepared; returns a None for each object: `a, b = acc.free_memory(a, b)`."""
@@ -661,9 +662,8 @@ class Accelerator:
         self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "10GB"
     ) -> list[Path]:
         """Writes the model's weights as safetensors in Hugging Face's layout. Called on all ranks."""
-        files = save_model(
-            self.get_state_dict(model), save_directory, world=self.world, max_shard_size=max_shard_size
-        )
+        state = self.strategy.full_state_dict(model, rank_zero_only=True)
+        files = save_model(state, save_directory, world=self.world, max_shard_size=max_shard_size)
         self.wait_for_everyone()
         return files
 

@@ -58,6 +58,7 @@ class Window:
         "micro",
         "models",
         "num_ranks",
+        "owed",
         "sync",
         "weights",
     )
@@ -78,6 +79,8 @@ class Window:
         """Whether any micro-step has begun: told apart from a loop that never accumulates."""
         self.dirty = False
         """Whether this window has gradients already."""
+        self.owed = 1.0
+        """What the gradients must still be multiplied with, once the window's last backward is done."""
         self.weights: float | torch.Tensor | None = None
         """Sum of the explicit weights of this window's losses on this rank."""
         self._planned = self._seen = 0.0
@@ -108,7 +111,7 @@ class Window:
     def end(self) -> None:
         """The micro-step is over."""
         if self.sync:
-            self.micro, self.dirty, self.weights = 0, False, None
+            self.micro, self.dirty, self.weights, self.owed = 0, False, None, 1.0
         else:
             self.micro += 1
 
@@ -137,13 +140,13 @@ class Window:
         return float(loader.batch_samples * self.num_ranks), float(everyone), planned
 
     def _correct(self, ratio: float) -> None:
-        """The window turned out shorter than planned: rescale what it has accumulated and what will come."""
-        self.factor *= ratio
-        self.scale_gradients(ratio)
+        """The window turned out shorter than planned. What it has accumulated may be out of reach (sharded
+        strategies keep it aside until the ranks exchange it), so everything is rescaled afterwards."""
+        self.owed = ratio
 
-    @torch.no_grad()
-    def scale_gradients(self, ratio: float | torch.Tensor) -> None:
-        """Multiplies the gradients of this window's models."""
-        grads = [p.grad for m in self.models for p in m.parameters() if p.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, ratio)
+    def settle(self) -> float:
+        """What the gradients are to be multiplied with now; a further backward of the same micro-step is
+        given it beforehand."""
+        owed, self.owed = self.owed, 1.0
+        self.factor *= owed
+        return owed

@@ -42,7 +42,7 @@ def split_trackers(
     return names or None, tuple(one for one in listed if not isinstance(one, str))
 
 
-def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, place: bool) -> Strategy:
+def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions) -> Strategy:
     """How models are spread.
 
     Raises:
@@ -54,8 +54,8 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, place: boo
         )
     accumulates = (config.gradient_accumulation_steps or 1) > 1
     if world.size > 1:
-        return DDP(world, options=ddp, place=place, accumulates=accumulates)
-    return Single(world.device if place else None)
+        return DDP(world, options=ddp, accumulates=accumulates)
+    return Single(world.device)
 
 
 def ddp_options(config: RunConfig, given: DDPOptions | None) -> DDPOptions:

@@ -61,7 +61,7 @@ class Loop:
     ) -> None:
         self.world, self.strategy, self.control, self.stopwatch = world, strategy, control, stopwatch
         self.length, self.weighting = length, weighting
-        self.scaler = precision.make_scaler()
+        self.scaler = None if strategy.handles_precision else precision.make_scaler()
         self.models: list[nn.Module] = []
         self.window = self.new_window(self.models)
         """The window in progress; that of all models together unless `accumulate` named some."""
@@ -75,7 +75,7 @@ class Loop:
         self._bare = control is None and stopwatch is None and self.scaler is None and length == 1
         self.plain = self._bare
         """Nothing but the optimizer's own work is to be done at a step."""
-        self.simple = self._bare and world.size == 1
+        self.simple = self._bare and strategy.plain
         """Nothing but autograd's own work is to be done in a backward."""
         self.led = False
         """Whether there is a prepared optimizer, whose steps are counted."""
@@ -97,13 +97,15 @@ class Loop:
 
     def new_window(self, models: list[nn.Module]) -> Window:
         """A fresh window over `models`."""
-        return Window(models, length=self.length, num_ranks=self.world.size, weighting=self.weighting)
+        return Window(
+            models, length=self.length, num_ranks=self.strategy.data_axis.size, weighting=self.weighting
+        )
 
     def watch(self, observer: Observer | None) -> None:
         """Tells `observer` what happens until its `stepped` returns False (None: tells nobody)."""
         self._observer = observer
         self.plain = self._bare and observer is None
-        self.simple = self.plain and self.world.size == 1
+        self.simple = self.plain and self.strategy.plain
 
     # What the loaders tell ---------------------------------------------------------------------------
 
@@ -190,11 +192,13 @@ class Loop:
             self._update_scaler(scaler)
             loss = scaler.scale(loss)
         if self.stopwatch is None:
-            loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+            self.strategy.backward(loss, window.models, kwargs)
         else:
             self._timed_backward(self.stopwatch, loss, kwargs)
         if self._weighted is not None:
             self._divide_by_weights(window)
+        elif window.owed != 1.0:
+            self.strategy.scale_gradients(window.models, window.settle())
         if self._observer is not None:
             self._observer.backward()
         if not self.led and window.sync:
@@ -207,7 +211,7 @@ class Loop:
         watch.computed_at = 0.0
         if communicates:
             loss.register_hook(watch.on_backward_begins)  # type: ignore[no-untyped-call]
-        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+        self.strategy.backward(loss, self.window.models, kwargs)
         ended = time.perf_counter()
         computed = watch.computed_at or ended
         watch.seconds["backward"] += computed - started
@@ -255,7 +259,7 @@ class Loop:
             ratio = self.world.size / total_weight
         else:
             ratio = (self.world.size / total).to(torch.float32).squeeze(0)
-        window.scale_gradients(ratio)
+        self.strategy.scale_gradients(window.models, ratio)
         if window.length == 1:
             window.weights, window.dirty = None, False
 

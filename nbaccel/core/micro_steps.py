@@ -30,7 +30,7 @@ class MicroSteps:
         self._prepared = prepared
         self._window = loop.window
         self._inside = False
-        self._spread = loop.world.size > 1
+        self._spread = not loop.strategy.plain
 
     def of(self, models: tuple[nn.Module, ...]) -> MicroSteps:
         """The context for a micro-step of these models, of all if there are none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from nbaccel.core import compiling
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop import Loop
-from nbaccel.core.nested import map_leaves
+from nbaccel.core.nested import leaves, map_leaves
 from nbaccel.core.precision import Precision, choose_precision, probe_hardware
 from nbaccel.core.saving import Saving
 from nbaccel.core.trust import TrustChecks
@@ -62,6 +62,8 @@ class Preparing:
         self._loader_options = loader_options
         self._scheduler_follows, self._scheduler_repeat = scheduler_follows, scheduler_repeat
         self._prepared: dict[int, tuple[Any, Any]] = {}
+        self._stepped: dict[int, torch.optim.Optimizer] = {}
+        """What the strategy gave to step for an optimizer that came with its model, by the latter's id."""
 
     def all(self, objects: Sequence[Any], places: Sequence[bool | None] | None) -> Any:
         """See `Accelerator.prepare`."""
@@ -72,11 +74,22 @@ class Preparing:
         places = places or [None] * len(objects)
         if len(places) != len(objects):
             raise ConfigError(f"device_placement has {len(places)} values for {len(objects)} objects")
+        self._models_first(objects, places)
         done = [
             map_leaves(partial(self._one, place=place), one)
             for one, place in zip(objects, places, strict=True)
         ]
         return done[0] if len(done) == 1 else tuple(done)
+
+    def _models_first(self, objects: Sequence[Any], places: Sequence[bool | None]) -> None:
+        """Wraps the models, each with the optimizers of its parameters: wrapping may replace these."""
+        given = [(leaf, place) for one, place in zip(objects, places, strict=True) for _, leaf in leaves(one)]
+        optimizers = [
+            leaf for leaf, _ in given if isinstance(leaf, torch.optim.Optimizer) and self.known(leaf) is None
+        ]
+        for leaf, place in given:
+            if isinstance(leaf, nn.Module):
+                self.model(leaf, place, optimizers=optimizers)
 
     def _one(self, value: Any, *, place: bool | None) -> Any:
         if isinstance(value, nn.Module):
@@ -106,23 +119,36 @@ class Preparing:
         self._prepared[id(original)] = self._prepared[id(prepared)] = (original, prepared)
         return prepared
 
-    def model(self, model: nn.Module, place: bool | None, evaluation_mode: bool = False) -> nn.Module:
-        """The model on its device, in its precision, spread over the ranks unless `evaluation_mode`."""
+    def model(
+        self,
+        model: nn.Module,
+        place: bool | None,
+        evaluation_mode: bool = False,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> nn.Module:
+        """The model on its device, in its precision, spread over the ranks unless `evaluation_mode`.
+
+        `optimizers`: those that may hold its parameters.
+        """
         known: nn.Module | None = self.known(model)
         if known is not None:
             return known
         loop = self._loop
         inner = loop.strategy.unwrap(model)
         restore_forward(inner)
-        if self._place if place is None else place:
-            inner.to(self._device)
+        place = self._place if place is None else place
         if self._compile:
             compiling.compile_module(inner, self._compile)
-        wrapped = inner if evaluation_mode else loop.strategy.wrap(model)
-        if wrapped is inner:
-            patch_forward(inner, self._precision, loop.stopwatch)
+        if evaluation_mode:
+            wrapped = inner.to(self._device) if place else inner
         else:
-            patch_forward(inner, self._precision, None)
+            wrapped = self._spread(model, optimizers, place)
+        plain = loop.strategy.handles_precision and not evaluation_mode
+        precision = self._plain if plain else self._precision
+        if wrapped is inner:
+            patch_forward(inner, precision, loop.stopwatch)
+        else:
+            patch_forward(inner, precision, None)
             patch_forward(wrapped, self._plain, loop.stopwatch)
         loop.models.append(wrapped)
         loop.windows = {(): loop.windows[()]}  # which models are "all" has changed
@@ -130,18 +156,30 @@ class Preparing:
             self._trust.prepared_model(wrapped)
         return self._keep(model, wrapped)  # type: ignore[no-any-return]
 
+    def _spread(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], place: bool
+    ) -> nn.Module:
+        held = {id(parameter) for parameter in model.parameters()}
+        own = [o for o in map(_bare, optimizers) if any(id(p) in held for p in _parameters(o))]
+        present = [self._stepped.get(id(one), one) for one in own]
+        wrapped, stepped = self._loop.strategy.wrap(model, present, place=place)
+        self._stepped.update(zip(map(id, own), stepped, strict=True))
+        return wrapped
+
     def optimizer(self, optimizer: torch.optim.Optimizer) -> PreparedOptimizer:
         """The optimizer, stepping only where gradients are synchronised."""
         known: PreparedOptimizer | None = self.known(optimizer)
         if known is not None:
             return known
-        inner = optimizer.optimizer if isinstance(optimizer, PreparedOptimizer) else optimizer
+        bare = _bare(optimizer)
+        inner = self._stepped.pop(id(bare), None) or self._loop.strategy.adopt(bare)
         prepared = PreparedOptimizer(inner, self._loop, leads=not self._saving.optimizers)
         self._saving.optimizers.append(inner)
         self._loop.led = True
         if self._trust is not None:
             self._trust.prepared_optimizer(inner)
         self._keep(inner, prepared)
+        self._keep(bare, prepared)
         return self._keep(optimizer, prepared)  # type: ignore[no-any-return]
 
     def loader(
@@ -187,6 +225,7 @@ class Preparing:
                 if isinstance(one, nn.Module):
                     restore_forward(one)
         self._prepared.clear()
+        self._stepped.clear()
         self._loop.models.clear()
         self._loop.windows = {(): self._loop.windows[()]}
         self._loop.led = False
@@ -194,3 +233,11 @@ class Preparing:
             listed.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, PreparedOptimizer) else optimizer
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])

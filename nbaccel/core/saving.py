@@ -19,8 +19,6 @@ from nbaccel.core.checkpoint import (
     Found,
     Loaded,
     LocalFileSystem,
-    ModelState,
-    OptimizerState,
     Sharded,
     Stateful,
     next_folder,
@@ -214,8 +212,10 @@ class Saving:
             shared.update({f"{kind}_{index}": item for index, item in enumerate(items)})
         for index, loader in enumerate(self.loaders):
             (per_rank if loader.state_scope == "rank" else shared)[f"loader_{index}"] = loader
-        sharded: dict[str, Sharded] = {_name_of(i): ModelState(m) for i, m in enumerate(self.models)}
-        sharded |= {f"optimizer_{i}": OptimizerState(o, self.models) for i, o in enumerate(self.optimizers)}
+        strategy = self._loop.strategy
+        sharded = {_name_of(i): strategy.model_state(model) for i, model in enumerate(self.models)}
+        for i, optimizer in enumerate(self.optimizers):
+            sharded[f"optimizer_{i}"] = strategy.optimizer_state(optimizer, self.models)
         # `sharded` is read after the hooks, which may have taken models out.
         contents = Contents(sharded=sharded, shared=shared, per_rank=per_rank)
         return replace(contents, before=(lambda folder: hooked(folder, sharded),))

@@ -1,27 +1,84 @@
-"""The seam between the training loop and how a model is spread over the ranks."""
+"""The seam between the training loop and how a model is spread over the ranks.
+
+What the loop does for every strategy, in this order:
+
+    prepare       `wrap` for each model, with the optimizers given in the same call; `adopt` for each
+                  optimizer that was given without its model
+    a micro-step  `set_sync(False)` where it does not end its window, the forward, `backward`;
+                  at a window's end `scale_gradients` where it had to be weighed, `clip_grad_norm`, and the
+                  step of the optimizer that `wrap` or `adopt` gave back
+    saving        `model_state` and `optimizer_state`, whose tensors go by the names of the user's model,
+                  whole or as DTensors, so that any other strategy can load them
+
+A strategy imports no other one; `assembly` chooses it and gives it what it needs.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-__all__ = ["Strategy"]
+from nbaccel.core.checkpoint import Sharded
+
+__all__ = ["DataAxis", "Strategy", "clip_local_norm", "scale_whole_gradients", "trainable"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataAxis:
+    """This rank's place among those that see different data; ranks that share one model share a place."""
+
+    rank: int
+    size: int
 
 
 class Strategy(ABC):
-    """How models are spread. One per Accelerator; it holds no model, only how to treat each."""
+    """How models are spread. One per Accelerator; complete when constructed."""
 
     name: str
     """As in `RunConfig.strategy`."""
+    plain: bool = False
+    """One process whose backward is `loss.backward()` and whose gradients are whole in `.grad`: the loop
+    calls autograd itself, and neither `backward` nor `set_sync`."""
+    handles_precision: bool = False
+    """Whether what `wrap` gives computes in the asked precision by itself, loss scaling included; else the
+    loop autocasts around it and scales."""
+
+    @property
+    @abstractmethod
+    def data_axis(self) -> DataAxis:
+        """Over what loaders divide the samples and gradients are averaged."""
 
     @abstractmethod
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module to call in the loop, on its device, with equal parameters on all ranks."""
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        """The module to call in the loop, with rank 0's parameters, and what to step for each optimizer.
+
+        Called by all ranks together. Parameters on the meta device are materialised here.
+
+        Args:
+            optimizers: those prepared in the same call that hold parameters of `module`; they are given back
+                as they are, pointed at other parameters, or replaced.
+            place: move the module to this rank's device.
+
+        Raises:
+            ConfigError: the module or an optimizer cannot be spread so; what to do instead is said.
+        """
+
+    @abstractmethod
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        """What to step for an optimizer that was prepared without a model.
+
+        Raises:
+            ConfigError: it holds parameters that wrapping has replaced beyond recall.
+        """
 
     @abstractmethod
     def unwrap(self, module: nn.Module) -> nn.Module:
@@ -29,7 +86,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
-        """Whether the next forward and backward of `module` end with gradients equal on all ranks."""
+        """Whether the next forward and backward of `module` end with gradients averaged over the data axis."""
 
     @abstractmethod
     def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
@@ -43,16 +100,47 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        """Adds the gradients of `loss`, already weighed and scaled, to those of `modules`.
+
+        `options` are those of `Tensor.backward`.
+        """
+
+    @abstractmethod
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        """Multiplies synchronised gradients; called after the last backward of a window only."""
+
+    @abstractmethod
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
-        """A context in which ranks may have unequal numbers of batches."""
+        """A context in which ranks may have unequal numbers of batches.
+
+        Raises:
+            ConfigError: every rank is needed in each step.
+        """
 
     @abstractmethod
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clips gradients to a total norm over the whole model; returns the norm before clipping, 0-d."""
 
     @abstractmethod
-    def full_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The whole state dict under the user's names."""
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
+        """The whole state dict under the user's names. Called by all ranks together.
+
+        With `rank_zero_only` sharded strategies put it together on the CPU of rank 0, one tensor after
+        another, and other ranks may get an empty one.
+        """
+
+    @abstractmethod
+    def model_state(self, module: nn.Module) -> Sharded:
+        """A wrapped module as a checkpoint takes it: parameters and buffers by the user's names."""
+
+    @abstractmethod
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        """An optimizer as a checkpoint takes it, in the canonical form that `OptimizerState` writes.
+
+        "state.<parameter name>.<key>" for each tensor, whole or a DTensor of the parameter's global shape;
+        groups by parameter name.
+        """
 
 
 def trainable(module: nn.Module) -> bool:
@@ -63,3 +151,11 @@ def trainable(module: nn.Module) -> bool:
 def clip_local_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
     """torch's clipping, for strategies under which every rank holds all of every gradient."""
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+
+@torch.no_grad()
+def scale_whole_gradients(modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+    """Multiplies what is in `.grad`."""
+    grads = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, final
@@ -13,9 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
-from nbaccel.core.strategies.base import Strategy, clip_local_norm, trainable
+from nbaccel.core.strategies.base import (
+    DataAxis,
+    Strategy,
+    clip_local_norm,
+    scale_whole_gradients,
+    trainable,
+)
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
@@ -61,7 +69,7 @@ class DDP(Strategy):
 
     name = "ddp"
 
-    def __init__(self, world: World, *, options: DDPOptions, place: bool, accumulates: bool) -> None:
+    def __init__(self, world: World, *, options: DDPOptions, accumulates: bool) -> None:
         if options.static_graph and accumulates:
             raise ConfigError(
                 "static_graph=True cannot go with gradient_accumulation_steps above 1: torch fails when the "
@@ -69,18 +77,26 @@ class DDP(Strategy):
             )
         self._world = world
         self._options = options
-        self._place = place
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    @property
+    def data_axis(self) -> DataAxis:
+        return DataAxis(rank=self._world.rank, size=self._world.size)
+
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        return self._wrap(module, place), list(optimizers)
+
+    def _wrap(self, module: nn.Module, place: bool) -> nn.Module:
         if isinstance(module, DistributedDataParallel):
             return module
-        if self._place:
+        if place:
             module = module.to(self._world.device)
         if not trainable(module):
             broadcast_module(module, world=self._world)
             return module
         options = self._options
-        indexed = self._world.device.type != "cpu" and self._place
+        indexed = self._world.device.type != "cpu" and place
         # torch 2.13 warns whoever names an old option, its default too
         rare: dict[str, Any] = {} if options.broadcast_buffers else {_BUFFERS: False}
         wrapped = DistributedDataParallel(
@@ -94,6 +110,9 @@ class DDP(Strategy):
         )
         _register_hook(wrapped, options)
         return wrapped
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        return optimizer
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
@@ -117,6 +136,12 @@ class DDP(Strategy):
             # What DDP's forward does when it expects to synchronise; this one had run without.
             module.reducer.prepare_for_backward(outputs if self._options.find_unused_parameters else [])
 
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        scale_whole_gradients(modules, ratio)
+
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         from torch.distributed.algorithms.join import Join
 
@@ -126,8 +151,14 @@ class DDP(Strategy):
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
         return clip_local_norm(parameters, max_norm, norm_type)
 
-    def full_state_dict(self, module: nn.Module) -> dict[str, Any]:
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self.unwrap(module).state_dict()
+
+    def model_state(self, module: nn.Module) -> Sharded:
+        return ModelState(module)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        return OptimizerState(optimizer, modules)
 
 
 def _register_hook(module: DistributedDataParallel, options: DDPOptions) -> None:

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from nbaccel.core.strategies.base import Strategy, clip_local_norm
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
 
 __all__ = ["Single"]
 
 
 @final
 class Single(Strategy):
-    """Nothing to spread. `device` None leaves modules where they are."""
+    """Nothing to spread."""
 
     name = "single"
+    plain = True
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return module if self._device is None else module.to(self._device)
+    @property
+    def data_axis(self) -> DataAxis:
+        return DataAxis(rank=0, size=1)
+
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        return module.to(self._device) if place else module, list(optimizers)
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        return optimizer
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module
@@ -39,11 +51,23 @@ class Single(Strategy):
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
         pass
 
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        scale_whole_gradients(modules, ratio)
+
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
         return clip_local_norm(parameters, max_norm, norm_type)
 
-    def full_state_dict(self, module: nn.Module) -> dict[str, Any]:
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return module.state_dict()
+
+    def model_state(self, module: nn.Module) -> Sharded:
+        return ModelState(module)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        return OptimizerState(optimizer, modules)
