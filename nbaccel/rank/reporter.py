@@ -21,6 +21,7 @@ from typing import Any, final
 
 from nbaccel.rank.free import close_connections
 from nbaccel.rank.spec import Free
+from nbaccel.rank.vitals import Gauge
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 from nbaccel.wire.snapshot import Answer, Ask, Collective, Line, Peer, Records, Stacks, Thread
 
@@ -44,13 +45,17 @@ class Reporter:
     Attributes:
         descriptors: what the notebook's process needs: its end of the socketpair, then the memory file that
             holds what faulthandler writes (not everywhere). `start` closes this process's copy of the first.
+
+    Args:
+        local_rank: the index of this rank's accelerator.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, local_rank: int) -> None:
         ours, theirs = pair()
         self._channel = Channel(ours)
         self._theirs = theirs
         self._memory = _memory_file()
+        self._gauge = Gauge(local_rank)
         self._complained = False
         self.descriptors = (theirs.fileno(), *(() if self._memory is None else (self._memory,)))
 
@@ -79,7 +84,7 @@ class Reporter:
         """The answer; an empty one, and once a word in the rank's log, when torch or Python is not as we know
         them: the thread must go on."""
         try:
-            return _answer(ask, place)
+            return _answer(ask, place, self._gauge)
         except Exception as problem:  # noqa: BLE001  # whatever a private function of torch may raise
             if not self._complained:
                 self._complained = True
@@ -87,11 +92,18 @@ class Reporter:
             return Answer(ask.id, None)
 
 
-def _answer(ask: Ask, place: _Place) -> Answer:
+def _answer(ask: Ask, place: _Place, gauge: Gauge) -> Answer:
     still = place.look()
     if ask.what == "stacks":
         return Answer(ask.id, _stacks(place), still)
-    return Answer(ask.id, _records() if ask.what == "records" else None, still)
+    if ask.what == "records":
+        return Answer(ask.id, _records(), still)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return Answer(ask.id, None, still, gauge.read(frame, still, _pending))
+
+
+def _pending() -> list[Collective]:
+    return [one for one in _records().collectives if one.pending]
 
 
 def _memory_file() -> int | None:

@@ -98,7 +98,7 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         relay_input(port)
         debugger.install(place.rank)
         os.register_at_fork(after_in_child=lambda: events.connect(None))
-        reporter = Reporter()
+        reporter = Reporter(place.rank)
         port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
         reporter.start()
         code = _Server(port, call, membership, park=spec.park).serve()

@@ -21,7 +21,7 @@ from nbaccel.rank.reporter import STACKS_SIGNAL
 from nbaccel.rank.spec import Free
 from nbaccel.session.stacks import Condition, Process, RankView, WorkerView
 from nbaccel.wire.channel import Channel, ChannelClosed
-from nbaccel.wire.snapshot import Answer, Ask, Line, Records, Stacks, Thread
+from nbaccel.wire.snapshot import Answer, Ask, Line, Records, Stacks, Thread, Vitals
 
 __all__ = ["Probes", "crash_stack"]
 
@@ -48,6 +48,8 @@ class _Probe:
     silent_since: float = 0.0
     """When the first question was asked that has not been answered; counts while one is open."""
     still: float = 0.0
+    vitals: Vitals | None = None
+    """The latest, until somebody takes them."""
 
     def silent(self, now: float) -> float:
         """For how many seconds it owes an answer."""
@@ -107,6 +109,14 @@ class Probes:
                 self._take(probe)
                 self._ask(probe, "pulse")
             return {rank: max(probe.still, probe.silent(now)) for rank, probe in self._probes.items()}
+
+    def take_vitals(self) -> dict[int, Vitals]:
+        """What reporters have told of their ranks since the last call."""
+        with self._lock:
+            told = {rank: probe.vitals for rank, probe in self._probes.items() if probe.vitals is not None}
+            for rank in told:
+                self._probes[rank].vitals = None
+            return told
 
     def look(
         self, num_ranks: int, ended: Mapping[int, str] | None = None, *, first_rank: int = 0
@@ -169,6 +179,7 @@ class Probes:
             return
         for answer, _ in probe.channel.drain():
             probe.still, probe.silent_since = answer.still, time.monotonic()
+            probe.vitals = answer.vitals or probe.vitals
             if answer.id == probe.unanswered:
                 probe.unanswered = None
             if answer.body is not None:

@@ -23,9 +23,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, final
 
 from nbaccel.engines.base import Engine, Exited, Failed, Opening, Respawned, Retry, Started
@@ -49,6 +49,7 @@ from nbaccel.wire.events import (
     Died,
     Display,
     Event,
+    Heartbeat,
     InputRequest,
     Joined,
     Output,
@@ -57,6 +58,7 @@ from nbaccel.wire.events import (
     Stalled,
     Status,
 )
+from nbaccel.wire.snapshot import Vitals
 
 __all__ = ["Relay"]
 
@@ -294,6 +296,8 @@ class Relay:
                 self._on_post(*about)
             elif what == "stall":
                 self._on_stall(*about)
+            elif what == "beat":
+                self._on_beat(*about)
             else:
                 self._on_close()
 
@@ -328,6 +332,11 @@ class Relay:
         call.say(stall.text if stall.report is None else repr(stall.report))
         report = "" if stall.report is None else repr(stall.report)
         self._fold(Stalled(rank=call.ranks[0], text=stall.text, report=report))
+
+    def _on_beat(self, call: CallInFlight, vitals: Mapping[int, Vitals]) -> None:
+        if call is self._call and not call.resolved:
+            for rank, told in vitals.items():
+                self._fold(Heartbeat(rank=rank, **asdict(told)))
 
     def _on_close(self) -> None:
         if self.over:
@@ -504,7 +513,12 @@ class Relay:
         call.begin(self._calls, self._state, time.monotonic())
         self._idle_context = call.context
         limits = call.limits
-        self._watch.began(limits.stall, limits.hang, lambda stall: self._order("stall", (call, stall)))
+        self._watch.began(
+            limits.stall,
+            limits.hang,
+            lambda stall: self._order("stall", (call, stall)),
+            lambda vitals: self._order("beat", (call, vitals)),
+        )
         self._calls += 1
         delivered = call.delivery is self._delivery
         parcel, fd = (None, None) if delivered else (call.delivery.parcel, call.delivery.fd)

@@ -25,6 +25,7 @@ _KINDS: dict[str, Any] = {
     for kind in (
         events.Applied,
         events.Died,
+        events.Heartbeat,
         events.Knob,
         events.Metric,
         events.Progress,

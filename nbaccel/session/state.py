@@ -20,6 +20,7 @@ from nbaccel.wire.events import (
     Died,
     Event,
     ExceptionInfo,
+    Heartbeat,
     Knob,
     Metric,
     Output,
@@ -96,6 +97,8 @@ class RankState(NamedTuple):
     """The history of each metric, those first logged first; no more than twelve."""
     since: float | None = None
     """When it came into its present state."""
+    vitals: Heartbeat | None = None
+    """What was measured last."""
 
     def last_lines(self, count: int = 20) -> tuple[str, ...]:
         """The last `count` lines of output, stdout and stderr in the order they were written, the
@@ -226,6 +229,8 @@ def _changed(rank: RankState, event: Event) -> RankState:
         elif event.state == "running":  # the next call
             rank = rank._replace(error=None)
         return rank._replace(state=event.state, detail=event.detail, pid=pid)
+    if isinstance(event, Heartbeat):
+        return _measured(rank, event)
     if isinstance(event, Returned):
         return rank._replace(state="done", detail="")
     if isinstance(event, Raised):
@@ -235,6 +240,19 @@ def _changed(rank: RankState, event: Event) -> RankState:
         # After its result the process ends as it must; before it, it is lost.
         return rank if rank.state in ENDED else rank._replace(state="lost")
     return rank
+
+
+def _measured(rank: RankState, event: Heartbeat) -> RankState:
+    """What a rank that works is at besides, as far as it can be seen from beside it."""
+    rank = rank._replace(vitals=event)
+    if rank.state not in ("running", "waiting", "compiling"):
+        return rank
+    state: State = "running"
+    if event.doing == "waiting":
+        state = "waiting"
+    elif event.doing == "compiling":
+        state = "compiling"
+    return rank if state == rank.state else rank._replace(state=state, detail=event.detail)
 
 
 def _paced(pace: Pace | None, event: Progress) -> Pace:

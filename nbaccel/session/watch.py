@@ -1,4 +1,5 @@
 """Notices by itself that ranks wait, and for whom: a word after 5 s, the full report after `stall_after`.
+What ranks hold and are at comes the same way.
 
 While a call runs for more than a second, a thread has every rank's reporter note twice a second where its
 main thread is (0.1 ms each). Only when one has not moved for long are stacks and collectives compared.
@@ -17,7 +18,7 @@ from typing import Literal, final
 from nbaccel.session.diagnosis import diagnose, in_debugger
 from nbaccel.session.probes import Probes
 from nbaccel.session.stacks import CellLabel, StackReport
-from nbaccel.wire.snapshot import Line
+from nbaccel.wire.snapshot import Line, Vitals
 
 __all__ = ["HINT_AFTER", "Stall", "Watch"]
 
@@ -60,6 +61,7 @@ class _Vigil:
     began: float
     stages: tuple[_Stage, ...]
     tell: Callable[[Stall], None]
+    beat: Callable[[Mapping[int, Vitals]], None]
     over: threading.Event
 
 
@@ -106,22 +108,29 @@ class Watch:
         known."""
         return self._probes.crash(rank)
 
-    def began(self, stall_after: float, hang_after: float, tell: Callable[[Stall], None]) -> None:
+    def began(
+        self,
+        stall_after: float,
+        hang_after: float,
+        tell: Callable[[Stall], None],
+        beat: Callable[[Mapping[int, Vitals]], None],
+    ) -> None:
         """A call runs from now on.
 
         Args:
-            stall_after: seconds until the full report; 0 never looks by itself.
+            stall_after: seconds until the full report; 0 never looks for waits by itself.
             hang_after: seconds until the call is to be ended.
             tell: called on the watch's thread.
+            beat: called there with what ranks hold and are at, by rank.
         """
         self.finished()
         stages = () if stall_after <= 0 else _stages(stall_after, hang_after)
-        self._vigil = _Vigil(time.monotonic(), stages, tell, threading.Event())
+        self._vigil = _Vigil(time.monotonic(), stages, tell, beat, threading.Event())
 
     def tick(self, now: float) -> None:
         """Called now and then while a call runs; `now` is `time.monotonic()`."""
         vigil = self._vigil
-        if vigil is None or not vigil.stages or now - vigil.began <= _FIRST_LOOK:
+        if vigil is None or now - vigil.began <= _FIRST_LOOK:
             return
         if not self._threads or self._threads[-1][0] is not vigil:
             # what it tells appears in the cell that called
@@ -153,6 +162,8 @@ class Watch:
         due, told, not_before = list(vigil.stages), False, 0.0
         while not vigil.over.wait(_PERIOD):
             still = max(self._probes.pulse().values(), default=0.0)
+            if vitals := self._probes.take_vitals():
+                vigil.beat(vitals)
             if still < 2 * _PERIOD:
                 if told:
                     vigil.tell(Stall("the ranks go on", None))

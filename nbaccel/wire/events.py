@@ -21,6 +21,7 @@ __all__ = [
     "Event",
     "ExceptionInfo",
     "Frame",
+    "Heartbeat",
     "InputRequest",
     "Joined",
     "Knob",
@@ -203,6 +204,18 @@ class Stalled(_Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat(_Event):
+    """Measured in the rank beside its main thread: it lives, what it holds, what it is at. `wire.snapshot.Vitals`
+    tells what each means."""
+
+    memory: int | None = None
+    device_memory: int | None = None
+    utilization: int | None = None
+    doing: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Died(_Event):
     """The rank's process ended. Negative exit codes are signals."""
 
@@ -213,6 +226,7 @@ class Died(_Event):
 Event = (
     Applied
     | Display
+    | Heartbeat
     | InputRequest
     | Joined
     | Knob

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Answer", "Ask", "Collective", "Line", "Peer", "Records", "Stacks", "Thread"]
+__all__ = ["Answer", "Ask", "Collective", "Line", "Peer", "Records", "Stacks", "Thread", "Vitals"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,22 @@ class Records:
     """Collectives called per group by torch's own count, where there is no flight recorder."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vitals:
+    """What a rank's process holds and what its main thread is at; with the answer to a "pulse", now and then."""
+
+    memory: int | None = None
+    """Bytes of host memory: its own and its part of what it shares with other ranks."""
+    device_memory: int | None = None
+    """Bytes torch has reserved on its accelerator."""
+    utilization: int | None = None
+    """Percent of the time its accelerator was busy of late, with whatever process."""
+    doing: str = ""
+    """"waiting" for the other ranks, "compiling", or nothing special."""
+    detail: str = ""
+    """What it waits in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the reporter answers with."""
@@ -96,3 +112,4 @@ class Answer:
     body: Stacks | Records | None
     still: float = 0.0
     """For so long the main thread has not moved, as far as has been looked; seconds."""
+    vitals: Vitals | None = None

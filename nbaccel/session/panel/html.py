@@ -10,12 +10,12 @@ unescaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from nbaccel.session.curves import Span, columns
 from nbaccel.session.panel.ansi import ansi_to_html, plain
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, size
 from nbaccel.session.results import rank_ranges
 
 __all__ = ["body", "document", "failure", "header", "output", "outputs_folded", "panel", "scrolling"]
@@ -47,6 +47,8 @@ _RULE = "border-top:1px solid rgba(128,128,128,0.25)"
 _MONO = "font-family:monospace;font-size:12px;line-height:1.35"
 _MUTED = "opacity:0.7"
 _ONE_LINE = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
+# Seconds: a rank is asked for a sign of life twice in one.
+_SILENT = 5.0
 _CHART_COLUMNS, _CHART_WIDTH, _CHART_HEIGHT = 60, 210, 54
 
 
@@ -105,8 +107,9 @@ def body(view: View) -> str:
     if view.situation == "done" and not view.charts and not any(row.loop for row in view.rows):
         return ""
     strip = _strip(view) if view.strip else ""
-    table = "".join(_row(row, view) for row in view.rows)
-    return f'<div style="margin:4px 0">{strip}{table}{_legend(view)}</div>{_charts(view.charts)}'
+    shown = _columns(view)
+    table = "".join(_row(row, shown) for row in view.rows)
+    return f'<div style="margin:4px 0">{strip}{_captions(shown)}{table}{_legend(view)}</div>{_charts(view.charts)}'
 
 
 def failure(lines: Sequence[str]) -> str:
@@ -158,29 +161,73 @@ def _folder(view: View) -> str:
 # ── a row per rank ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _row(row: Row, view: View) -> str:
+_WIDTHS = {"rank": 112, "progress": 190, "latest": 116, "memory": 70, "step": 80}
+
+
+def _columns(view: View) -> dict[str, str]:
+    """The columns there is something to show in, with what stands above each. While the run goes on those that
+    fill later have their place already, so that nothing jumps."""
+    live = view.situation in ("starting", "running")
+    loops = {row.loop for row in view.rows if row.loop}
+    found: dict[str, str] = {}
+    if live or loops:
+        found["progress"] = plain(next(iter(loops))) if len(loops) == 1 else "progress"
+    if any(row.metrics for row in view.rows):
+        found["latest"] = "latest"
+    if live or any(row.memory is not None for row in view.rows):
+        found["memory"] = "memory"
+    if any(row.parts for row in view.rows):
+        found["step"] = "each step"
+    return found
+
+
+def _captions(columns: Mapping[str, str]) -> str:
+    """What stands above the columns; of what does not fit a narrow page, nothing."""
+    names = {"rank": "rank", **columns}
+    cells = "".join(_cell(escape(name), _WIDTHS[column]) for column, name in names.items())
+    style = f"display:flex;flex-wrap:wrap;gap:0 12px;height:16px;overflow:hidden;font-size:11px;{_MUTED}"
+    return f'<div style="{style}">{cells}<div style="flex:1 1 120px;{_ONE_LINE}">last output</div></div>'
+
+
+def _row(row: Row, columns: Mapping[str, str]) -> str:
     cells = [_state_cell(row)]
-    if view.situation in ("starting", "running") or any(other.loop for other in view.rows):
-        named = len({other.loop for other in view.rows if other.loop}) > 1
-        cells.append(_bar_cell(row, named=named))
-    if any(other.metrics for other in view.rows):
-        values = "".join(
-            f'<div style="{_ONE_LINE}"><span style="{_MUTED}">{escape(plain(name))}</span> {number(value)}</div>'
+    if "progress" in columns:
+        cells.append(_bar_cell(row, named=columns["progress"] == "progress"))
+    if "latest" in columns:
+        values = [
+            f'<span style="{_MUTED}">{escape(plain(name))}</span> {number(value)}'
             for name, value in row.metrics[:2]
-        )
-        cells.append(f'<div style="width:120px;font-size:12px;line-height:1.25">{values}</div>')
-    if any(other.parts for other in view.rows):
+        ]
+        cells.append(_small_cell(values, _WIDTHS["latest"]))
+    if "memory" in columns:
+        cells.append(_small_cell(_memory(row), _WIDTHS["memory"]))
+    if "step" in columns:
         cells.append(_parts_cell(row.parts))
     words = f'<span style="{_MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
-    if row.age is not None and row.age >= 5:
+    if row.age is not None and row.age >= _SILENT:
         words = f"no sign of life for {clock(row.age)} {words}"
     cells.append(f'<div style="flex:1 1 120px;min-width:0;{_ONE_LINE}">{words}</div>')
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{_RULE}"
     return f'<div style="{style}">{"".join(cells)}</div>'
 
 
+def _memory(row: Row) -> list[str]:
+    """What the rank holds: of the host, and of its accelerator with how busy that is."""
+    found = [] if row.memory is None else [size(row.memory)]
+    if row.device_memory is not None:
+        busy = "" if row.utilization is None else f" {row.utilization} %"
+        found.append(f'<span style="{_MUTED}">GPU</span> {size(row.device_memory)}{busy}')
+    return found
+
+
 def _cell(content: str, width: int) -> str:
     return f'<div style="width:{width}px;{_ONE_LINE}">{content}</div>'
+
+
+def _small_cell(lines: Sequence[str], width: int) -> str:
+    """At most two lines in small letters."""
+    content = "".join(f'<div style="{_ONE_LINE}">{line}</div>' for line in lines)
+    return f'<div style="width:{width}px;font-size:12px;line-height:1.25">{content}</div>'
 
 
 def _state_cell(row: Row) -> str:
@@ -189,7 +236,7 @@ def _state_cell(row: Row) -> str:
     return _cell(
         f'<b>{row.rank}</b> <span style="color:{colour}">{sign}</span> {row.state}'
         f'<span style="{_MUTED}">{detail}</span>',
-        92,
+        _WIDTHS["rank"],
     )
 
 
@@ -209,7 +256,7 @@ def _bar_cell(row: Row, *, named: bool) -> str:
         left = f" · {clock(row.left)}" if row.left else ""
         name = f"{escape(plain(row.loop))} " if named or not row.total else ""
         words = f"{name}{row.step}{total}{epoch}{speed}{left}"
-    return _cell(f'{bar}<div style="font-size:11px;{_MUTED};{_ONE_LINE}">{words}</div>', 190)
+    return _cell(f'{bar}<div style="font-size:11px;{_MUTED};{_ONE_LINE}">{words}</div>', _WIDTHS["progress"])
 
 
 def _parts_cell(parts: Iterable[tuple[str, float]]) -> str:

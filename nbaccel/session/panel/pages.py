@@ -118,6 +118,9 @@ def _rank(row: Row, state: RunState) -> dict[str, Any]:
         "steps_per_second": row.rate,
         "step_time_shares": dict(row.parts),
         "metrics": {name: _finite(value) for name, value in row.metrics},
+        "memory": row.memory,
+        "device_memory": row.device_memory,
+        "utilization": row.utilization,
         "last_line": row.last_line,
     }
 

@@ -13,7 +13,19 @@ from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import ENDED, Pace, RankState, RunState
 from nbaccel.wire.events import ExceptionInfo, Progress
 
-__all__ = ["PARTS", "Chart", "Heading", "Row", "Situation", "View", "all_rows", "clock", "number", "read"]
+__all__ = [
+    "PARTS",
+    "Chart",
+    "Heading",
+    "Row",
+    "Situation",
+    "View",
+    "all_rows",
+    "clock",
+    "number",
+    "read",
+    "size",
+]
 
 Situation = Literal["starting", "running", "done", "failed", "stopped"]
 
@@ -63,6 +75,11 @@ class Row:
     metrics: tuple[tuple[str, float], ...]
     parts: tuple[tuple[str, float], ...]
     """Shares of the step's time, in `PARTS` order; they add up to 1."""
+    memory: int | None
+    """Bytes of host memory it holds."""
+    device_memory: int | None
+    utilization: int | None
+    """Percent of the time its accelerator was busy."""
     last_line: str
     age: float | None
     """Seconds since its last sign of life; None once it has ended."""
@@ -176,7 +193,7 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
     left = None
     if progress is not None and progress.total and rate:
         left = max(0.0, (progress.total - progress.step) / rate)
-    lines = rank.last_lines(1)
+    lines, vitals = rank.last_lines(1), rank.vitals
     return Row(
         rank=rank.rank,
         state=shown,
@@ -190,6 +207,9 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
         left=None if rank.state in ENDED else left,
         metrics=_latest(rank),
         parts=_shares(_timed(rank)),
+        memory=vitals.memory if vitals else None,
+        device_memory=vitals.device_memory if vitals else None,
+        utilization=vitals.utilization if vitals else None,
         last_line=lines[-1] if lines else "",
         age=None if ended or rank.seen is None or rank.state in ENDED else max(0.0, now - rank.seen),
     )
@@ -386,3 +406,8 @@ def number(value: float, digits: int = 4) -> str:
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.{digits}g}"
+
+
+def size(count: int) -> str:
+    """Bytes as `312 MB`, `1.4 GB`."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

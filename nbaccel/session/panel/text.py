@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from nbaccel.session.curves import sparkline
 from nbaccel.session.panel.ansi import plain
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, size
 from nbaccel.session.results import rank_ranges
 
 __all__ = ["LINES", "facts", "paint_text"]
@@ -87,8 +87,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     values = "  ".join(f"{name} {number(value)}" for name, value in row.metrics)
     parts = max(row.parts, key=lambda part: part[1], default=None)
     where = f"{parts[0]} {parts[1]:.0%}" if parts and parts[0] in PARTS else ""
+    # in tens of MB: ranks that do the same share a line
+    memory = "" if row.memory is None else size(round(row.memory, -7))
+    if row.device_memory is not None:
+        busy = "" if row.utilization is None else f" {row.utilization} %"
+        memory += f" GPU {size(round(row.device_memory, -7))}{busy}"
     state = f"{row.state} ({row.detail})" if row.detail else row.state
-    return state, bar, f"{row.loop} {steps}{epoch}".strip(), speed, values, where, row.last_line[:60]
+    return state, bar, f"{row.loop} {steps}{epoch}".strip(), speed, memory, values, where, row.last_line[:60]
 
 
 def _chart(chart: Chart) -> str:

@@ -25,7 +25,7 @@ from typing import Any, final
 from nbaccel.session.runs import LOCK
 from nbaccel.session.sinks.capped import CappedLog
 from nbaccel.session.state import Failure, RankState, RunState
-from nbaccel.wire.events import Died, Event, ExceptionInfo, Output, Raised, Returned, Status
+from nbaccel.wire.events import Died, Event, ExceptionInfo, Heartbeat, Output, Raised, Returned, Status
 
 __all__ = ["Facts", "FolderSink", "log_path"]
 
@@ -35,6 +35,8 @@ _FLUSH_SECONDS = 0.1
 _FLUSH_BYTES = 1 << 18
 _LONGEST_LINE = 1 << 20
 _DEEPEST_CHAIN = 20
+# Of what ranks hold one measurement in so many seconds is kept: for months to come that tells enough.
+_BEAT_SECONDS = 30.0
 
 
 def _complain(message: str) -> None:
@@ -78,6 +80,7 @@ class FolderSink:
         self._report = report
         self._logs: dict[int, CappedLog] = {}
         self._lines: list[str] = []
+        self._beats: dict[int, float] = {}
         self._buffered = 0
         self._due = 0.0
         self._broken = False
@@ -115,6 +118,10 @@ class FolderSink:
         self._try(lambda: (self._folder / LOCK).unlink(missing_ok=True), always=True)
 
     def _keep(self, event: Event) -> None:
+        if isinstance(event, Heartbeat):
+            if event.time - self._beats.get(event.rank, 0.0) < _BEAT_SECONDS:
+                return
+            self._beats[event.rank] = event.time
         line = _dumps(_event_fields(event)) + "\n"
         if len(line) > _LONGEST_LINE:
             brief = {"type": type(event).__name__, "rank": event.rank, "time": event.time, "bytes": len(line)}

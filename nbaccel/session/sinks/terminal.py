@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any, final
 
-from nbaccel.session.panel.reading import Heading, Row, View, clock, number, read
+from nbaccel.session.panel.reading import Heading, Row, View, clock, number, read, size
 from nbaccel.session.panel.text import facts, paint_text
 from nbaccel.session.sinks.held import Stream
 from nbaccel.session.state import RunState
@@ -89,8 +89,9 @@ def _cells(row: Row) -> list[Any]:
     epoch = f" epoch {row.epoch}" if row.epoch is not None else ""
     speed = f"{number(row.rate, 3)}/s" if row.rate is not None else ""
     left = clock(row.left) if row.left is not None else ""
+    memory = size(row.memory) if row.memory is not None else ""
     values = " ".join(f"{name} {number(value)}" for name, value in row.metrics[:3])
     words = Text.from_ansi(row.last_line[:80])
     words.no_wrap, words.overflow = True, "ellipsis"
     state = Text(row.state, style=_COLOURS.get(row.state, "dim"))
-    return [str(row.rank), state, bar, Text(steps + epoch), speed, left, Text(values), words]
+    return [str(row.rank), state, bar, Text(steps + epoch), speed, left, Text(values), memory, words]

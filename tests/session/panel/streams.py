@@ -14,6 +14,7 @@ from nbaccel.wire.events import (
     Event,
     ExceptionInfo,
     Frame,
+    Heartbeat,
     Metric,
     Output,
     Progress,
@@ -38,6 +39,21 @@ def started(num_ranks: int) -> Iterator[Event]:
     for rank in range(num_ranks):
         yield Status(rank=rank, time=0.1, state="idle", pid=100 + rank)
         yield Status(rank=rank, time=0.2, state="running")
+
+
+def measured(num_ranks: int, *, time: float = 49.0, waiting: tuple[int, ...] = ()) -> Iterator[Event]:
+    """What the ranks hold; these wait for the others."""
+    for rank in range(num_ranks):
+        doing, detail = ("waiting", "all_reduce") if rank in waiting else ("", "")
+        yield Heartbeat(
+            rank=rank,
+            time=time,
+            memory=312_000_000 + rank,
+            device_memory=1_400_000_000,
+            utilization=90 + rank,
+            doing=doing,
+            detail=detail,
+        )
 
 
 def training(
