@@ -3,6 +3,7 @@
 #   make test     everything that is checked before a change lands
 PYTHON ?= python3
 VENV   ?= .venv
+XLA_VENV ?= .venv-xla
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 
@@ -15,7 +16,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanit
 SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-browser chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
+.PHONY: help demo lab test test-browser test-xla chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ test-fast: $(VENV)/.nbaccel-test  ## the tests for the inner loop: nothing marke
 test-gpu: $(VENV)/.nbaccel-test  ## the tests that need a CUDA device (skipped with a reason without one)
 	$(PY) -m pytest tests -m gpu || [ $$? -eq 5 ]
 
+test-xla: $(XLA_VENV)/.nbaccel-xla  ## the TPU code on torch_xla's CPU device, in an environment of its own
+	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/xla
+
 lint: $(VENV)/.nbaccel-test  ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -75,7 +79,7 @@ clean:  ## remove what was built (not the environment)
 	find nbaccel tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(XLA_VENV)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nbaccel needs Python 3.10 or newer; this is %s. Try: make PYTHON=python3.12" % sys.version.split()[0])'
@@ -85,4 +89,16 @@ $(PY):
 $(VENV)/.nbaccel-%: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): torch and what the notebooks use; a few minutes the first time."
 	$(PIP) install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# torch_xla 2.9 has wheels for Linux on x86-64 and Python 3.10 to 3.13 only.
+$(XLA_VENV)/.nbaccel-xla: $(wildcard tests/xla/environment/*)
+	@echo "Installing torch 2.9 with torch_xla into $(XLA_VENV): 1 GB, a minute or two the first time."
+	@command -v gcc >/dev/null && command -v nm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -y -qq gcc libc6-dev binutils >/dev/null; } || \
+	  { echo "test-xla needs gcc and nm (Debian and Ubuntu: apt install gcc binutils)"; exit 1; }
+	@test -x $(XLA_VENV)/bin/python || $(PYTHON) -m venv $(XLA_VENV)
+	$(XLA_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r tests/xla/environment/wheels.txt -e .
+	$(XLA_VENV)/bin/python -m pip --disable-pip-version-check install -q -r tests/xla/environment/requirements.txt
+	$(XLA_VENV)/bin/python tests/xla/environment/stand_ins.py
 	@touch $@
