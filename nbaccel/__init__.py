@@ -11,8 +11,10 @@ __version__ = "0.1.0.dev0"
 # The public names and where they live; nothing is imported before it is used.
 _HOMES = {
     "Accelerator": "nbaccel.core.accelerator",
+    "FSDP": "nbaccel.parallel",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",
+    "TensorParallel": "nbaccel.parallel",
     "Session": "nbaccel.notebook.session",
     "doctor": "nbaccel.notebook.doctor",
     "init_empty_weights": "nbaccel.core.offload",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from nbaccel.errors import ConfigError
+from nbaccel.parallel import FSDP, TensorParallel, named, read_options
 
 __all__ = ["RUN_CONFIG_VARIABLE", "Device", "Precision", "RunConfig", "combine", "duration_seconds"]
 
@@ -30,7 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "start_method": get_args(StartMethod),
     "returns": ("all", "rank0", "none"),
     "output": ("auto", "all", "rank0", "none"),
-    "strategy": ("auto", "single", "ddp"),
+    "strategy": ("auto", "single", "ddp", "fsdp", "tensor_parallel"),
     "log_with": ("jsonl", "tensorboard"),
     "loss_weighting": ("samples", "equal"),
     "scheduler_steps": ("one", "per_rank"),
@@ -55,20 +56,18 @@ _DDP_OPTIONS = (
     "power_sgd_rank",
     "power_sgd_start",
 )
+_PARALLEL = {"fsdp": FSDP, "tensor_parallel": TensorParallel}
 _TEXTS = ("project_dir", "stop_after", "resume")
 # Known to be wanted, not built yet: refused by name rather than ignored.
 _LATER: dict[str, dict[str, str]] = {
     "mixed_precision": {"fp8": "fp8 is not built yet; use 'bf16'"},
     "strategy": {
-        "fsdp": "FSDP2 is not built yet; use 'ddp'",
         "deepspeed": "DeepSpeed is not built yet; use 'ddp'",
     },
     "device": {"tpu": "TPU ranks are not built yet; use device='cpu' or 'cuda'"},
 }
 _LATER_KEYS = {
-    "fsdp": "FSDP2 is not built yet; leave it out and use strategy 'ddp'",
     "deepspeed": "DeepSpeed is not built yet; leave it out and use strategy 'ddp'",
-    "tensor_parallel": "tensor parallelism is not built yet; leave it out",
     "context_parallel": "context parallelism is not built yet; leave it out",
     "pipeline": "pipeline schedules are not built yet; leave it out",
     "megatron": "Megatron-LM is not built yet; leave it out and use strategy 'ddp'",
@@ -120,6 +119,10 @@ class RunConfig:
     """Seed each sample's random numbers, so that augmentation resumes too."""
     ddp: Mapping[str, Any] | None = None
     """Options of the strategy "ddp", by the names of `DDPOptions`."""
+    fsdp: Mapping[str, Any] | None = None
+    """Options of the strategy "fsdp", by the names of `FSDP`."""
+    tensor_parallel: Mapping[str, Any] | None = None
+    """Options of tensor parallelism, by the names of `TensorParallel`: alone or with "fsdp"."""
     check_collectives: Literal["sampled", "always", "never"] | None = None
     """How often the ranks' arguments to collectives are compared."""
     seed: int | None = None
@@ -177,6 +180,11 @@ class RunConfig:
                 raise ConfigError(
                     f"{self._where('ddp')} has no option {name!r}{_nearest(name, _DDP_OPTIONS)}"
                 )
+        for name, kind in _PARALLEL.items():
+            options = getattr(self, name)
+            self._require(name, isinstance(options, Mapping), "options by name, as in {size: 2}")
+            if options is not None:
+                read_options(kind, options, self._where(name))
         every, clip, listed = self.save_every, self.gradient_clipping, self.devices
         is_time = isinstance(every, str)
         self._require("save_every", is_time or _is_count(every), "steps (an int from 1) or a time ('15min')")
@@ -223,7 +231,7 @@ class RunConfig:
         values = {
             f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, {})
         }
-        return json.dumps(values, sort_keys=True)
+        return json.dumps(values, sort_keys=True, default=_refuse_code)
 
     @classmethod
     def names(cls) -> frozenset[str]:
@@ -239,6 +247,7 @@ class RunConfig:
     def from_mapping(cls, values: Mapping[str, Any], *, place: str = "") -> RunConfig:
         """A RunConfig from plain values; an unknown key is an error with the nearest name."""
         known = cls.names()
+        values = {**values, **_expanded(values, place)}
         for key in values:
             if key in _LATER_KEYS:
                 raise ConfigError(f"{key}{f' (from {place})' if place else ''}: {_LATER_KEYS[key]}")
@@ -287,6 +296,23 @@ def combine(*configs: RunConfig) -> RunConfig:
             if f.name not in values:
                 values[f.name], sources[f.name] = value, place
     return RunConfig(**values, sources=sources)
+
+
+def _expanded(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The keys that stand for a strategy given as an object."""
+    found = named(values.get("strategy"))
+    twice = [key for key in found if key != "strategy" and values.get(key) is not None]
+    if twice:
+        raise ConfigError(
+            f"{twice[0]} is asked twice{f' by {place}' if place else ''}: as an option and within strategy="
+        )
+    return found
+
+
+def _refuse_code(value: object) -> Any:
+    raise ConfigError(
+        f"{value!r} cannot be asked of a launch, which sends names and numbers; give it to Accelerator(strategy=…)"
+    )
 
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}

@@ -43,7 +43,7 @@ _CONFIG = (
     click.option("--device", metavar="KIND", help="auto, cpu, cuda, xpu or mps."),
     click.option("--devices", callback=read_devices, metavar="LIST", help="Accelerators: 4,5 or free."),
     click.option("--mixed-precision", metavar="KIND", help="no, fp16, bf16 or auto."),
-    click.option("--strategy", metavar="NAME", help="How the model is spread: ddp or single."),
+    click.option("--strategy", metavar="NAME", help="How the model is spread: ddp, fsdp, …"),
     click.option("--gradient-accumulation-steps", type=int, help="Micro-steps per optimizer step."),
     click.option("--seed", type=int, help="Seed of every generator."),
     click.option("--project-dir", metavar="DIR", help="Where checkpoints and tracker files go."),

@@ -37,6 +37,7 @@ from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
 from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
 from nbaccel.errors import ConfigError
+from nbaccel.parallel import StrategyLike
 from nbaccel.wire import events
 
 __all__ = ["Accelerator"]
@@ -55,7 +56,7 @@ class Accelerator:
         gradient_accumulation_steps: micro-steps per optimizer step.
         cpu: compute on the CPU although there is an accelerator.
         device_placement: move models and batches to the device.
-        strategy: "auto", "single" or "ddp".
+        strategy: "auto", "single", "ddp", "fsdp", "tensor_parallel", or FSDP(...), TensorParallel(...).
         ddp: options of DistributedDataParallel.
         scaler: options of the fp16 gradient scaler.
         gradient_clipping: what `step` and `clip_grad_norm_` clip to when the loop names no norm.
@@ -87,7 +88,7 @@ class Accelerator:
         gradient_accumulation_steps: int | None = None,
         cpu: bool = False,
         device_placement: bool = True,
-        strategy: str | None = None,
+        strategy: StrategyLike | None = None,
         ddp: DDPOptions | None = None,
         scaler: ScalerOptions | None = None,
         gradient_clipping: float | None = None,

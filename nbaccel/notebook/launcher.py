@@ -13,6 +13,7 @@ from nbaccel.errors import ConfigError
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.notebook.session import Session
+from nbaccel.parallel import StrategyLike
 from nbaccel.session.facts import run_facts
 from nbaccel.session.inplace import asked_here
 from nbaccel.session.interrupts import Presses
@@ -97,7 +98,7 @@ def launch(
     mixed_precision: Precision | None = None,
     device: Device | None = None,
     devices: Sequence[int] | Literal["free"] | None = None,
-    strategy: str | None = None,
+    strategy: StrategyLike | None = None,
     config: Configuration | None = None,
     returns: Literal["all", "rank0", "none"] = "all",
     output: Mode = "auto",
@@ -119,7 +120,8 @@ def launch(
     Args:
         device: "cpu", "cuda", "xpu" or "mps"; "auto" (the same as None) is the accelerators there are.
         devices: which accelerators, by index ([4, 5]), or "free" for the least used ones.
-        strategy: how an `Accelerator` in the function spreads the model: "ddp" or "single".
+        strategy: how an `Accelerator` in the function spreads the model: "ddp", "fsdp", FSDP(...), …; see
+            docs/strategies.md.
         config: further options, as a RunConfig, a mapping or a file (a path; "auto" is the project's or the
             user's, see docs/cli.md); one asked twice must have one value.
         returns: whose values come back: "all", "rank0" or "none". The list is one per rank all the same.

@@ -11,6 +11,7 @@ from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
 from nbaccel.notebook.front import Dashboard, Front, build_front
 from nbaccel.notebook.kernel import cell_label, running_cell
+from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
@@ -63,7 +64,7 @@ class Session:
         device: Device | None = None,
         devices: Sequence[int] | Literal["free"] | None = None,
         mixed_precision: Precision | None = None,
-        strategy: str | None = None,
+        strategy: StrategyLike | None = None,
         config: Configuration | None = None,
         env: Mapping[str, str] | None = None,
         start_method: StartMethod | None = None,

@@ -103,7 +103,7 @@ def test_exit_code_is_the_documented_one(
         (["-n", "two", "train.py"], "'two'"),
         (["-n", "0", "train.py"], "num_processes (from --num-processes) must be at least 1"),
         (["--mixed-precision", "bf17", "train.py"], "Did you mean 'bf16'"),
-        (["--strategy", "fsdp", "train.py"], "FSDP2 is not built yet"),
+        (["--strategy", "fspd", "train.py"], "Did you mean 'fsdp'"),
         (["--output", "loud", "train.py"], "output is 'loud'"),
         (["--max-time", "soon", "train.py"], "max_time is 'soon'"),
         (["--env", "NAME", "train.py"], "NAME=VALUE"),

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nbaccel import RunConfig, launch, notebook_launcher
+from nbaccel import FSDP, RunConfig, launch, notebook_launcher
 from nbaccel.errors import ConfigError, PayloadError
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -35,7 +35,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"num_processes": True}, "num_processes.* must be an int"),
     ({"mixed_precision": "bf17"}, "bf17.*Did you mean 'bf16'"),
     ({"mixed_precision": "fp8"}, "not built yet"),
-    ({"strategy": "fsdp"}, "not built yet"),
+    ({"strategy": "fsdpp"}, "Did you mean 'fsdp'"),
+    ({"strategy": FSDP(wrap=len)}, "cannot be asked of a launch"),
     ({"device": "tpu"}, "not built yet"),
     ({"device": "gpu9"}, "device"),
     ({"function": 3}, "must be a function"),

@@ -1,0 +1,180 @@
+"""How a model can be spread over the ranks: the options of each strategy, as a user writes them.
+
+    Accelerator(strategy="fsdp")
+    Accelerator(strategy=FSDP(wrap="LlamaDecoderLayer", cpu_offload=True))
+    Accelerator(strategy=FSDP(tensor_parallel=TensorParallel(size=2)))
+
+and in YAML `strategy: fsdp` with `fsdp: {wrap: LlamaDecoderLayer}` beside it. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["FSDP", "ParallelStyle", "StrategyLike", "TensorParallel", "named", "read_options"]
+
+Sharding = Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ParallelStyle = Literal["column", "row", "column_gathered", "embedding", "sequence"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallel:
+    """Each layer's matrices are divided over `size` neighbouring ranks, which see the same data.
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    size: int = 0
+    """Ranks that share one copy of the model; 0: all of them."""
+    plan: Literal["auto"] | Mapping[str, ParallelStyle | Any] = "auto"
+    """How each module is divided: a style (or a `ParallelStyle` object of torch) by module name, in which `*`
+    stands for one part of the name; "auto" knows Llama's and GPT-2's blocks and what is named like them."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 0:
+            raise ConfigError(f"tensor_parallel: size is {self.size!r}; it must be a number of ranks")
+        if not (self.plan == "auto" or isinstance(self.plan, Mapping)):
+            raise ConfigError(f"tensor_parallel: plan is {self.plan!r}; it must be 'auto' or styles by name")
+        if isinstance(self.plan, Mapping):
+            for name, style in self.plan.items():
+                if isinstance(style, str):
+                    _choice(f"tensor_parallel: the style of {name!r}", style, get_args(ParallelStyle))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FSDP:
+    """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's `fully_shard`).
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    sharding: Sharding = "full_shard"
+    """full_shard: everything; shard_grad_op: parameters stay whole from forward to backward; hybrid_shard:
+    full_shard among `shard_size` ranks, copies among the rest; no_shard: copies everywhere, as DDP."""
+    shard_size: int | None = None
+    """Ranks that share one copy under hybrid_shard; None: those of one machine."""
+    wrap: Literal["auto", "none"] | str | int | Sequence[str] | Callable[[Any], bool] = "auto"
+    """Which modules are gathered one at a time. "auto": the blocks that repeat (or the classes the model names
+    itself in `_no_split_modules`); class names; a number: modules of at least so many parameters; a function
+    of the module; "none": the model as a whole."""
+    reshard_after_forward: bool | int | None = None
+    """Whether a block's parameters are given up after its forward; an int: kept sharded over so many ranks.
+    None: as `sharding` says."""
+    param_dtype: Dtype | None = None
+    """What parameters are gathered and computed in; None: the mixed precision's."""
+    reduce_dtype: Dtype | None = "float32"
+    """What gradients are reduced in; None: that of the gradients."""
+    cpu_offload: bool = False
+    """Shards, gradients and optimizer state stay in main memory; the optimizer steps there."""
+    forward_prefetch: int = 0
+    """Blocks whose gathering is begun during the forward of the one before."""
+    backward_prefetch: int = 0
+    """The same in backward; 0: torch's own order, one ahead."""
+    activation_checkpointing: bool = False
+    """Blocks compute their activations again in backward instead of keeping them."""
+    tensor_parallel: TensorParallel | None = None
+    """Divide matrices too, over the inner dimension of a 2-D mesh."""
+
+    def __post_init__(self) -> None:
+        _choice("fsdp: sharding", self.sharding, get_args(Sharding))
+        for name in ("param_dtype", "reduce_dtype"):
+            if getattr(self, name) is not None:
+                _choice(f"fsdp: {name}", getattr(self, name), get_args(Dtype))
+        for name in ("cpu_offload", "activation_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"fsdp: {name} is {getattr(self, name)!r}; it must be true or false")
+        for name in ("forward_prefetch", "backward_prefetch"):
+            _count(f"fsdp: {name}", getattr(self, name), 0)
+        if self.shard_size is not None:
+            _count("fsdp: shard_size", self.shard_size, 1)
+            if self.sharding != "hybrid_shard":
+                raise ConfigError(
+                    f"fsdp: shard_size belongs to sharding='hybrid_shard', not {self.sharding!r}"
+                )
+        reshard = self.reshard_after_forward
+        if not (reshard is None or isinstance(reshard, bool)):
+            _count("fsdp: reshard_after_forward", reshard, 2)
+        if isinstance(self.wrap, int):
+            _count("fsdp: wrap", self.wrap, 1)
+        elif not (isinstance(self.wrap, str) or callable(self.wrap)) and not (
+            isinstance(self.wrap, Sequence) and self.wrap and all(isinstance(one, str) for one in self.wrap)
+        ):
+            raise ConfigError(
+                f"fsdp: wrap is {self.wrap!r}; it must be 'auto', 'none', class names, a number of parameters or "
+                "a function of a module"
+            )
+
+
+StrategyLike: TypeAlias = str | FSDP | TensorParallel
+"""What `strategy=` takes everywhere."""
+
+
+def named(strategy: object) -> dict[str, Any]:
+    """RunConfig's keys and values for what was given as `strategy=`: a name, or one of the classes here.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if strategy is None:
+        return {}
+    if isinstance(strategy, str):
+        return {"strategy": strategy}
+    if isinstance(strategy, TensorParallel):
+        return {"strategy": "tensor_parallel", "tensor_parallel": _mapping(strategy)}
+    if isinstance(strategy, FSDP):
+        inner = strategy.tensor_parallel
+        rest = {"tensor_parallel": _mapping(inner)} if inner is not None else {}
+        return {
+            "strategy": "fsdp",
+            "fsdp": _mapping(dataclasses.replace(strategy, tensor_parallel=None)),
+            **rest,
+        }
+    raise ConfigError(
+        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...) or TensorParallel(...)"
+    )
+
+
+def read_options(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The options of class `kind` from plain values, as YAML has them.
+
+    Raises:
+        ConfigError: an option there is not, or a value that cannot be.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f". There are {', '.join(sorted(known))}."
+            raise ConfigError(f"{where} has no option {name!r}{hint}")
+    return kind(**values)
+
+
+def _mapping(options: Any) -> dict[str, Any]:
+    """The options that are not as they are by default."""
+    return {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    }
+
+
+def _choice(what: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, choices))}.{hint}")
+
+
+def _count(what: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} is {value!r}; it must be an int of at least {least}")
