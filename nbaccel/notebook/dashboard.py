@@ -20,7 +20,8 @@ from typing import final
 from nbaccel.notebook.cell import Bundle, Cell
 from nbaccel.notebook.controls import Actions, Controls
 from nbaccel.session.panel import html
-from nbaccel.session.panel.pages import error_lines, last_outputs
+from nbaccel.session.panel.failure import error_lines, headline
+from nbaccel.session.panel.pages import last_outputs
 from nbaccel.session.panel.reading import Heading, View, read
 from nbaccel.session.panel.text import paint_text
 from nbaccel.session.report import CellLabel
@@ -142,9 +143,8 @@ def show(cell: Cell, heading: Heading, run: Run, *, actions: Actions, label: Cel
 def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) -> tuple[Bundle, Bundle]:
     """The panel's two outputs in their last form; `brief`: the failure in one line."""
     view = read(state, heading, time.time())
-    error = error_lines(state, label)
-    shown = [f"rank {state.failure.rank}: {error[-1]}"] if brief and error and state.failure else error
-    top = html.header(view) + html.failure(shown)
+    said = headline(state, label)
+    top = html.header(view) + html.failure([said] if brief and said else error_lines(state, label))
     plain = paint_text(view, error=error_lines(state, label, colour=False), hints=_hints(view))
     details = html.body(view) + html.outputs_folded(last_outputs(state, view))
     return _bundle(top, plain), _bundle(details, "")

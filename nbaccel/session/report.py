@@ -15,10 +15,12 @@ from nbaccel.wire.events import Died, ExceptionInfo, Raised
 from nbaccel.wire.snapshot import Line
 
 __all__ = [
+    "SAME_MOMENT",
     "CellLabel",
     "Outcome",
     "explain_exit",
     "first_failures",
+    "is_broken",
     "render",
     "user_place",
     "waited_in",
@@ -31,7 +33,7 @@ CellLabel = Callable[[str], str | None]
 Failure = Raised | Died
 
 # A killed rank's peers notice the broken connection before we hear of the kill.
-_SAME_MOMENT = 1.0
+SAME_MOMENT = 1.0
 
 _C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
 _BACKWARD = os.path.join("torch", "autograd", "graph.py")
@@ -83,7 +85,7 @@ def first_failures(outcome: Outcome) -> tuple[int, ...]:
     if not own:
         own = dict(outcome.failures)
     first = min(own, key=lambda rank: own[rank].time)
-    died = [r for r, e in own.items() if isinstance(e, Died) and e.time - own[first].time < _SAME_MOMENT]
+    died = [r for r, e in own.items() if isinstance(e, Died) and e.time - own[first].time < SAME_MOMENT]
     if died:
         first = min(died, key=lambda rank: own[rank].time)
     alike = [r for r in sorted(own) if r != first and _signature(own[r]) == _signature(own[first])]
@@ -159,7 +161,7 @@ def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
     if op is None and info.type_name == "KeyboardInterrupt" and info.context is not None:
         # it was stopped, then freed: it waited where its connection broke
         op = _waited_in(info.context)
-        if op is None and _is_broken(info.context):
+        if op is None and is_broken(info.context):
             op = "a collective"  # called by C++ code, as when DDP makes its buckets
     if op is None:
         return None
@@ -169,7 +171,7 @@ def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
 
 def _waited_in(info: ExceptionInfo) -> str | None:
     """The collective whose peers were gone, or that was interrupted; None when it raised by itself."""
-    if info.type_name != "KeyboardInterrupt" and not _is_broken(info):
+    if info.type_name != "KeyboardInterrupt" and not is_broken(info):
         return None
     for frame in info.frames:  # the outermost of torch's is what the person called
         if frame.filename.endswith(_C10D) and not frame.function.startswith("_"):
@@ -179,7 +181,7 @@ def _waited_in(info: ExceptionInfo) -> str | None:
     return None
 
 
-def _is_broken(info: ExceptionInfo) -> bool:
+def is_broken(info: ExceptionInfo) -> bool:
     """Whether it is what a rank raises whose connection to another one ended."""
     return info.type_name in _BROKEN_TYPES and any(word in info.message for word in _BROKEN)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from nbaccel.session.curves import Curve
 from nbaccel.session.lines import Lines
+from nbaccel.session.report import SAME_MOMENT, is_broken
 from nbaccel.wire.events import (
     Applied,
     Died,
@@ -294,6 +295,13 @@ def _ended(state: RunState, ranks: tuple[RankState, ...], time: float) -> float 
     return time if state.ended is None else state.ended
 
 
+def _comes_first(first: Failure, event: Event) -> bool:
+    """Whether `first` was before `event`: by the clock, but that a killed rank's peers notice their broken
+    connection before its end is told."""
+    caused = isinstance(event, Died) and first.info is not None and is_broken(first.info)
+    return first.time <= event.time and not (caused and event.time - first.time < SAME_MOMENT)
+
+
 def _first_failure(
     first: Failure | None, before: RankState, after: RankState, event: Event
 ) -> Failure | None:
@@ -301,7 +309,7 @@ def _first_failure(
         return first
     if first is not None and first.rank == after.rank and isinstance(event, Died):
         return replace(first, exitcode=event.exitcode, detail=event.detail)
-    if after.state == before.state or (first is not None and first.time <= event.time):
+    if after.state == before.state or (first is not None and _comes_first(first, event)):
         return first
     return Failure(
         rank=after.rank, time=event.time, info=after.error, exitcode=after.exitcode, detail=after.detail

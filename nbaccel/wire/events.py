@@ -75,6 +75,8 @@ class Progress(_Event):
     since the previous Progress of the same name."""
     note: str = ""
     """What the loop says beside its bar."""
+    workers: int | None = None
+    """Processes that fetch its batches; None when that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

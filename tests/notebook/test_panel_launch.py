@@ -45,7 +45,11 @@ def test_run_folder_tells_the_whole_run_again(clean: None, tmp_path: Path) -> No
     for told in (run.report(), again.report()):
         assert told.values["state"] == "failed"
         assert told.values["error"]["rank"] == 1
-        assert told.values["error"]["lines"][-1] == "ValueError: of all things"
+        assert told.values["error"]["ranks"] == [1]
+        assert "ValueError: of all things" in told.values["error"]["lines"]
+        assert told.values["error"]["lines"][-2].startswith(
+            "rank 1 of 2 failed: ValueError: of all things (at "
+        )
         assert told.values["metrics"] == {"loss": 1.0}
         assert [rank["total"] for rank in told.values["ranks"]] == [3, 3]
         assert told.values["again"].startswith("notebook_launcher(work, args=…, num_processes=2")

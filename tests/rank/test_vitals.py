@@ -31,9 +31,9 @@ def compiling() -> FrameType:
 
 
 def test_memory_grows_by_what_the_rank_allocates() -> None:
-    before = Gauge(0).read(None, 0.0, lambda: [])
+    before = Gauge(0).read(None, 0.0, list)
     held = torch.ones(30_000_000)  # 120 MB
-    after = Gauge(0).read(None, 0.0, lambda: [])
+    after = Gauge(0).read(None, 0.0, list)
     assert before is not None
     assert after is not None
     assert before.memory is not None
@@ -46,8 +46,8 @@ def test_memory_grows_by_what_the_rank_allocates() -> None:
 
 def test_nothing_is_told_again_until_it_changes() -> None:
     gauge = Gauge(0)
-    assert gauge.read(None, 0.0, lambda: []) is not None
-    assert gauge.read(None, 0.0, lambda: []) is None
+    assert gauge.read(None, 0.0, list) is not None
+    assert gauge.read(None, 0.0, list) is None
     told = gauge.read(None, 2.0, lambda: pending(2.0))
     assert told is not None
     assert (told.doing, told.detail) == ("waiting", "all_reduce")
@@ -71,6 +71,6 @@ def test_collective_called_just_now_is_no_wait() -> None:
 
 
 def test_compiling_is_seen_in_the_stack() -> None:
-    told = Gauge(0).read(compiling(), 0.0, lambda: [])
+    told = Gauge(0).read(compiling(), 0.0, list)
     assert told is not None
     assert told.doing == "compiling"

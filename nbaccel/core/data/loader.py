@@ -386,7 +386,13 @@ class ShardedLoader:
         times = None if self._loop is None else self._loop.times(self)
         events.emit(
             events.Progress(
-                name=self.name, step=self._steps, total=total, epoch=self._epoch, unit="batch", times=times
+                name=self.name,
+                step=self._steps,
+                total=total,
+                epoch=self._epoch,
+                unit="batch",
+                times=times,
+                workers=self.dataloader.num_workers,
             )
         )
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbaccel.session.panel import html
+from nbaccel.session.panel.failure import error_lines, failed_alike, fates
 from nbaccel.session.panel.reading import Heading, Row, View, all_rows, read
 from nbaccel.session.panel.text import paint_text
-from nbaccel.session.report import CellLabel, render
+from nbaccel.session.report import CellLabel
 from nbaccel.session.state import RunState
 
-__all__ = ["Report", "error_lines", "last_outputs", "page", "panel_bundle", "report"]
+__all__ = ["Report", "last_outputs", "page", "panel_bundle", "report"]
 
 _LINES = 40
 _OUTPUTS = 16
@@ -56,11 +57,18 @@ def report(state: RunState, heading: Heading, label: CellLabel, asked: Mapping[s
         "metrics": {chart.name: _finite(chart.last) for chart in view.charts},
         "sentences": list(view.sentences),
         "stall": state.stall or None,
-        "error": None if state.failure is None else {"rank": state.failure.rank, "lines": error},
+        "error": _failure(state, label, error),
         "folder": heading.folder,
         "again": again,
     }
     return Report(text=paint_text(view, error=error, hints=hints), values=values)
+
+
+def _failure(state: RunState, label: CellLabel, lines: Sequence[str]) -> dict[str, Any] | None:
+    ranks = failed_alike(state)
+    if not ranks:
+        return None
+    return {"rank": ranks[0], "ranks": list(ranks), "lines": list(lines), "others": fates(state, label)}
 
 
 def how_to_repeat(name: str, num_ranks: int, asked: Mapping[str, Any]) -> str:
@@ -83,19 +91,6 @@ def panel_bundle(state: RunState, heading: Heading, label: CellLabel) -> dict[st
     plain = paint_text(view, error=error_lines(state, label, colour=False))
     content = html.panel(view, error=error_lines(state, label), outputs=last_outputs(state, view))
     return {"text/html": content, "text/plain": plain}
-
-
-def error_lines(state: RunState, label: CellLabel, *, colour: bool = True) -> list[str]:
-    """The first failure: the remote traceback, or how the process ended; none for an interrupt."""
-    first = state.failure
-    if first is None:
-        return []
-    if first.info is None:
-        words = state.ranks[first.rank].last_lines(8)
-        return [*words, f"rank {first.rank} ended: {first.detail or f'exit code {first.exitcode}'}"]
-    if first.info.type_name == "KeyboardInterrupt":
-        return []
-    return list(render(first.info, label, title=f"rank {first.rank}", colour=colour))
 
 
 def last_outputs(state: RunState, view: View) -> list[tuple[int, Sequence[str]]]:

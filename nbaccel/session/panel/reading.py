@@ -24,6 +24,7 @@ __all__ = [
     "clock",
     "number",
     "read",
+    "shown_state",
     "size",
 ]
 
@@ -139,7 +140,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
     own = {rank: _own_seconds(pace) for rank, pace in timed.items()}
     states: dict[str, list[int]] = {}
     for rank in ranks:
-        states.setdefault(_shown_state(rank, state), []).append(rank.rank)
+        states.setdefault(shown_state(rank, state), []).append(rank.rank)
     chosen = ranks if len(ranks) <= _MOST_ROWS else _outliers(state, own, states)
     rows = tuple(_row(rank, state, now) for rank in chosen)
     lefts = [row.left for row in rows if row.left is not None and row.state not in ENDED]
@@ -187,7 +188,7 @@ def _timed(rank: RankState) -> Pace | None:
 
 
 def _row(rank: RankState, state: RunState, now: float) -> Row:
-    shown, ended = _shown_state(rank, state), state.ended is not None
+    shown, ended = shown_state(rank, state), state.ended is not None
     progress = _current(rank)
     rate = _rate(rank, progress)
     left = None
@@ -276,7 +277,7 @@ def _strip(
     return tuple((rank, of[rank], fastest / own[rank] if own.get(rank) else 1.0) for rank in range(num_ranks))
 
 
-def _shown_state(rank: RankState, state: RunState) -> str:
+def shown_state(rank: RankState, state: RunState) -> str:
     """The rank's state, but for one that was ended because another had failed, or on request."""
     first = state.failure
     if rank.error is not None and rank.error.type_name == "KeyboardInterrupt":
@@ -340,11 +341,24 @@ def _sentences(state: RunState, timed: Mapping[int, Pace], now: float) -> Iterab
             shares[name] = shares.get(name, 0.0) + share / len(timed)
     part = max(shares, key=lambda name: shares[name])
     if shares[part] >= _DOMINATES and part in _ADVICE:
-        yield f"{shares[part]:.0%} of each step {_ADVICE[part]}".replace("%", " %", 1)
+        advice = _ADVICE[part] + (_why_data(state.ranks) if part == "data" else "")
+        yield f"{shares[part]:.0%} of each step {advice}".replace("%", " %", 1)
+
+
+def _why_data(ranks: Iterable[RankState]) -> str:
+    """Why the loop waits for data, as far as its loader says it."""
+    loops = [loop for rank in ranks for loop in rank.progress.values() if loop.times is not None]
+    workers = {loop.workers for loop in loops if loop.workers is not None}
+    if workers == {0}:
+        return "num_workers is 0"
+    if len(workers) == 1:
+        (count,) = workers
+        return f"its {count} worker{'s are' if count > 1 else ' is'} slower than the model (num_workers)"
+    return "the loader is slower than the model (num_workers)"
 
 
 _ADVICE = {
-    "data": "waits for data: the loader is slower than the model (num_workers, pin_memory)",
+    "data": "waits for data: ",
     "transfer": "copies batches to the device: pin_memory=True lets it overlap",
     "communication": "is communication between the ranks: larger batches or accumulation make it rarer",
     "checkpoint": "goes into checkpoints: save less often, or in the background",

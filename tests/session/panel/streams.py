@@ -57,7 +57,13 @@ def measured(num_ranks: int, *, time: float = 49.0, waiting: tuple[int, ...] = (
 
 
 def training(
-    num_ranks: int, *, until: int = 240, slow: int | None = None, data: float = 0.02, reduced: bool = False
+    num_ranks: int,
+    *,
+    until: int = 240,
+    slow: int | None = None,
+    data: float = 0.02,
+    reduced: bool = False,
+    workers: int | None = 0,
 ) -> Iterator[Event]:
     """`until` of 400 steps, five steps a second; rank `slow` takes twice as long for its own part."""
     yield from started(num_ranks)
@@ -71,7 +77,15 @@ def training(
             times["communication"] = 0.01 + waits
             spent = {name: 5 * seconds for name, seconds in times.items()}
             yield Progress(
-                rank=rank, time=now, name="train", step=step, total=400, epoch=1, unit="batch", times=spent
+                rank=rank,
+                time=now,
+                name="train",
+                step=step,
+                total=400,
+                epoch=1,
+                unit="batch",
+                times=spent,
+                workers=workers,
             )
             if rank == 0 or not reduced:
                 loss = 2.3 * math.exp(-step / 120) + 0.05 * math.sin(step + rank)

@@ -15,7 +15,7 @@ def test_text_of_a_finished_run() -> None:
     )
     assert text.splitlines() == [
         "train · 2 ranks on cpu bf16 · done 1:21 · 5 batch/s",
-        "  ! 50 % of each step waits for data: the loader is slower than the model (num_workers, pin_memory)",
+        "  ! 50 % of each step waits for data: num_workers is 0",
         "  0  done  ██████████  train 400/400 epoch 1  5 batch/s  loss 0.0395  accuracy 0.9835  data 50%  step 400 l…",
         "  1  done  ██████████  train 400/400 epoch 1  5 batch/s                                data 50%  step 400 l…",
         "  loss █▇▆▆▅▄▄▄▃▃▃▂▂▂▂▂▁▁▁▁▁▁▁▁ 0.0395, step 400",

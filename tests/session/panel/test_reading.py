@@ -38,7 +38,13 @@ def test_value_of_all_ranks_is_one_line() -> None:
 
 def test_waiting_for_data_is_said() -> None:
     (sentence,) = view(2, training(2, data=0.15)).sentences
-    assert sentence.startswith("63 % of each step waits for data")
+    assert sentence == "63 % of each step waits for data: num_workers is 0"
+    (sentence,) = view(2, training(2, data=0.15, workers=2)).sentences
+    assert (
+        sentence == "63 % of each step waits for data: its 2 workers are slower than the model (num_workers)"
+    )
+    (sentence,) = view(2, training(2, data=0.15, workers=None)).sentences
+    assert sentence == "63 % of each step waits for data: the loader is slower than the model (num_workers)"
 
 
 def test_straggler_is_named_with_how_much_and_where() -> None:
