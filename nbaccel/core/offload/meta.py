@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -64,8 +64,9 @@ def _moved(value: nn.Parameter, target: torch.device) -> nn.Parameter:
     """The same parameter on `target`: its class, its attributes, whether it learns."""
     with torch.no_grad():
         tensor = value.detach().to(target)
-    new: Any = tensor.as_subclass(type(value)).requires_grad_(value.requires_grad)
     if type(value) is nn.Parameter:
         new = nn.Parameter(tensor, requires_grad=value.requires_grad)
+    else:
+        new = cast("nn.Parameter", tensor.as_subclass(type(value)).requires_grad_(value.requires_grad))
     new.__dict__.update(value.__dict__)
     return new

@@ -1,0 +1,250 @@
+"""A model cut into the parts that are placed one by one: what each holds, and what it costs to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["Part", "group_tied", "human", "listed", "parts_of", "places_given"]
+
+# These use their children's weights without calling the children.
+_WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(slots=True, eq=False)  # not frozen: thousands are made, and that takes thrice as long
+class Part:
+    """A module that is never divided, or the tensors that a divided module has of its own.
+
+    Parts that share a parameter are placed together; the first of them counts its bytes.
+    """
+
+    name: str
+    """The module's name; for a divided module's own tensors, the name of the module that uses them."""
+    own: bool
+    """Whether these are a divided module's own tensors, present while that module runs."""
+    module: nn.Module
+    parameters: tuple[tuple[nn.Module, str, str, nn.Parameter], ...]
+    """(owner, attribute, full name, parameter) of each, ties included."""
+    buffers: tuple[tuple[nn.Module, str, str, torch.Tensor], ...]
+    num_bytes: int
+    """Of its parameters, those of an earlier part left out."""
+    buffer_bytes: int
+    flops: int
+    """Per token (row of a matrix product)."""
+    rows: int
+    """Of an embedding table, of which a forward pass reads one per token; 0 for anything else."""
+    ties: tuple[int, ...] = ()
+    """Ids of parameters it shares with other parts."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What a device map calls it: the module, or each of the tensors."""
+        if not self.own:
+            return (self.name,)
+        return (*(full for _, _, full, _ in self.parameters), *(full for _, _, full, _ in self.buffers))
+
+
+def parts_of(
+    model: nn.Module,
+    *,
+    no_split: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
+    special_dtypes: Mapping[str, torch.dtype] | None = None,
+    divided: Collection[str] = (),
+) -> list[Part]:
+    """The model's parts, in the order of registration. Linear in the number of modules.
+
+    Args:
+        no_split: names of classes never to be divided; None: those the model names itself in
+            `_no_split_modules`, as Hugging Face's do.
+        dtype: what floating-point parameters will be held in; None: as they are.
+        special_dtypes: the same, for single parameters by name.
+        divided: names of modules or tensors that a device map places by themselves: what is above them
+            is divided whatever its class.
+    """
+    classes = frozenset(_own_no_split(model) if no_split is None else no_split)
+    above = {name[:dot] for name in divided for dot, letter in enumerate(name) if letter == "."}
+    return _Walk(classes, dtype, special_dtypes or {}, above).parts(model)
+
+
+def _own_no_split(model: nn.Module) -> Collection[str]:
+    named = getattr(model, "_no_split_modules", None)
+    return named if isinstance(named, (list, tuple, set, frozenset)) else ()
+
+
+class _Walk:
+    def __init__(
+        self,
+        no_split: frozenset[str],
+        dtype: torch.dtype | None,
+        special: Mapping[str, torch.dtype],
+        divided: Collection[str],
+    ) -> None:
+        self._no_split, self._dtype, self._special, self._divided = no_split, dtype, special, divided
+        self._modules: set[int] = set()
+        self._users: dict[int, int] = {}
+        self._found: list[Part] = []
+
+    def parts(self, model: nn.Module) -> list[Part]:
+        self._visit("", model, "", model)
+        shared = {key for key, count in self._users.items() if count > 1}
+        for part in self._found if shared else ():
+            part.ties = tuple({id(parameter) for _, _, _, parameter in part.parameters} & shared)
+        return self._found
+
+    def _visit(self, name: str, module: nn.Module, caller_name: str, caller: nn.Module) -> None:
+        """`caller` is the nearest module above, or this one, whose forward is called."""
+        if id(module) in self._modules:
+            return
+        self._modules.add(id(module))
+        called = type(module).forward is not nn.Module.forward and not isinstance(module, _LISTS)
+        if called or not name:
+            caller_name, caller = name, module
+        children = module._modules
+        kept = type(module).__name__ in self._no_split and name not in self._divided
+        if called and (not children or kept or isinstance(module, _WHOLE)):
+            tensors = list(_tensors(name, module)) if children else [(name, module)]
+            self._add(name, False, module, tensors)
+            for _, below in tensors:
+                self._modules.add(id(below))
+            return
+        if module._parameters or module._buffers:
+            self._add(caller_name, True, caller, [(name, module)])
+        prefix = f"{name}." if name else ""
+        for key, child in children.items():
+            if child is not None:
+                self._visit(prefix + key, child, caller_name, caller)
+
+    def _add(self, name: str, own: bool, module: nn.Module, below: list[tuple[str, nn.Module]]) -> None:
+        parameters, buffers = [], []
+        num_bytes = buffer_bytes = flops = 0
+        rows = module.num_embeddings if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not own else 0
+        seen: set[int] = set()
+        for path, owner in below:
+            prefix = f"{path}." if path else ""
+            for key, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                parameters.append((owner, key, prefix + key, parameter))
+                identity = id(parameter)
+                if identity in seen:
+                    continue
+                seen.add(identity)
+                count = parameter.numel()
+                users = self._users.get(identity, 0)
+                self._users[identity] = users + 1
+                if not users:
+                    num_bytes += count * self._itemsize(prefix + key, parameter)
+                if not rows and parameter.dim() > 1 and not isinstance(owner, nn.Embedding):
+                    flops += 2 * count
+            for key, buffer in owner._buffers.items():
+                if buffer is not None:
+                    buffers.append((owner, key, prefix + key, buffer))
+                    buffer_bytes += buffer.numel() * buffer.element_size()
+        if parameters or buffers:
+            self._found.append(
+                Part(
+                    name,
+                    own,
+                    module,
+                    tuple(parameters),
+                    tuple(buffers),
+                    num_bytes,
+                    buffer_bytes,
+                    flops,
+                    rows,
+                )
+            )
+
+    def _itemsize(self, name: str, parameter: torch.Tensor) -> int:
+        if not parameter.dtype.is_floating_point:
+            return parameter.element_size()
+        wanted = self._special.get(name, self._dtype)
+        return parameter.element_size() if wanted is None else wanted.itemsize
+
+
+def _tensors(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module and those below it, with their names."""
+    yield from ((f"{name}.{key}" if name and key else name or key, m) for key, m in module.named_modules())
+
+
+def group_tied(parts: Sequence[Part]) -> list[list[int]]:
+    """Indices of the parts that have to lie in one place, each group at its first part's turn."""
+    first: dict[int, int] = {}
+    above = list(range(len(parts)))
+
+    def find(index: int) -> int:
+        while above[index] != index:
+            index = above[index]
+        return index
+
+    for index, part in enumerate(parts):
+        for tie in part.ties:
+            other, mine = find(first.setdefault(tie, index)), find(index)
+            above[max(other, mine)] = min(other, mine)
+    groups: dict[int, list[int]] = {}
+    for index, higher in enumerate(above):
+        groups.setdefault(index if higher == index else find(index), []).append(index)
+    return list(groups.values())
+
+
+def places_given(device_map: Mapping[str, str], parts: Sequence[Part], model: nn.Module) -> list[str]:
+    """The place of each part, by the nearest name at or above it in the map.
+
+    Raises:
+        ConfigError: a part has no place or several, or the map names what the model does not have.
+    """
+    places: list[str] = []
+    without: list[str] = []
+    for part in parts:
+        entries = {key: _nearest(key, device_map) for key in part.keys}
+        without += [key for key, entry in entries.items() if entry is None]
+        given = {device_map[entry] for entry in entries.values() if entry is not None}
+        if len(given) > 1:
+            raise ConfigError(
+                f"the tensors that {part.name or 'the model'} has of its own lie in one place, not in {given}"
+            )
+        places.extend(given or {""})
+    if without:
+        raise ConfigError(f"the device map gives no place to {listed(without)}; add them, or '' for the rest")
+    wrong = set(device_map) - {key for part in parts for key in _at_and_above(part)} - {""}
+    wrong -= {name for name, _ in model.named_modules(remove_duplicate=False)} if wrong else set()
+    if wrong:
+        raise ConfigError(f"the device map names {listed(sorted(wrong))}, which this model does not have")
+    return places
+
+
+def _at_and_above(part: Part) -> Iterator[str]:
+    for key in part.keys:
+        while key:
+            yield key
+            key = key.rpartition(".")[0]
+
+
+def _nearest(name: str, device_map: Mapping[str, str]) -> str | None:
+    while True:
+        if name in device_map:
+            return name
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def human(num_bytes: float) -> str:
+    """ "12.3 MB": powers of ten, as limits are given."""
+    size = abs(num_bytes)
+    power = 0 if size < 1 else min(4, int(math.log10(size) // 3))
+    unit = ("B", "KB", "MB", "GB", "TB")[power]
+    return f"{num_bytes / 1000**power:.{0 if power == 0 else 1}f} {unit}"
