@@ -70,7 +70,7 @@ def say(note: str) -> None:
 def start(request: Request, target: Target, host: HostPlace | None = None) -> Run:
     """The run, its output going to this process's, with a live table below it in a terminal."""
     environment, plan = request.environment, request.plan
-    folder = make_folder(request, say)
+    folder = make_folder(request.task.name, request.folder, say)
     made: list[Run] = []
     heading = Heading(
         name=request.task.name,

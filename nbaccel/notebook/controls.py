@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -32,10 +31,6 @@ class Actions:
     """Set a knob on all ranks."""
 
 
-_remains: deque[tuple[Any, ...]] = deque()
-_MOST_REMAINS = 16
-
-
 @final
 class Controls:
     """Stop, Save now, the output of one rank, the loop's knobs: core ipywidgets, and the ear that hears them.
@@ -47,7 +42,6 @@ class Controls:
         self, widgets: Any, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
     ) -> None:
         self._actions = actions
-        self._header = widgets.HTML(layout=widgets.Layout(margin="0 12px 0 0", flex="1 1 320px"))
         row = widgets.Layout(flex_flow="row wrap", align_items="center", width="100%")
         small = widgets.Layout(width="auto", height="26px")
         self._stop = widgets.Button(description="Stop", icon="stop", layout=small, tooltip="End all ranks")
@@ -59,12 +53,12 @@ class Controls:
         self._whose = widgets.Dropdown(options=options, value=-1, layout=widgets.Layout(width="120px"))
         self._output = widgets.HTML(layout=widgets.Layout(width="100%"))
         self._shown: tuple[int, bytes] | None = None
-        line = widgets.HBox([self._header, self._stop, self._save, self._whose], layout=row)
+        line = widgets.HBox([self._stop, self._save, self._whose], layout=row)
         self._knobs = widgets.HBox([], layout=row)
         self._turned: dict[str, Any] = {}
         self._box = widgets.VBox([line, self._knobs, self._output], layout=widgets.Layout(width="100%"))
         self._widgets = widgets
-        self._parts = [self._box, line, self._knobs, self._header, self._stop, self._save, self._whose]
+        self._parts = [self._box, line, self._knobs, self._stop, self._save, self._whose]
         self._parts.append(self._output)
         self._ids = frozenset(widget.comm.comm_id for widget in self._parts)
         self.ear: Ear
@@ -88,13 +82,12 @@ class Controls:
         return made
 
     def bundle(self) -> Bundle:
-        """The widgets as an output."""
+        """The widgets as an output; nothing at all where they cannot be shown."""
         view = {"version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
-        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": ""}
+        return {"application/vnd.jupyter.widget-view+json": view, "text/html": "", "text/plain": ""}
 
-    def paint(self, header: str, state: RunState) -> None:
-        """Bring the header and the open output up to date."""
-        self._header.value = header
+    def paint(self, state: RunState) -> None:
+        """Bring the open output and the knobs up to date."""
         self._save.layout.display = "inline-block" if state.options else "none"
         for knob in list(state.knobs.values())[:_MOST_KNOBS]:
             self._paint_knob(knob)
@@ -132,21 +125,11 @@ class Controls:
         lines = known.last_lines(_LIVE_LINES) or ("nothing yet",)
         self._output.value = html.scrolling(lines)
 
-    def close(self, header: str) -> None:
-        """End the widgets, once something else stands in their place.
-
-        One stays a while: a page that was closed in mid-run was saved with it, and would find nothing.
-        """
+    def close(self) -> None:
+        """End the widgets, once something else stands in their place."""
         self.ear.close()
-        self._header.value = header
-        self._box.children = (self._header,)
         for widget in self._parts:
-            if widget not in (self._box, self._header):
-                widget.close()
-        _remains.append((self._box, self._header))
-        while len(_remains) > _MOST_REMAINS:
-            for widget in _remains.popleft():
-                widget.close()
+            widget.close()
 
     def _on_stop(self, _: object) -> None:
         self._stop.description = "Stop at once"

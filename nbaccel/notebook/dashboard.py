@@ -1,10 +1,14 @@
 """The live panel below the cell that launched.
 
-Two outputs, painted from the run's state at most four times a second on the relay's thread:
+Three outputs, painted from the run's state at most four times a second on the relay's thread:
 
-    top       the header; once the run has lasted a moment it is a row of core ipywidgets with Stop, Save now
-              and whose output to show, at the end the header again, with the error
-    durable   ranks, where their time goes, curves: HTML, also in a notebook that is saved half-way
+    header    HTML: name, state, times, what dominates
+    controls  once the run has lasted a moment, core ipywidgets: Stop, Save now, knobs, whose output to show;
+              at the end the error in their place
+    body      HTML: ranks, where their time goes, curves
+
+So a notebook that is saved half-way holds the whole panel as HTML. Where the widgets of its controls are gone,
+JupyterLab writes "Loading widget..." in their place; a rule of style hides an output that holds only that.
 
 The number of widgets does not depend on the number of ranks, and a repaint touches none that is clicked.
 """
@@ -33,6 +37,15 @@ __all__ = ["Panel", "show"]
 
 _REPAINT_SECONDS = 0.25
 _CONTROLS_AFTER = 0.4
+_ROOM = '<div style="height:30px"></div>'
+"""Where the controls will be: nothing jumps when they come."""
+_CLASS = "nbaccel-panel"
+_HIDE_LOST_WIDGETS = (
+    f"<style>.jp-OutputArea:has(>.jp-OutputArea-child .{_CLASS})"
+    ">.jp-OutputArea-child>.jp-OutputArea-output.lm-Panel:not(:has(*)){display:none}</style>"
+)
+"""A widget's output that has no element in it is the front end's word that it has no such widget. Sanitisers
+drop the rule, and of this output show the HTML beside the widget."""
 
 
 @final
@@ -51,18 +64,18 @@ class Panel:
     ) -> None:
         self._cell, self._heading, self._label, self._state = cell, heading, label, state
         name = secrets.token_hex(6)
-        self._top, self._durable = f"nbaccel-{name}-top", f"nbaccel-{name}"
+        self._header, self._middle, self._body = (f"nbaccel-{name}-{part}" for part in "hcb")
         self._actions = actions
         self._lock = threading.Lock()  # the relay's thread and the one that hears clicks
         self._controls: Controls | None = None
         self._began = self._painted = time.monotonic()
         self._changed = True
-        self._body = ""
         self._closed = False
         view = read(state, heading, time.time())
-        cell.show(_bundle(html.header(view), paint_text(view)), name=self._top)
-        self._body = html.body(view)
-        cell.show(_bundle(self._body, ""), name=self._durable)
+        self._painted_body = html.body(view)
+        cell.show(_bundle(html.header(view), paint_text(view), style=_HIDE_LOST_WIDGETS), name=self._header)
+        cell.show(_bundle(_ROOM if actions is not None else "", ""), name=self._middle)
+        cell.show(_bundle(self._painted_body, ""), name=self._body)
 
     def handle(self, event: Event, state: RunState) -> None:
         self.update(state)
@@ -79,8 +92,8 @@ class Panel:
             if self._controls is None and self._actions is not None and now - self._began > _CONTROLS_AFTER:
                 self._controls = Controls.make(self._cell, self._actions, self._state, self._repaint_output)
                 self._actions = None
-                if self._controls is not None:
-                    self._cell.show(self._controls.bundle(), name=self._top, update=True)
+                shown = _bundle("", "") if self._controls is None else self._controls.bundle()
+                self._cell.show(shown, name=self._middle, update=True)
             self._paint()
 
     def pump(self) -> None:
@@ -95,26 +108,26 @@ class Panel:
                 return
             self._closed, self._state = True, state
             # the cell's own error follows right below, traceback and all
-            top, durable = _final(state, self._heading, self._label, brief=self._cell.running)
-            self._cell.show(top, name=self._top, update=True)
-            self._cell.show(durable, name=self._durable, update=True)
+            header, error, body = _final(state, self._heading, self._label, brief=self._cell.running)
+            self._cell.show(header, name=self._header, update=True)
+            self._cell.show(error, name=self._middle, update=True)
+            self._cell.show(body, name=self._body, update=True)
             if self._controls is not None:
-                self._controls.close(html.header(read(state, self._heading, time.time())))
+                self._controls.close()
 
     def _paint(self) -> None:
         view = read(self._state, self._heading, time.time())
-        header = html.header(view)
+        header = _bundle(html.header(view), paint_text(view), style=_HIDE_LOST_WIDGETS)
+        self._cell.show(header, name=self._header, update=True)
         if self._controls is not None:
-            self._controls.paint(header, self._state)
-        else:
-            self._cell.show(_bundle(header, paint_text(view)), name=self._top, update=True)
+            self._controls.paint(self._state)
         if not self._changed:
             return
         self._changed = False
         body = html.body(view)
-        if body != self._body:
-            self._body = body
-            self._cell.show(_bundle(body, ""), name=self._durable, update=True)
+        if body != self._painted_body:
+            self._painted_body = body
+            self._cell.show(_bundle(body, ""), name=self._body, update=True)
 
     def _repaint_output(self) -> None:
         with self._lock:
@@ -140,20 +153,22 @@ def show(cell: Cell, heading: Heading, run: Run, *, actions: Actions, label: Cel
     threading.Thread(target=copied.run, args=(follow,), name="nbaccel-show", daemon=True).start()
 
 
-def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) -> tuple[Bundle, Bundle]:
-    """The panel's two outputs in their last form; `brief`: the failure in one line."""
+def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) -> tuple[Bundle, ...]:
+    """The panel's three outputs in their last form; `brief`: the failure in one line."""
     view = read(state, heading, time.time())
     said = headline(state, label)
-    top = html.header(view) + html.failure([said] if brief and said else error_lines(state, label))
+    error = html.failure([said] if brief and said else error_lines(state, label))
     plain = paint_text(view, error=error_lines(state, label, colour=False), hints=_hints(view))
-    details = html.body(view) + html.outputs_folded(last_outputs(state, view))
-    return _bundle(top, plain), _bundle(details, "")
+    body = html.body(view) + html.outputs_folded(last_outputs(state, view))
+    return _bundle(html.header(view), plain), _bundle(error, ""), _bundle(body, "")
 
 
 def _hints(view: View) -> list[str]:
     return [f"  logs: {view.heading.folder}"] if view.heading.folder else []
 
 
-def _bundle(content: str, plain: str) -> Bundle:
-    style = "font-size:13px;line-height:1.45;max-width:1100px"
-    return {"text/html": f'<div style="{style}">{content}</div>', "text/plain": plain}
+def _bundle(content: str, plain: str, *, style: str = "") -> Bundle:
+    if not content:
+        return {"text/html": "", "text/plain": plain}
+    shape = "font-size:13px;line-height:1.45;max-width:1100px"
+    return {"text/html": f'{style}<div class="{_CLASS}" style="{shape}">{content}</div>', "text/plain": plain}

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nbaccel.notebook.cell import Cell
@@ -16,6 +17,7 @@ from nbaccel.session.environment import Environment
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.prompts import Prompts, Reply
 from nbaccel.session.report import CellLabel
+from nbaccel.session.resolve import Plan
 from nbaccel.session.run import Run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.limit import Limit
@@ -44,25 +46,29 @@ class Front:
 
 def build_front(
     environment: Environment,
-    heading: Heading,
+    plan: Plan,
     *,
-    num_ranks: int,
+    name: str,
+    precision: str | None,
+    folder: Path | None,
     write: Write,
     mode: Mode,
     dashboard: Dashboard,
     made: Sequence[Run],
-    stop: Callable[[], None],
     label: CellLabel,
 ) -> Front:
     """The sinks for the front end this process has. Called in the main thread, from the cell that launches.
 
     Args:
+        name, precision, folder: of the run, for the panel's header.
         write: prints text in the cell or the terminal.
         dashboard: "auto" is a panel where somebody looks on: a live notebook, a terminal.
         made: where the run will be: it is started with what is built here.
-        stop: what the Stop control does.
     """
-    actions, reply = _controls(made, stop)
+    num_ranks = plan.num_processes
+    shown_folder = _with_tilde(folder) if folder else None
+    heading = Heading(name=name, device=plan.device, precision=precision, folder=shown_folder)
+    actions, reply = _controls(made)
     kernel = _kernel() if environment.kernel == "ipykernel" else None
     cell = Cell(kernel) if kernel is not None else None
     wanted = mode != "none" if dashboard == "auto" else dashboard
@@ -115,8 +121,19 @@ def build_front(
     )
 
 
-def _controls(made: Sequence[Run], stop: Callable[[], None]) -> tuple[Actions, Reply]:
+def _controls(made: Sequence[Run]) -> tuple[Actions, Reply]:
     """What the panel's controls do to the run, and how a rank's question is answered."""
+    asked: list[str] = []
+
+    def stop() -> None:
+        for run in made:
+            if asked:
+                run.kill()
+            elif run.state.options:
+                run.stop()  # an Accelerator listens: all ranks end at the same step
+            else:
+                run.interrupt()
+        asked.append("stop")
 
     def save() -> None:
         for run in made:
@@ -131,6 +148,14 @@ def _controls(made: Sequence[Run], stop: Callable[[], None]) -> tuple[Actions, R
             run.reply(rank, id, answer)
 
     return Actions(stop=stop, save=save, turn=turn), reply
+
+
+def _with_tilde(folder: Path) -> str:
+    """A path as people write it: notebooks are given to others."""
+    try:
+        return f"~/{folder.relative_to(Path.home())}"
+    except (ValueError, RuntimeError):
+        return str(folder)
 
 
 def _kernel() -> Any:

@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 from nbaccel.config import Device, Precision, StartMethod
 from nbaccel.errors import ConfigError
-from nbaccel.notebook.front import Dashboard, Front, build_front
+from nbaccel.notebook.front import Dashboard, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source
 from nbaccel.notebook.session import Session
 from nbaccel.parallel import StrategyLike
 from nbaccel.session.facts import run_facts
 from nbaccel.session.inplace import asked_here
 from nbaccel.session.interrupts import Presses
-from nbaccel.session.panel.reading import Heading
 from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
 from nbaccel.session.restarts import run_again
 from nbaccel.session.results import Results
@@ -25,7 +24,7 @@ from nbaccel.session.run import Run
 from nbaccel.session.session import Task, start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
-from nbaccel.session.sinks.text import Mode, Write
+from nbaccel.session.sinks.text import Mode
 
 __all__ = ["last_run", "launch", "notebook_launcher"]
 
@@ -207,9 +206,20 @@ def _start(request: Request) -> Run:
 
     for note in plan.notes:
         say(note)
-    folder = make_folder(request, say)
+    folder = make_folder(request.task.name, request.folder, say)
     made: list[Run] = []
-    front = _front(request, folder, made, write)
+    front = build_front(
+        environment,
+        plan,
+        name=request.task.name,
+        precision=request.config.mixed_precision,
+        folder=folder,
+        write=write,
+        mode=request.output,
+        dashboard=request.dashboard,
+        made=made,
+        label=cell_label,
+    )
     sinks: list[Sink] = [*front.sinks]
     if folder is not None:
         task = request.task
@@ -238,39 +248,6 @@ def _start(request: Request) -> Run:
     return run
 
 
-def _front(request: Request, folder: Path | None, made: list[Run], write: Write) -> Front:
-    """What is shown of the run that will be in `made`."""
-    asked: list[str] = []
-
-    def stop() -> None:
-        for run in made:
-            if asked:
-                run.kill()
-            elif run.state.options:
-                run.stop()  # an Accelerator listens: all ranks end at the same step
-            else:
-                run.interrupt()
-        asked.append("stop")
-
-    plan = request.plan
-    return build_front(
-        request.environment,
-        Heading(
-            name=request.task.name,
-            device=plan.device,
-            precision=request.config.mixed_precision,
-            folder=_with_tilde(folder) if folder else None,
-        ),
-        num_ranks=plan.num_processes,
-        write=write,
-        mode=request.output,
-        dashboard=request.dashboard,
-        made=made,
-        stop=stop,
-        label=cell_label,
-    )
-
-
 def _run_in(
     session: Session,
     function: Callable[..., Any],
@@ -289,14 +266,6 @@ def _run_in(
             "ask for it where the session starts"
         )
     return session.launch(make_task(function, args, kwargs, **own))
-
-
-def _with_tilde(folder: Path) -> str:
-    """A path as people write it: notebooks are given to others."""
-    try:
-        return f"~/{folder.relative_to(Path.home())}"
-    except (ValueError, RuntimeError):
-        return str(folder)
 
 
 def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:

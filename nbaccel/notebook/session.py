@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, final
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
 from nbaccel.notebook.front import Dashboard, Front, build_front
-from nbaccel.notebook.kernel import cell_label, running_cell
+from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
 from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import probe
+from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.looking import look_at
-from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
-from nbaccel.session.request import Configuration, read_config
+from nbaccel.session.request import Configuration, make_folder, read_config
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, check_call, default_start_method, make_spec
+from nbaccel.session.sinks.base import Sink
+from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RunState
@@ -284,20 +288,33 @@ class Session:
         check_call(task)
         parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
         made: list[Run] = []
-        front = self._front(task.name, dashboard, made) if shown else None
+        # what is only shown, as a cell's text, is in the notebook already
+        folder = make_folder(task.name, None, _say) if dashboard is not False else None
+        front = self._front(task.name, folder, dashboard, made) if shown else None
+        sinks: list[Sink] = [] if front is None else [*front.sinks]
+        if folder is not None:
+            sinks.append(self._folder_sink(folder, task))
         call = CallInFlight(
             Delivery(parcel=parcel, fd=fd, returns=task.returns),
-            () if front is None else front.sinks,
+            sinks,
             num_ranks=self.num_processes,
             ranks=chosen,
             limits=self._limits,
             say=_say,
             label=cell_label,
             keep=True,
+            folder=str(folder) if folder else None,
         )
         self._relay.submit(call)
-        meanwhile = None if front is None else front.meanwhile
-        run = Run(self._relay, call, name=task.name, folder=None, meanwhile=meanwhile)
+        run = Run(
+            self._relay,
+            call,
+            name=task.name,
+            folder=folder,
+            meanwhile=None if front is None else front.meanwhile,
+            heading=None if front is None else front.heading,
+            show=None if front is None else front.show,
+        )
         made.append(run)
         return run
 
@@ -334,25 +351,24 @@ class Session:
             label="short" if in_kernel else "long",
         )
 
-    def _front(self, name: str, dashboard: Dashboard, made: list[Run]) -> Front:
+    def _front(self, name: str, folder: Path | None, dashboard: Dashboard, made: list[Run]) -> Front:
         """What is shown of the run that will be in `made`."""
-
-        def stop() -> None:
-            for run in made:
-                run.interrupt()
-
-        precision = self._config.mixed_precision
         return build_front(
             self._environment,
-            Heading(name=name, device=self._plan.device, precision=precision, folder=None),
-            num_ranks=self.num_processes,
+            self._plan,
+            name=name,
+            precision=self._config.mixed_precision,
+            folder=folder,
             write=self._write(),
             mode=self._output,
             dashboard=dashboard,
             made=made,
-            stop=stop,
             label=cell_label,
         )
+
+    def _folder_sink(self, folder: Path, task: Task) -> FolderSink:
+        facts = run_facts(task.function, task.name, cell_source(), self._plan, self._environment)
+        return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=_say)
 
 
 def _task(

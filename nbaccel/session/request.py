@@ -162,13 +162,17 @@ def make_request(
     )
 
 
-def make_folder(request: Request, say: Callable[[str], None]) -> Path | None:
-    """A new folder for the run's files; None when none is wanted or none can be written."""
-    if request.folder is False:
+def make_folder(name: str, place: str | Path | bool | None, say: Callable[[str], None]) -> Path | None:
+    """A new folder for the files of the run `name`; None when none is wanted or none can be written.
+
+    Args:
+        place: where it goes; False for none; None for the user's state folder.
+    """
+    if place is False:
         return None
-    root = default_root() if request.folder in (None, True) else Path(str(request.folder))
+    root = default_root() if place in (None, True) else Path(str(place))
     try:
-        folder = new_folder(root, request.task.name)
+        folder = new_folder(root, name)
         if next(_launches) % _PRUNE_EVERY == 0:
             prune(root)
     except OSError as error:
