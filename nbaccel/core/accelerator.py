@@ -149,7 +149,7 @@ class Accelerator:
         )
         if config.seed is not None:
             set_seed(config.seed)
-        self.strategy = choose_strategy(config, world, ddp_options(config, ddp))
+        self.strategy = choose_strategy(config, world, ddp_options(config, ddp), self._precision)
         events.emit(events.Applied(option="mixed_precision", value=self._precision.kind))
         events.emit(events.Applied(option="strategy", value=self.strategy.name))
         watched = events.active()

@@ -8,17 +8,21 @@ from typing import Any
 from nbaccel.config import RunConfig, combine, duration_seconds
 from nbaccel.core.control import Control
 from nbaccel.core.knobs import Knobs
+from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.strategies.ddp import DDP, DDPOptions
 from nbaccel.core.strategies.single import Single
 from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.parallel import FSDP, read_options
 from nbaccel.wire import events
 
 __all__ = ["asked_config", "choose_strategy", "ddp_options", "make_control", "split_trackers"]
 
 _PLACE = "Accelerator(...)"
+_OPTIONS_OF = {"fsdp": ("fsdp",), "tensor_parallel": ("tensor_parallel", "fsdp")}
+"""Keys that hold a strategy's options, with the strategies that read them."""
 
 
 def asked_config(launched: RunConfig, **arguments: Any) -> RunConfig:
@@ -42,20 +46,49 @@ def split_trackers(
     return names or None, tuple(one for one in listed if not isinstance(one, str))
 
 
-def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions) -> Strategy:
-    """How models are spread.
+def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision: Precision) -> Strategy:
+    """How models are spread. One process has nothing to spread and trains as it is.
 
     Raises:
-        ConfigError: what was asked cannot be done with this many ranks.
+        ConfigError: what was asked cannot be done with this many ranks, or together.
     """
-    if config.strategy == "single" and world.size > 1:
+    name = config.strategy
+    if name == "single" and world.size > 1:
         raise ConfigError(
             f"strategy='single' was asked for, but there are {world.size} ranks; use 'ddp' or launch one"
         )
+    _check_options(config)
+    if world.size == 1:
+        return Single(world.device)
+    if name == "fsdp":
+        _check_half(precision, name)
+        options = read_options(FSDP, config.fsdp or {}, "fsdp")
+        # imported where it is asked for: torch's sharding takes a second
+        from nbaccel.core.strategies.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(world, options=options, dtype=precision.dtype)
     accumulates = (config.gradient_accumulation_steps or 1) > 1
-    if world.size > 1:
-        return DDP(world, options=ddp, accumulates=accumulates)
-    return Single(world.device)
+    return DDP(world, options=ddp, accumulates=accumulates)
+
+
+def _check_options(config: RunConfig) -> None:
+    """Options of a strategy that is not the one in force would be ignored."""
+    for options, strategies in _OPTIONS_OF.items():
+        if getattr(config, options) is not None and config.strategy not in strategies:
+            place = config.sources.get(options, "an unnamed place")
+            asked = repr(config.strategy) if config.strategy else "not given"
+            raise ConfigError(
+                f"{options} (from {place}) holds options of strategy {strategies[0]!r}, but strategy is {asked}; ask "
+                f"for strategy={strategies[0]!r} too, or leave {options} out"
+            )
+
+
+def _check_half(precision: Precision, strategy: str) -> None:
+    if precision.kind == "fp16" and precision.device_type == "cpu":
+        raise ConfigError(
+            f"mixed_precision='fp16' cannot go with strategy {strategy!r} on the CPU, where reductions of fp16 are "
+            "emulated and slow; use 'bf16'"
+        )
 
 
 def ddp_options(config: RunConfig, given: DDPOptions | None) -> DDPOptions:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["Facts", "ModelFacts", "compare", "compare_models", "describe_model", "fingerprint", "same_inputs"]
 
@@ -71,12 +72,12 @@ class Facts:
 
 
 def describe_model(module: nn.Module, before: ModelFacts | None = None) -> ModelFacts:
-    """A model as it is now; `before` is how it was right after prepare."""
+    """A model as it is now; `before` is how it was right after prepare. Shards are each rank's own."""
     skipped = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     parameters = {
         name: fingerprint(p)
         for name, p in module.named_parameters()
-        if name not in skipped and not nn.parameter.is_lazy(p)
+        if name not in skipped and not nn.parameter.is_lazy(p) and not isinstance(p, DTensor)
     }
     buffers = {
         name: fingerprint(b)

@@ -1,0 +1,81 @@
+"""What sharded strategies do with parameters, gradients and states that are DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["clip_sharded_norm", "gather_state_dict", "point_optimizer"]
+
+
+def point_optimizer(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor]) -> None:
+    """Lets `optimizer` step what its parameters were replaced with; others stay.
+
+    Raises:
+        ConfigError: it has stepped the old ones already.
+    """
+    moved = [p for group in optimizer.param_groups for p in group["params"] if p in replaced]
+    if any(p in optimizer.state for p in moved):
+        raise ConfigError(
+            f"the {type(optimizer).__name__} has stepped before it was prepared, and its state belongs to parameters "
+            "that are sharded now; prepare it fresh, and go on from a checkpoint with load_state"
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(p, p) for p in group["params"]]
+
+
+@torch.no_grad()
+def clip_sharded_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+    """Clips gradients, of which each rank holds a part, to a total norm; returns the norm before, 0-d.
+
+    Gradients of different meshes (or of none) are measured apart and put together.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in held:
+        grad = parameter.grad
+        assert grad is not None
+        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        groups.setdefault(key, []).append(grad)
+    norms = [_whole(torch.nn.utils.get_total_norm(grads, norm_type)) for grads in groups.values()]
+    if not norms:
+        return torch.tensor(0.0)
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    for grads in groups.values():
+        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        torch._foreach_mul_(grads, factor.to(grads[0].device))
+    return total
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def gather_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Any]:
+    """The whole state dict, on the CPU, one tensor after another; ranks that do not `keep` get an empty one.
+
+    Called by all ranks together. Names of a tied parameter share one tensor.
+    """
+    names: dict[int, str] = {}
+    first: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first[name] = names.setdefault(id(parameter), name)
+    state: dict[str, Any] = {}
+    for name, value in module.state_dict().items():
+        tied_to = first.get(name, name)
+        if tied_to != name and tied_to in state:
+            state[name] = state[tied_to]
+            continue
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if isinstance(whole, Tensor):
+            whole = whole.detach().cpu() if keep else None
+        state[name] = whole
+    return state if keep else {}

@@ -1,0 +1,242 @@
+"""FSDP2: parameters, gradients and optimizer state in shards, gathered block by block where they are used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nbaccel.core.blocks import find_blocks, keep_ties_together
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.collectives import broadcast
+from nbaccel.core.materialise import materialise
+from nbaccel.core.recompute import recompute_in_backward
+from nbaccel.core.sharded import clip_sharded_norm, gather_state_dict, point_optimizer
+from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
+from nbaccel.parallel import FSDP
+
+__all__ = ["FullyShardedDataParallel"]
+
+Parallelise = Callable[[nn.Module, nn.Module, DeviceMesh], None]
+
+
+@final
+class FullyShardedDataParallel(Strategy):
+    """Each rank keeps its shard of everything; modules are changed in place.
+
+    Args:
+        dtype: what the mixed precision computes in; None for float32.
+        tensor_size: ranks that divide each matrix among them; they see the same data.
+        parallelise: divides the matrices of a part of a model over the mesh's inner dimension.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        options: FSDP,
+        dtype: torch.dtype | None,
+        tensor_size: int = 1,
+        parallelise: Parallelise | None = None,
+    ) -> None:
+        self._world, self._options, self._parallelise = world, options, parallelise
+        self._axis = DataAxis(rank=world.rank // tensor_size, size=world.size // tensor_size)
+        self._mesh, self._tensor_mesh = _make_meshes(world, options, tensor_size)
+        self._policy = _policy(options, dtype)
+        self._replaced = WeakTensorKeyDictionary()
+        """The sharded parameter of each that the user's optimizers may still hold."""
+
+    @property
+    def data_axis(self) -> DataAxis:
+        return self._axis
+
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        if isinstance(module, FSDPModule):
+            return module, list(optimizers)
+        if not place and self._world.device.type != "cpu":
+            raise ConfigError(
+                "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
+            )
+        before = dict(module.named_parameters(remove_duplicate=False))
+        blocks = self._blocks(module)
+        for part in [*reversed(blocks), module]:
+            self._shard(part, module)
+        if self._options.activation_checkpointing:
+            for block in blocks or [module]:
+                recompute_in_backward(block)
+        self._prefetch(blocks)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        self._replaced.update({before[name]: after[name] for name in before})
+        for optimizer in optimizers:
+            point_optimizer(optimizer, self._replaced)
+        return module, list(optimizers)
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        point_optimizer(optimizer, self._replaced)
+        return optimizer
+
+    def _blocks(self, module: nn.Module) -> list[nn.Module]:
+        found = find_blocks(module, self._options.wrap)
+        kept = keep_ties_together(module, found)
+        if len(kept) < len(found) and self._world.is_main:
+            warnings.warn(
+                f"{len(found) - len(kept)} of {len(found)} blocks share parameters with what is outside them and are "
+                "gathered with the rest of the model. Choose blocks (wrap=) that hold all places of a tied parameter.",
+                stacklevel=2,
+            )
+        return kept
+
+    def _shard(self, part: nn.Module, model: nn.Module) -> None:
+        """Gives `part` rank 0's values, in full for this moment only, then keeps this rank's shard."""
+        materialise(part, model, self._world.device)
+        self._share(part)
+        if self._parallelise is not None and self._tensor_mesh is not None:
+            self._parallelise(part, model, self._tensor_mesh)
+        offload = OffloadPolicy()
+        if self._options.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=self._world.device.type == "cuda")
+        fully_shard(
+            part,
+            mesh=self._mesh,
+            reshard_after_forward=self._reshards(part is model),
+            mp_policy=self._policy,
+            offload_policy=offload,
+        )
+
+    def _reshards(self, root: bool) -> bool | int | None:
+        if self._options.reshard_after_forward is not None:
+            return self._options.reshard_after_forward
+        if self._options.sharding == "shard_grad_op":
+            return False
+        return None if root else True  # None: torch keeps the root's, which backward wants first
+
+    @torch.no_grad()
+    def _share(self, part: nn.Module) -> None:
+        """Rank 0's values of what is in `part` and not sharded yet, moved to the device."""
+        found: dict[int, Tensor] = {}
+        for module in _outside_shards(part, set()):
+            own = [*module._parameters.values(), *module._buffers.values()]
+            found.update((id(tensor), tensor) for tensor in own if tensor is not None)
+        tensors = list(found.values())
+        for tensor in tensors:
+            tensor.data = tensor.data.to(self._world.device)
+        for mine, theirs in zip(tensors, broadcast(tensors, world=self._world), strict=True):
+            mine.copy_(theirs)
+
+    def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
+        chain = [block for block in blocks if isinstance(block, FSDPModule)]
+        ahead, behind = self._options.forward_prefetch, self._options.backward_prefetch
+        for index, block in enumerate(chain):
+            if ahead:
+                block.set_modules_to_forward_prefetch(chain[index + 1 : index + 1 + ahead])
+            if behind:
+                block.set_modules_to_backward_prefetch(chain[max(0, index - behind) : index][::-1])
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def set_sync(self, module: nn.Module, synchronize: bool) -> None:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(synchronize)
+
+    @contextmanager
+    def _unsynchronized(self, module: nn.Module) -> Iterator[None]:
+        self.set_sync(module, False)
+        try:
+            yield
+        finally:
+            self.set_sync(module, True)
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return self._unsynchronized(module)
+
+    def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
+        self.set_sync(module, True)
+
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        scale_whole_gradients(modules, ratio)
+
+    def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
+        raise ConfigError(
+            "join_uneven_inputs cannot go with strategy 'fsdp': every rank gathers parameters in each step. Use a "
+            "prepared loader, which gives all ranks equally many batches, or strategy 'ddp'."
+        )
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        return clip_sharded_norm(parameters, max_norm, norm_type)
+
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
+        return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
+
+    def model_state(self, module: nn.Module) -> Sharded:
+        return ModelState(module)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        return OptimizerState(optimizer, modules)
+
+
+def _outside_shards(part: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
+    """`part` and the modules below it, without those in blocks that are sharded already."""
+    if part in seen or isinstance(part, FSDPModule):
+        return
+    seen.add(part)
+    yield part
+    for child in part.children():
+        yield from _outside_shards(child, seen)
+
+
+def _policy(options: FSDP, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    computed = getattr(torch, options.param_dtype) if options.param_dtype else dtype
+    if computed in (None, torch.float32):
+        return MixedPrecisionPolicy()
+    reduced = getattr(torch, options.reduce_dtype) if options.reduce_dtype else None
+    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
+
+
+def _make_meshes(world: World, options: FSDP, tensor_size: int) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """The mesh that is sharded over (with copies on its outer dimension), and that of the matrices' parts."""
+    data = world.size // tensor_size
+    shards = data
+    if options.sharding == "no_shard":
+        shards = 1
+    elif options.sharding == "hybrid_shard":
+        shards = options.shard_size or max(1, world.local_size // tensor_size)
+        if data % shards:
+            raise ConfigError(
+                f"fsdp: shard_size is {shards}, which does not divide the {data} ranks with data of their own; choose "
+                "a divisor"
+            )
+    sizes = {"replicate": data // shards, "shard": shards, "tensor": tensor_size}
+    kept = {
+        name: size
+        for name, size in sizes.items()
+        if not (name == "replicate" and shards == data) and not (name == "tensor" and size == 1)
+    }
+    mesh = init_device_mesh(world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    if tensor_size == 1:
+        return mesh, None
+    names = tuple(name for name in kept if name != "tensor")
+    return mesh[names], mesh["tensor"]
