@@ -23,6 +23,7 @@ from nbaccel.core.checkpoint import Loaded
 from nbaccel.core.communicator import Communicator
 from nbaccel.core.data import Shard, ShardedLoader
 from nbaccel.core.knobs import Knobs
+from nbaccel.core.load_model import load_model
 from nbaccel.core.loop import Loop
 from nbaccel.core.micro_steps import MicroSteps
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
@@ -32,6 +33,7 @@ from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
 from nbaccel.core.step_times import StepTimes, Stopwatch, profiled
 from nbaccel.core.strategies.ddp import DDPOptions
+from nbaccel.core.tied import find_tied_parameters
 from nbaccel.core.trackers import Logbook, Tracker
 from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
@@ -389,14 +391,11 @@ class Accelerator:
         Raises:
             ConfigError: the loss is not one number.
         """
-        if loss.ndim and loss.numel() != 1 and "gradient" not in kwargs:
-            raise ConfigError(
-                f"backward needs a loss of one number; this one has shape {list(loss.shape)}. Take its mean."
-            )
-        if weight is None and self._loop.simple:
-            loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+        loop = self._loop
+        if weight is None and loop.simple:
+            loop.simple_backward(loss, kwargs)
         else:
-            self._loop.backward(loss, weight, kwargs)
+            loop.backward(loss, weight, kwargs)
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
         """A micro-step: gradients of these models (of all, if none is named) are synchronised in the last
@@ -667,6 +666,14 @@ class Accelerator:
         files = save_model(state, save_directory, world=self.world, max_shard_size=max_shard_size)
         self.wait_for_everyone()
         return files
+
+    def load_model(self, model: nn.Module, folder: str | Path, strict: bool = True) -> None:
+        """Fills a prepared model from safetensors in Hugging Face's layout; each rank reads its part only, so a
+        model made with `init_empty_weights` never is in any rank's memory as a whole. Called on all ranks."""
+        inner = self.strategy.unwrap(model)
+        tied = {name: group[0] for group in find_tied_parameters(inner) for name in group[1:]}
+        load_model(inner.state_dict(), tied, folder, strict=strict)
+        self.wait_for_everyone()
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Saves these objects too; they need state_dict and load_state_dict."""

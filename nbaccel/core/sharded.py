@@ -47,7 +47,9 @@ def clip_sharded_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: 
     norms = [_whole(torch.nn.utils.get_total_norm(grads, norm_type)) for grads in groups.values()]
     if not norms:
         return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type
+    )
     for grads in groups.values():
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         torch._foreach_mul_(grads, factor.to(grads[0].device))
@@ -55,7 +57,8 @@ def clip_sharded_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: 
 
 
 def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole
 
 
 @torch.no_grad()

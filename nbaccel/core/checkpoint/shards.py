@@ -162,29 +162,44 @@ class Index:
     """What tensors a checkpoint holds and where their pieces lie."""
 
     metadata: Metadata
-    ranks: Mapping[str, tuple[int, ...]]
-    """By tensor name: the rank that wrote each of its chunks."""
+    files: Mapping[str, tuple[str, ...]]
+    """By tensor name: the file that holds each of its chunks."""
     aliases: Mapping[str, str]
 
     @classmethod
     def from_json(cls, data: bytes) -> Index:
         """The index in `data`; tied tensors appear under each of their names."""
         document = json.loads(data)
-        tensors, ranks = {}, {}
+        tensors, files = {}, {}
         for name, entry in document["tensors"].items():
             tensors[name] = TensorStorageMetadata(
                 properties=TensorProperties(dtype=getattr(torch, entry["dtype"].removeprefix("torch."))),
                 size=torch.Size(entry["shape"]),
                 chunks=[ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s, _ in entry["chunks"]],
             )
-            ranks[name] = tuple(rank for _, _, rank in entry["chunks"])
+            files[name] = tuple(shard_file(rank) for _, _, rank in entry["chunks"])
         for alias, name in document["aliases"].items():
-            tensors[alias], ranks[alias] = tensors[name], ranks[name]
-        return cls(metadata=Metadata(dict(tensors)), ranks=ranks, aliases=document["aliases"])
+            tensors[alias], files[alias] = tensors[name], files[name]
+        return cls(metadata=Metadata(dict(tensors)), files=files, aliases=document["aliases"])
 
     def tensor(self, name: str) -> TensorStorageMetadata:
         """What is known of one tensor."""
         return cast(TensorStorageMetadata, self.metadata.state_dict_metadata[name])
+
+    @classmethod
+    def of_whole(cls, files: Mapping[str, Mapping[str, Entry]]) -> Index:
+        """The index of tensors that stand whole in files, whose headers are given by file name."""
+        tensors, places = {}, {}
+        for file, header in files.items():
+            for name, entry in header.items():
+                size = torch.Size(entry.shape)
+                tensors[name] = TensorStorageMetadata(
+                    properties=TensorProperties(dtype=entry.dtype),
+                    size=size,
+                    chunks=[ChunkStorageMetadata(torch.Size([0] * len(size)), size)],
+                )
+                places[name] = (file,)
+        return cls(metadata=Metadata(dict(tensors)), files=places, aliases={})
 
     @property
     def names(self) -> list[str]:
@@ -208,7 +223,7 @@ def read_into(
         chunk = index.tensor(fqn).chunks[number]
         whole = chunk.sizes == index.tensor(fqn).size
         piece = _piece_name(index.aliases.get(fqn, fqn), chunk.offsets, whole)
-        by_file.setdefault(shard_file(index.ranks[fqn][number]), []).append((item, piece))
+        by_file.setdefault(index.files[fqn][number], []).append((item, piece))
     for name, wanted in by_file.items():
         try:
             with filesystem.open(folder / name) as handle:

@@ -144,7 +144,7 @@ class FullyShardedDataParallel(Strategy):
             mine.copy_(theirs)
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
-        chain = [block for block in blocks if isinstance(block, FSDPModule)]
+        chain: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
         ahead, behind = self._options.forward_prefetch, self._options.backward_prefetch
         for index, block in enumerate(chain):
             if ahead:
