@@ -1,0 +1,203 @@
+"""Where a tensor's values are: in a file, mapped or read; or in memory.
+
+A file's tensor can be *viewed*, which maps it: nothing is read before it is touched, the memory belongs to
+the page cache, and writing to it changes a private copy and never the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, final
+
+import torch
+
+from nbaccel.core.checkpoint.tensorfile import Entry, data_bytes, read_header
+from nbaccel.errors import CheckpointError
+
+__all__ = ["FileTensor", "Loaded", "ReadByCall", "Stored", "TensorFile", "make_resident"]
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.11
+_POPULATE_READ, _WILL_NEED = 22, 3  # of madvise: <asm-generic/mman-common.h>
+_PAGE = mmap.PAGESIZE
+
+
+class Stored(Protocol):
+    """A tensor that is somewhere."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> torch.Tensor:
+        """In memory of its own, on the CPU."""
+
+    def view(self) -> torch.Tensor | None:
+        """Without a copy, on the CPU; None where that cannot be."""
+
+    def position(self) -> tuple[str, int]:
+        """Where it lies, so that many can be read in order."""
+
+
+@final
+class TensorFile:
+    """An open safetensors file; its size and every entry are checked at once.
+
+    Raises:
+        CheckpointError: it is truncated, damaged, or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as handle:
+                self.entries = read_header(handle)
+                size = os.fstat(handle.fileno()).st_size
+                _check(self.entries, size)
+                # Opened again here: the mapping and reads from several threads share one descriptor.
+                self._descriptor = os.dup(handle.fileno())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"unknown type {error}" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{path} cannot be read as safetensors: {said}") from error
+        self._size = size
+        self._mapped: mmap.mmap | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """In memory of its own. Several threads may read at once."""
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        view = data_bytes(tensor)
+        done = 0
+        while done < entry.num_bytes:
+            count = os.preadv(self._descriptor, [view[done:]], entry.begin + done)
+            if not count:
+                raise CheckpointError(f"{self.path} was truncated while it was read")
+            done += count
+        return tensor
+
+    def view(self, entry: Entry) -> torch.Tensor | None:
+        """Mapped; None where the bytes are not aligned to the elements."""
+        if entry.num_bytes == 0 or entry.begin % entry.dtype.itemsize:
+            return None
+        if self._mapped is None:
+            # Private and writable, so that a write changes a copy; not reserved, because the kernel would
+            # otherwise refuse a file larger than the memory.
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            flags = mmap.MAP_PRIVATE | _NO_RESERVE
+            self._mapped = mmap.mmap(self._descriptor, self._size, flags=flags, prot=protection)
+        count = entry.num_bytes // entry.dtype.itemsize
+        flat = torch.frombuffer(self._mapped, dtype=entry.dtype, count=count, offset=entry.begin)
+        return flat.view(entry.shape)
+
+
+@final
+class FileTensor:
+    """One tensor of a safetensors file."""
+
+    __slots__ = ("_entry", "_file")
+
+    def __init__(self, file: TensorFile, entry: Entry) -> None:
+        self._file, self._entry = file, entry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._entry.shape
+
+    def read(self) -> torch.Tensor:
+        return self._file.read(self._entry)
+
+    def view(self) -> torch.Tensor | None:
+        return self._file.view(self._entry)
+
+    def position(self) -> tuple[str, int]:
+        return str(self._file.path), self._entry.begin
+
+
+@final
+class Loaded:
+    """A tensor that torch holds: in memory, or in the mapping of a torch file."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._tensor.shape)
+
+    def read(self) -> torch.Tensor:
+        return self._tensor.detach().to("cpu", copy=True).contiguous()
+
+    def view(self) -> torch.Tensor | None:
+        return self._tensor if self._tensor.device.type == "cpu" and self._tensor.is_contiguous() else None
+
+    def position(self) -> tuple[str, int]:
+        return "", self._tensor.data_ptr()
+
+
+@final
+class ReadByCall:
+    """A tensor that a function reads, as those of distributed checkpoints."""
+
+    __slots__ = ("_read", "dtype", "shape")
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> None:
+        self.dtype, self.shape, self._read = dtype, shape, read
+
+    def read(self) -> torch.Tensor:
+        return self._read()
+
+    def view(self) -> torch.Tensor | None:
+        return None
+
+    def position(self) -> tuple[str, int]:
+        return "", 0
+
+
+def _check(entries: dict[str, Entry], size: int) -> None:
+    for name, entry in entries.items():
+        wanted = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        if entry.num_bytes != wanted:
+            raise ValueError(f"{name} has {entry.num_bytes} bytes and its shape {entry.shape} takes {wanted}")
+    last = max(entries, key=lambda name: entries[name].begin + entries[name].num_bytes, default=None)
+    if last is not None and entries[last].begin + entries[last].num_bytes > size:
+        beyond = [n for n, e in entries.items() if e.begin + e.num_bytes > size]
+        missing = entries[last].begin + entries[last].num_bytes - size
+        raise ValueError(
+            f"truncated: {missing} bytes are missing, of {len(beyond)} tensor(s) such as {beyond[0]}; copy it again"
+        )
+
+
+_madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None) if os.name == "posix" else None
+if _madvise is not None:
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _madvise.restype = ctypes.c_int
+
+
+def make_resident(tensor: torch.Tensor) -> None:
+    """Brings a mapped tensor's pages in before they are touched; may be called from any thread."""
+    count = tensor.numel() * tensor.element_size()
+    if _madvise is None or not count:
+        return
+    start = tensor.data_ptr() & -_PAGE
+    length = tensor.data_ptr() + count - start
+    # The first needs Linux 5.14. It is advice: whatever it answers, touching the pages brings them too.
+    if _madvise(start, length, _POPULATE_READ) and _madvise(start, length, _WILL_NEED):
+        return
