@@ -16,6 +16,7 @@ CONFIGURATIONS = {
     "one rank": (1, {}),
     "ddp bf16": (2, {"mixed_precision": "bf16"}),
     "accumulation": (2, {"gradient_accumulation_steps": 4}),
+    "fsdp": (2, {"strategy": "fsdp", "fsdp": {"wrap": ["Linear"]}}),
 }
 
 
@@ -104,4 +105,5 @@ def test_training_when_run_by_torchrun_and_by_our_launcher_has_the_same_losses(t
     # bf16 follows float32 roughly; accumulation takes the first window's losses on the untrained model
     assert found["ddp bf16"] == pytest.approx(found["one rank"], rel=0.1, abs=0.02)
     assert found["ddp bf16"] != found["one rank"]
+    assert found["fsdp"] == pytest.approx(found["one rank"], abs=1e-5)
     assert found["accumulation"][0] == pytest.approx(found["one rank"][0], abs=1e-6)
