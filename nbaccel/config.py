@@ -22,6 +22,7 @@ __all__ = ["RUN_CONFIG_VARIABLE", "Device", "Precision", "RunConfig", "combine",
 RUN_CONFIG_VARIABLE = "NBACCEL_RUN_CONFIG"
 
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "tpu"]
+TpuRuntime = Literal["torch_xla", "torch_tpu"]
 Precision = Literal["no", "fp16", "bf16", "auto", "fp8"]
 StartMethod = Literal["fork", "spawn"]
 
@@ -29,6 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": get_args(Device),
     "mixed_precision": get_args(Precision),
     "start_method": get_args(StartMethod),
+    "tpu_runtime": get_args(TpuRuntime),
     "returns": ("all", "rank0", "none"),
     "output": ("auto", "all", "rank0", "none"),
     "strategy": ("auto", "single", "ddp", "fsdp", "tensor_parallel"),
@@ -45,6 +47,7 @@ _FLAGS = (
     "dispatch_batches",
     "per_sample_seed",
     "verify",
+    "xla_spmd",
 )
 _DDP_OPTIONS = (
     "bucket_cap_mb",
@@ -64,7 +67,6 @@ _LATER: dict[str, dict[str, str]] = {
     "strategy": {
         "deepspeed": "DeepSpeed is not built yet; use 'ddp'",
     },
-    "device": {"tpu": "TPU ranks are not built yet; use device='cpu' or 'cuda'"},
 }
 _LATER_KEYS = {
     "deepspeed": "DeepSpeed is not built yet; leave it out and use strategy 'ddp'",
@@ -89,6 +91,10 @@ class RunConfig:
     """Kind of device the ranks compute on; "auto" is the accelerators present, else the CPU."""
     devices: tuple[int, ...] | Literal["free"] | None = None
     """Indices of the accelerators to use, in rank order; "free" takes the least used ones."""
+    tpu_runtime: TpuRuntime | None = None
+    """What drives TPU chips; TorchTPU where both are installed."""
+    xla_spmd: bool | None = None
+    """One rank over all XLA devices, with arrays sharded over them, in place of a rank for each."""
     start_method: StartMethod | None = None
     """How ranks come to be: forked from a warm clean process, or spawned fresh."""
     mixed_precision: Precision | None = None

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig, combine
+from nbaccel.core import tpu
 from nbaccel.errors import ConfigError
 from nbaccel.wire import events
 
@@ -93,9 +94,10 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
             f"RANK={rank} of WORLD_SIZE={size} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size} "
             "cannot be: each rank must be at least 0 and below its size."
         )
-    return Environment(
+    found = Environment(
         rank=rank, local_rank=local_rank, size=size, local_size=local_size, rendezvous=True, config=config
     )
+    return tpu.as_this_replica(found) if variables is None else found
 
 
 def cache_folder() -> Path:
@@ -166,7 +168,10 @@ def _make_group(environment: Environment, device: torch.device, config: RunConfi
     else:
         timeout = _LAUNCHED_TIMEOUT if events.active() else None
     try:
-        dist.init_process_group(_backend_for(device), timeout=timeout)
+        # the numbers are said because ranks that are threads of one process share its variables
+        dist.init_process_group(
+            _backend_for(device), timeout=timeout, rank=environment.rank, world_size=environment.size
+        )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"rank {environment.rank} of {environment.size} could not join the process group "
@@ -209,6 +214,8 @@ def choose_device(config: RunConfig, local_rank: int, size: int) -> torch.device
         if not torch.backends.mps.is_available():
             raise ConfigError("device 'mps' was asked for, but this machine has none; use device='cpu'")
         return torch.device("mps")
+    if kind == "tpu":
+        return tpu.device()
     if kind not in ("cuda", "xpu"):
         raise ConfigError(f"device {kind!r} cannot be used by this rank; use 'cpu' or 'cuda'")
     count = torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count()
@@ -221,6 +228,8 @@ def choose_device(config: RunConfig, local_rank: int, size: int) -> torch.device
 
 
 def _present_kind(size: int) -> str:
+    if tpu.is_present():
+        return "tpu"
     if torch.cuda.is_available():
         return "cuda"
     if hasattr(torch, "xpu") and torch.xpu.is_available():

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, final
 from nbaccel.engines import store
 from nbaccel.engines.base import Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.engines.children import Children
-from nbaccel.rank import worker
+from nbaccel.rank import boot, worker
 from nbaccel.rank.failure import describe
 from nbaccel.rank.process import become_subreaper, call_process, die_with_parent, kill_descendants, unclean
 from nbaccel.rank.spec import Place, RunSpec
@@ -107,14 +107,16 @@ def _make_ranks(maker: _Maker, launch: Launch, fds: list[int], control: Channel)
         for rank in range(spec.num_processes)
     ]
     ours = [*fds, listening.fileno(), *(end.fileno() for both in stores for end in both)]
-    if maker.can_fork and not launch.open_in_ranks and _worth_sharing(launch.parcel):
+    shares = maker.can_fork and spec.replicas == 1 and not launch.open_in_ranks
+    if shares and _worth_sharing(launch.parcel):
         call = _open(spec, places[0], control)
         pids = [maker.fork_rank(spec, place, call, without=ours) for place in places]
     else:
-        seats = [maker.rank(without=ours) for _ in places]
-        for seat, place in zip(seats, places, strict=True):
-            seat.boot.send((spec, place), place.fds)
-        pids = [seat.pid for seat in seats]
+        pids = []
+        for first in range(0, spec.num_processes, spec.replicas):
+            seat = maker.rank(without=ours)
+            _send_places(seat, spec, places[first : first + spec.replicas])
+            pids += [seat.pid] * spec.replicas
     store_boot = maker.store(without=ours).boot
     store_boot.send(os.getpid(), [listening.fileno(), *(end.fileno() for end, _ in stores)])
     maker.dismiss()
@@ -125,6 +127,11 @@ def _make_ranks(maker: _Maker, launch: Launch, fds: list[int], control: Channel)
     for sock in (listening, *(end for both in stores for end in both)):
         sock.detach()
     return pids, store_boot
+
+
+def _send_places(seat: _Seat, spec: RunSpec, places: Sequence[Place]) -> None:
+    """Tell a waiting process which rank it is, or which ranks."""
+    seat.boot.send((spec, tuple(places)), [fd for place in places for fd in place.fds])
 
 
 def _worth_sharing(parcel: payload.Parcel) -> bool:
@@ -206,7 +213,7 @@ class _Maker:
     def _new(self, role: str, without: Sequence[int], children: Children | None = None) -> _Seat:
         ours, theirs = pair()
         if not self.can_fork:
-            room = "rank.worker" if role == "worker" else "engines.store"
+            room = "rank.boot" if role == "worker" else "engines.store"
             code = f"from nbaccel.{room} import main; main({theirs.fileno()})"
             pid = _python(code, [theirs.fileno()])
         else:
@@ -218,7 +225,7 @@ class _Maker:
                     children.forget()
                 self._leave(without)
                 die_with_parent(me)
-                (worker if role == "worker" else store).main(theirs.detach())
+                (boot if role == "worker" else store).main(theirs.detach())
         theirs.close()
         return _Seat(pid, Channel(ours))
 
@@ -255,53 +262,76 @@ class _Group:
         self, control: Channel, maker: _Maker, spec: RunSpec, pids: Sequence[int], store: Channel
     ) -> None:
         self._control, self._maker, self._spec, self._store = control, maker, spec, store
-        self._rank_of = {pid: rank for rank, pid in enumerate(pids)}
+        self._ranks_of = {pid: [rank for rank, one in enumerate(pids) if one == pid] for pid in pids}
+        self._orders: dict[
+            int, tuple[Respawn, list[int]]
+        ] = {}  # for ranks whose process has to wait for more
 
     def see_through(self) -> NoReturn:
         """Pass signals on, report exits and replace ranks, until `ChannelClosed` is raised."""
         children = Children()
         while True:
             for pid in children.ended():
-                if pid in self._rank_of:
+                if pid in self._ranks_of:
                     _signal_group(pid)  # while the zombie holds the number, nobody else can have it
                 code = children.reap(pid)
-                if pid in self._rank_of:
-                    self._control.send(Exited(self._rank_of.pop(pid), code))
+                for rank in self._ranks_of.pop(pid, ()):
+                    self._control.send(Exited(rank, code))
             if children.wait(self._control.fileno()):
                 message, fds = self._control.recv()
                 if isinstance(message, Respawn):
                     self._respawn(message, fds, children)
                     continue
                 ranks, number = message
-                for pid, rank in self._rank_of.items():
-                    if rank in ranks:
+                for pid, own in self._ranks_of.items():
+                    if not set(own).isdisjoint(ranks):
                         _signal(pid, number)
 
     def _respawn(self, order: Respawn, fds: list[int], children: Children) -> None:
-        for pid, rank in list(self._rank_of.items()):
-            if rank == order.rank:  # it lives, and is given up: its end is no news
+        """Make the process of a rank again, once all ranks that are to live in it are asked for."""
+        for fd in self._orders.pop(order.rank, (order, []))[1]:
+            os.close(fd)  # of a generation that never came up
+        self._orders[order.rank] = order, fds
+        first = order.rank - order.rank % self._spec.replicas
+        own = list(range(first, first + self._spec.replicas))
+        if any(
+            rank not in self._orders or self._orders[rank][0] != Respawn(rank, order.generation)
+            for rank in own
+        ):
+            return
+        for pid, ranks in list(self._ranks_of.items()):
+            if ranks == own:  # it lives, and is given up: its end is no news
                 _signal(pid, signal.SIGKILL)
-                del self._rank_of[pid]
-        ours, theirs = pair()
-        self._store.send(order.rank, (ours.fileno(),))
-        ours.close()
-        place = Place(
-            rank=order.rank,
-            parent=os.getpid(),
-            port=0,
-            parcel=payload.Parcel(0, inline=b""),
-            fds=(*fds, theirs.fileno()),
-            generation=order.generation,
+                del self._ranks_of[pid]
+        places, theirs = [], []
+        for rank in own:
+            given, ends = self._orders.pop(rank)[1], pair()
+            self._store.send(rank, (ends[0].fileno(),))
+            ends[0].close()
+            theirs.append(ends[1])
+            places.append(
+                Place(
+                    rank=rank,
+                    parent=os.getpid(),
+                    port=0,
+                    parcel=payload.Parcel(0, inline=b""),
+                    fds=(*given, ends[1].fileno()),
+                    generation=order.generation,
+                )
+            )
+        ours = [fd for place in places for fd in place.fds]
+        seat = self._maker.rank(
+            without=[*ours, self._control.fileno(), self._store.fileno()], children=children
         )
-        without = [*fds, theirs.fileno(), self._control.fileno(), self._store.fileno()]
-        seat = self._maker.rank(without=without, children=children)
-        seat.boot.send((self._spec, place), place.fds)
+        _send_places(seat, self._spec, places)
         seat.boot.close()
-        theirs.close()
-        for fd in fds:
+        for end in theirs:
+            end.detach()
+        for fd in ours:
             os.close(fd)
-        self._rank_of[seat.pid] = order.rank
-        self._control.send(Respawned(order.rank, seat.pid))
+        self._ranks_of[seat.pid] = own
+        for rank in own:
+            self._control.send(Respawned(rank, seat.pid))
 
 
 def _signal(pid: int, number: int) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["drain", "redirect"]
+__all__ = ["drain", "redirect", "unbuffered"]
 
 _libc = ctypes.CDLL(None)
 
@@ -27,8 +27,8 @@ def redirect(stdout: int, stderr: int) -> None:
         if fd > 2:
             os.close(fd)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # lives as long as the process
-    sys.stdout = _unbuffered(1)
-    sys.stderr = _unbuffered(2)
+    sys.stdout = unbuffered(1)
+    sys.stderr = unbuffered(2)
     # some libraries print to the originals
     vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
     _buffer_c_stdout_by_line()
@@ -44,7 +44,7 @@ def drain() -> None:
     _libc.fflush(None)
 
 
-def _unbuffered(fd: int) -> io.TextIOWrapper:
+def unbuffered(fd: int) -> io.TextIOWrapper:
     """A text stream that holds nothing back: a crash loses no word of it."""
     raw: Any = io.FileIO(fd, "wb", closefd=False)
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)

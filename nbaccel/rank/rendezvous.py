@@ -26,8 +26,13 @@ __all__ = ["install"]
 _GENERATION = 1 << 20
 
 
-def install(stores: Channel, spec: RunSpec, rank: int) -> Callable[[int], None]:
+def install(
+    stores: Channel, spec: RunSpec, rank: int, *, here: Callable[[], bool] = lambda: True
+) -> Callable[[int], None]:
     """Route this rank's rendezvous through the run's store process.
+
+    Args:
+        here: whether the code that asks is this rank's, where several are threads of one process.
 
     Returns: what to call with a session's generation, so that ranks that opened different numbers of groups
     count alike again.
@@ -70,6 +75,8 @@ def install(stores: Channel, spec: RunSpec, rank: int) -> Callable[[int], None]:
         *args: Any,
         **options: Any,
     ) -> Any:
+        if not here():
+            return original(hostname, port, rank_in_group, world_size, timeout, *args, **options)
         if spec.host is not None and os.getpid() == owner and (hostname, port) == meeting:
             number = opened[world_size]
             opened[world_size] += 1

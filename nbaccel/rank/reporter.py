@@ -48,9 +48,11 @@ class Reporter:
 
     Args:
         local_rank: the index of this rank's accelerator.
+        thread: the one that runs user code; None is the main thread.
     """
 
-    def __init__(self, local_rank: int) -> None:
+    def __init__(self, local_rank: int, *, thread: threading.Thread | None = None) -> None:
+        self._thread = thread or threading.main_thread()
         ours, theirs = pair()
         self._channel = Channel(ours)
         self._theirs = theirs
@@ -72,7 +74,7 @@ class Reporter:
         try:
             while True:
                 ask, _ = self._channel.recv()
-                place = place or _Place()
+                place = place or _Place(self._thread)
                 if isinstance(ask, Free):
                     close_connections(ask.pids)
                 else:
@@ -98,7 +100,7 @@ def _answer(ask: Ask, place: _Place, gauge: Gauge) -> Answer:
         return Answer(ask.id, _stacks(place), still)
     if ask.what == "records":
         return Answer(ask.id, _records(), still)
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = sys._current_frames().get(place.thread.ident or 0)
     return Answer(ask.id, None, still, gauge.read(frame, still, _pending))
 
 
@@ -126,23 +128,24 @@ def _leave_signals_to_others() -> None:
 
 @final
 class _Place:
-    """Where the main thread is and since when, as far as it was looked at.
+    """Where the thread that runs user code is (the main one, but for ranks that share a process) and since
+    when, as far as it was looked at.
 
     A frame seen twice is the same one only if the thread did not work in between: a frame's address is
     used again by the next call. So nothing is said of a thread that computes or wakes up often.
     """
 
-    def __init__(self) -> None:
-        self._thread = threading.main_thread()
+    def __init__(self, thread: threading.Thread) -> None:
+        self.thread = thread
         self._seen: dict[tuple[int, int, int], float] = {}
         self._now: tuple[tuple[int, int, int], ...] = ()
         self._since = self._looked = time.monotonic()
-        self._used = _usage(self._thread)
+        self._used = _usage(self.thread)
 
     def look(self) -> float:
         """Look again; for how many seconds it has not moved."""
-        now, used = time.monotonic(), _usage(self._thread)
-        frames = list(_walk(sys._current_frames().get(self._thread.ident or 0)))
+        now, used = time.monotonic(), _usage(self.thread)
+        frames = list(_walk(sys._current_frames().get(self.thread.ident or 0)))
         keys = tuple((id(frame), id(frame.f_code), lineno) for frame, lineno in frames)
         elapsed = max(now - self._looked, 1e-3)
         cpu, wakes = used[0] - self._used[0], used[1] - self._used[1]
@@ -160,7 +163,7 @@ class _Place:
         now = time.monotonic()
         return tuple(
             _line(frame, lineno, self._ago((id(frame), id(frame.f_code), lineno), now))
-            for frame, lineno in _walk(sys._current_frames().get(self._thread.ident or 0))
+            for frame, lineno in _walk(sys._current_frames().get(self.thread.ident or 0))
         )
 
     def _ago(self, key: tuple[int, int, int], now: float) -> float | None:
@@ -198,7 +201,7 @@ def _line(frame: FrameType, lineno: int, seconds: float | None = None) -> Line:
 
 
 def _stacks(place: _Place) -> Stacks:
-    me, main = threading.get_ident(), threading.main_thread().ident
+    me, main = threading.get_ident(), place.thread.ident
     known = {thread.ident: thread for thread in threading.enumerate()}
     threads = []
     for ident, top in sys._current_frames().items():

@@ -1,13 +1,15 @@
 """A rank from its first line to its last: set up, serve calls, leave.
 
 The notebook's process sends `Call` and `Exit` over the channel; the rank answers with events. User code
-runs in the main thread. `main` is where a rank begins that was made ahead of its run or spawned, `start`
-where one does that was forked with its call already opened.
+runs in the main thread, but for ranks that are threads of one process (`rank.replicas`). `rank.boot` is where
+a rank begins that was made ahead of its run or spawned, `start` where one does that was forked with its call
+already opened.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import multiprocessing.util
 import os
@@ -20,12 +22,13 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NoReturn, final
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, Protocol, TypeVar, final
 
 from nbaccel.errors import PayloadError
-from nbaccel.rank import capture, debugger, display, groups, rendezvous, threads
+from nbaccel.rank import capture, debugger, display, groups, rendezvous, threads, tpu
 from nbaccel.rank.bars import relay_bars
+from nbaccel.rank.comms import relay_comms
 from nbaccel.rank.failure import describe
 from nbaccel.rank.input import relay_input
 from nbaccel.rank.membership import Membership
@@ -37,18 +40,18 @@ from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Applied, Event, Joined, Raised, Request, Returned, Status
 
-__all__ = ["main", "open_call", "start", "take_over"]
-
-
-def main(boot: int) -> NoReturn:
-    """Wait on this descriptor for a place, then be that rank: where one that was made ahead begins."""
-    channel = Channel.from_fd(boot)
-    try:
-        (spec, place), fds = channel.recv()
-    except ChannelClosed:
-        os._exit(0)  # not needed after all
-    channel.close()
-    start(spec, replace(place, fds=tuple(fds)))
+__all__ = [
+    "Port",
+    "Server",
+    "enter",
+    "join_session",
+    "leave",
+    "open_call",
+    "serve_libraries",
+    "set_up",
+    "start",
+    "take_over",
+]
 
 
 def take_over(spec: RunSpec) -> None:
@@ -77,44 +80,58 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
     Args:
         call: (function, args, kwargs) when it was opened before the fork.
     """
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)  # its own group: a kill of the group reaches what the rank started
-    die_with_parent(place.parent)
-    call_process(f"nb-rank-{place.rank}")
+    enter(place)
     channel, stdout, stderr, stores, *_ = place.fds
     capture.redirect(stdout, stderr)
-    port = _Port(Channel.from_fd(channel))
+    port = Port(Channel.from_fd(channel))
     code = 1
     try:
         if call is None:
             take_over(spec)
         os.environ.update(rank_environ(spec, place.rank, place.port))
-        renew = _set_up(spec, place.rank, Channel.from_fd(stores))
-        membership = _join_session(spec, place, renew) if spec.keep else None
+        set_up(spec)
+        _set_device(spec, place.rank)
+        renew = rendezvous.install(Channel.from_fd(stores), spec, place.rank)
+        membership = join_session(spec, place, renew) if spec.keep else None
         call = call or (None if spec.keep else open_call(place))
-        events.connect(port)
-        relay_bars(quiet=spec.panel)
-        display.relay_displays()
-        relay_input(port)
-        debugger.install(place.rank)
-        os.register_at_fork(after_in_child=lambda: events.connect(None))
+        serve_libraries(spec, place.rank, port)
         reporter = Reporter(place.rank)
         port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
         reporter.start()
-        code = _Server(port, call, membership, park=spec.park).serve()
+        code = Server(port, call, membership, park=spec.park).serve()
     except ChannelClosed:
         pass  # the notebook is gone: so are we
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
         port.emit(Raised(call=-1, info=describe(error)))
     finally:
-        _leave(code)
+        leave(code)
+
+
+def enter(place: Place) -> None:
+    """Be a rank's process: known by its name, ended as a group, and with its parent."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # its own group: a kill of the group reaches what the rank started
+    die_with_parent(place.parent)
+    call_process(f"nb-rank-{place.rank}")
+
+
+def serve_libraries(spec: RunSpec, rank: int, port: Any) -> None:
+    """Let events, bars, displays, questions and breakpoint() of this process go through `port`."""
+    events.connect(port)
+    relay_bars(quiet=spec.panel)
+    display.relay_displays()
+    relay_input(port)
+    relay_comms(port)
+    debugger.install(rank)
+    os.register_at_fork(after_in_child=lambda: events.connect(None))
 
 
 _Command = Call | Join | Exit
+_Found = TypeVar("_Found")
 
 
 @final
-class _Port:
+class Port:
     """The rank's end of the channel: `wire.events` speaks through it."""
 
     def __init__(self, channel: Channel) -> None:
@@ -122,6 +139,7 @@ class _Port:
         self._commands: deque[tuple[_Command, list[int]]] = deque()
         self._replies: dict[str, Any] = {}
         self._requests: list[Request] = []
+        self._comms: deque[Request] = deque()
         self._lock = threading.Lock()
 
     def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
@@ -135,16 +153,23 @@ class _Port:
 
     def wait_reply(self, id: str) -> Any:
         """The answer to the question of this id, once it is there."""
+        return self._wait(lambda: id in self._replies, lambda: self._replies.pop(id))
+
+    def wait_comm(self) -> Request:
+        """The next message to a widget of this rank."""
+        return self._wait(lambda: bool(self._comms), self._comms.popleft)
+
+    def _wait(self, there: Callable[[], bool], take: Callable[[], _Found]) -> _Found:
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         while True:
             with self._lock:
                 self._read()
-                if id in self._replies:
-                    return self._replies.pop(id)
+                if there():
+                    return take()
             if self._channel.eof:
                 raise ChannelClosed("the notebook is gone")
-            poll.poll(200)  # not for ever: another thread may have read the answer
+            poll.poll(200)  # not for ever: another thread may have read it
 
     def _read(self) -> None:
         """Sort what has arrived by who it is for."""
@@ -153,23 +178,20 @@ class _Port:
                 self._commands.append((message, fds))
             elif message.kind == "input":
                 self._replies[message.name] = message.value
+            elif message.kind == "comm":
+                self._comms.append(message)
             else:
                 self._requests.append(message)
 
     def next_command(self) -> tuple[_Command, list[int]]:
         """Wait for what to do next; requests that come while nothing runs are for nobody."""
-        while not self._commands:
-            message, fds = self._channel.recv()
-            if not isinstance(message, Request):
-                self._commands.append((message, fds))
-        return self._commands.popleft()
+        found = self._wait(lambda: bool(self._commands), self._commands.popleft)
+        self._requests.clear()
+        return found
 
 
-def _set_up(spec: RunSpec, rank: int, stores: Channel) -> Callable[[int], None]:
-    """Random state, threads, device and rendezvous as a fresh process of its own would have them.
-
-    Returns: what `rendezvous.install` does.
-    """
+def set_up(spec: RunSpec) -> None:
+    """Random state, signals and threads as a fresh process of its own would have them."""
     import torch
 
     _forget_exit_handlers()
@@ -180,25 +202,43 @@ def _set_up(spec: RunSpec, rank: int, stores: Channel) -> Callable[[int], None]:
         sys.modules["numpy"].random.seed()
     torch.default_generator.seed()  # a fresh process draws it too; CUDA's is fixed until it is set
     threads.limit(spec.threads)
-    if spec.device in ("cuda", "xpu"):
-        getattr(torch, spec.device).set_device(rank)
-    renew = rendezvous.install(stores, spec, rank)
     groups.keep_groups()
     by_value_in_main()
-    return renew
 
 
-def _join_session(spec: RunSpec, place: Place, renew: Callable[[int], None]) -> Membership:
-    """The session's process group, and the names every cell finds."""
+def _set_device(spec: RunSpec, rank: int) -> None:
+    """The rank's own device, as the current one."""
     import torch
 
-    membership = Membership(spec, place.rank, renew)
+    if spec.device in ("cuda", "xpu"):
+        getattr(torch, spec.device).set_device(rank)
+    elif spec.device == "tpu":
+        tpu.use(spec, tpu.set_up(spec, process=rank)[0], rank)
+
+
+def join_session(
+    spec: RunSpec,
+    place: Place,
+    renew: Callable[[int], None],
+    together: AbstractContextManager[Any] | None = None,
+) -> Membership:
+    """The session's process group, and the names every cell finds.
+
+    Args:
+        together: held while what the process's ranks share is changed, where it has several.
+    """
+    import torch
+
+    with together or contextlib.nullcontext():
+        membership = Membership(spec, place.rank, renew)
     membership.join(place.generation)
     sys.modules["__main__"].__dict__.update(
         rank=place.rank,
         local_rank=place.rank,
         world_size=spec.num_processes,
-        device=torch.device(spec.device, *([place.rank] if spec.device in ("cuda", "xpu") else [])),
+        device=tpu.current_device(spec)
+        if spec.device == "tpu"
+        else torch.device(spec.device, *([place.rank] if spec.device in ("cuda", "xpu") else [])),
         dist=torch.distributed,
     )
     return membership
@@ -215,8 +255,18 @@ def _forget_exit_handlers() -> None:
     atexit.register(logging.shutdown)
 
 
+class Replica(Protocol):
+    """A rank that is a thread of its process, beside others."""
+
+    alone: AbstractContextManager[Any]
+    """Held while the process's one `__main__` is changed."""
+
+    def interruptible(self, on: bool) -> None:
+        """Whether an interrupt raises KeyboardInterrupt in this thread."""
+
+
 @final
-class _Server:
+class Server:
     """Runs what the notebook asks for, until told to leave.
 
     Args:
@@ -224,9 +274,20 @@ class _Server:
         opened: (function, args, kwargs) of the call that was delivered at the start.
         membership: in a session, whose ranks go on after a failure.
         park: whether to wait after a failure until told to leave: its frames may be looked at.
+        replica: what is otherwise when this rank is a thread of its process.
     """
 
-    def __init__(self, port: _Port, opened: Any, membership: Membership | None, *, park: bool) -> None:
+    def __init__(
+        self,
+        port: Port,
+        opened: Any,
+        membership: Membership | None,
+        *,
+        park: bool,
+        replica: Replica | None = None,
+    ) -> None:
+        self._replica = replica
+        self._interruptible = _interruptible if replica is None else replica.interruptible
         self._port, self._opened, self._membership = port, opened, membership
         self._stays = park or membership is not None
         self._came: dict[str, Any] = {}  # data of the notebook's, as it came
@@ -254,15 +315,15 @@ class _Server:
         """Run a call and answer; whether it ended well."""
         try:
             try:
-                _interruptible(True)
+                self._interruptible(True)
                 function, args, kwargs = self._open(call, fds)
                 debugger.forget_before(function)
                 value = function(*args, **kwargs)
                 display.show_figures()
                 _tell_of_peers()
-                events.call_ends()
+                events.call_ends(None if self._replica is None else threading.get_ident())
             finally:
-                _interruptible(False)
+                self._interruptible(False)
             self._answer(call, value)
         except SystemExit as error:
             if error.code not in (None, 0):
@@ -272,7 +333,7 @@ class _Server:
         except ChannelClosed:
             raise
         except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt too: it is told
-            _interruptible(False)  # it may have come between the call and the line that ends it
+            self._interruptible(False)  # it may have come between the call and the line that ends it
             self._fail(call, error)
             return False
         return True
@@ -282,10 +343,14 @@ class _Server:
             self._membership.begin_call()
         if call.parcel is None:
             return self._opened
+        with contextlib.nullcontext() if self._replica is None else self._replica.alone:
+            return self._unpack(call.parcel, fds)
+
+    def _unpack(self, parcel: payload.Parcel, fds: list[int]) -> Any:
         names = sys.modules["__main__"].__dict__
         before = dict(names)
         try:
-            opened, sidecar = payload.unpack(call.parcel, fds[0] if fds else None)
+            opened, sidecar = payload.unpack(parcel, fds[0] if fds else None)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -356,7 +421,7 @@ def _interruptible(on: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler if on else signal.SIG_IGN)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End as any Python process does: join the user's threads, run exit handlers, flush."""
     try:
         events.connect(None)

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from nbaccel.config import TpuRuntime
+from nbaccel.rank.process import device_files
 from nbaccel.session.resources import text_of
 
 __all__ = ["Accelerators", "Gpu", "TorchBuild", "read_accelerators", "read_nvml", "visible_gpus"]
@@ -31,9 +33,19 @@ __all__ = ["Accelerators", "Gpu", "TorchBuild", "read_accelerators", "read_nvml"
 TorchBuild = Literal["cpu", "cuda", "rocm", "xpu", "unknown"]
 Source = Literal["nvml", "proc", "kfd", "torch", ""]
 
-# Google's PCI vendor id is also on its network cards and disks: the device ids of TPUs, v2/v3 to v7x.
+# Google's PCI vendor id is also on its network cards and disks: the device ids of TPUs, by generation.
 _GOOGLE = "0x1ae0"
-_TPUS = frozenset({"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"})
+_TPUS = {
+    "0x0027": "v2/v3",
+    "0x0056": "",
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "v7x",
+}
+# By the package that is imported, the preferred one first.
+_TPU_RUNTIMES: tuple[TpuRuntime, ...] = ("torch_tpu", "torch_xla")
 _INTEL = "0x8086"
 
 
@@ -68,6 +80,12 @@ class Accelerators:
     xpus: int = 0
     mps: bool = False
     tpu_chips: int = 0
+    tpu_kind: str = ""
+    """Their generation; "v2/v3" cannot be told apart from outside."""
+    tpu_runtimes: tuple[TpuRuntime, ...] = ()
+    """Those installed, the preferred one first."""
+    tpu_held: bool = False
+    """Whether this very process has opened a chip."""
 
 
 def read_accelerators(root: Path = Path("/"), *, system: str, machine: str) -> Accelerators:
@@ -80,6 +98,7 @@ def read_accelerators(root: Path = Path("/"), *, system: str, machine: str) -> A
     """
     build, version = _torch_build()
     gpus, source = _read_gpus(root, build)
+    tpus = _read_tpus(root)
     return Accelerators(
         torch_build=build,
         torch_version=version,
@@ -87,7 +106,10 @@ def read_accelerators(root: Path = Path("/"), *, system: str, machine: str) -> A
         gpus_by=source,
         xpus=_count_xpus(root),
         mps=system == "darwin" and machine == "arm64",
-        tpu_chips=_count_tpus(root),
+        tpu_chips=len(tpus),
+        tpu_kind=tpus[0] if tpus else "",
+        tpu_runtimes=tuple(name for name in _TPU_RUNTIMES if importlib.util.find_spec(name)),
+        tpu_held=bool(tpus) and any(file.startswith(("/dev/accel", "/dev/vfio")) for file in device_files()),
     )
 
 
@@ -246,12 +268,11 @@ def _count_xpus(root: Path) -> int:
     return sum(text_of(vendor).strip() == _INTEL for vendor in vendors)
 
 
-def _count_tpus(root: Path) -> int:
+def _read_tpus(root: Path) -> list[str]:
+    """The generation of each chip."""
     devices = (root / "sys/bus/pci/devices").glob("*")
-    return sum(
-        text_of(device / "vendor").strip() == _GOOGLE and text_of(device / "device").strip() in _TPUS
-        for device in devices
-    )
+    ids = [text_of(one / "device").strip() for one in devices if text_of(one / "vendor").strip() == _GOOGLE]
+    return [_TPUS[one] for one in ids if one in _TPUS]
 
 
 def _hints_at_gpu(root: Path) -> bool:

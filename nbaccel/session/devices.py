@@ -26,9 +26,9 @@ __all__ = [
     "free_gpus",
 ]
 
-PlannedDevice = Literal["cpu", "cuda", "xpu", "mps"]
+PlannedDevice = Literal["cpu", "cuda", "xpu", "mps", "tpu"]
 
-LABELS: dict[PlannedDevice, str] = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
+LABELS: dict[PlannedDevice, str] = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS", "tpu": "TPU"}
 # devices="free" without a number of ranks takes the GPUs that have less than this in use.
 _FREE_MEMORY = 0.1
 _FREE_UTILIZATION = 10
@@ -74,6 +74,8 @@ def choose_device(config: RunConfig, environment: Environment) -> Choice:
     wanted = config.device or "auto"
     if wanted == "cpu":
         return _the_cpu(environment)
+    if wanted == "tpu":
+        return Choice(device="tpu", reason="device: TPU, as asked")
     here, why_not = _devices_here(environment)
     if wanted == "auto" and here:
         return here[0]
@@ -97,6 +99,10 @@ def _devices_here(environment: Environment) -> tuple[list[Choice], dict[str, str
     here: list[Choice] = []
     why_not: dict[str, str] = {}
     gpus = visible_gpus(there.gpus, environment.variables, there.torch_build)
+    if there.tpu_chips and there.tpu_runtimes:
+        here.append(
+            Choice(device="tpu", count=there.tpu_chips, reason=f"device: TPU, {there.tpu_chips} chips")
+        )
     if there.torch_build not in ("cuda", "rocm", "unknown"):
         built = f"built for {there.torch_build.upper()}, not CUDA"
         why_not["cuda"] = f"the torch that is installed ({there.torch_version}) is {built}"
@@ -149,7 +155,8 @@ def _unused_notes(environment: Environment, why_not: Mapping[str, str]) -> tuple
         notes.append(f"The ranks use the CPU: {why_not['cuda']}.")
     if there.tpu_chips:
         notes.append(
-            f"The ranks use the CPU: {there.tpu_chips} TPU chips are here; TPU ranks are not built yet."
+            f"The ranks use the CPU: {there.tpu_chips} TPU chips are here, but no runtime for them: "
+            "pip install 'nbaccel[xla]' (torch_xla, with torch 2.9) or 'nbaccel[tpu]' (TorchTPU)."
         )
     return tuple(notes)
 
@@ -175,8 +182,8 @@ def assign(config: RunConfig, chosen: Choice, num_processes: int) -> Devices:
     Raises:
         ConfigError: a device that is picked is not there, or cannot be told.
     """
-    if chosen.device == "cpu":
-        return Devices(variables=chosen.hide)
+    if chosen.device in ("cpu", "tpu"):
+        return Devices(variables=chosen.hide)  # a TPU's runtime gives each rank its own
     places = tuple(range(num_processes))
     variables: dict[str, str] = {}
     if config.devices is not None:

@@ -31,7 +31,9 @@ _RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _VARIABLES = frozenset(
     {
         *_RANK,
+        "CLOUD_TPU_TASK_ID",
         "COLAB_RELEASE_TAG",
+        "CPU_NUM_DEVICES",
         "CUDA_DEVICE_ORDER",
         "CUDA_VISIBLE_DEVICES",
         "DATABRICKS_RUNTIME_VERSION",
@@ -42,7 +44,19 @@ _VARIABLES = frozenset(
         "LOCAL_RANK",
         "LOCAL_WORLD_SIZE",
         "OMP_NUM_THREADS",
+        "PJRT_DEVICE",
+        "PJRT_LOCAL_PROCESS_COUNT",
+        "PJRT_LOCAL_PROCESS_RANK",
         "ROCR_VISIBLE_DEVICES",
+        "TPU_CHIPS_PER_PROCESS_BOUNDS",
+        "TPU_PROCESS_ADDRESSES",
+        "TPU_PROCESS_BOUNDS",
+        "TPU_PROCESS_PORT",
+        "TPU_SKIP_MDS_QUERY",
+        "TPU_VISIBLE_CHIPS",
+        "TPU_VISIBLE_DEVICES",
+        "TPU_WORKER_HOSTNAMES",
+        "TPU_WORKER_ID",
         "ZE_AFFINITY_MASK",
     }
 )
@@ -70,6 +84,8 @@ class Environment:
     """The command line of the Jupyter server that started the kernel."""
     is_tty: bool = False
     """Standard output is a terminal."""
+    opened_by: str = ""
+    """What in this process first opened an accelerator, as far as it was seen."""
     system: str = "linux"
     """As `sys.platform` says it."""
     machine: str = "x86_64"

@@ -10,6 +10,7 @@ The rules of `resolve`, in order:
 5. Threads: the cores divided by the ranks, at least 1, unless OMP_NUM_THREADS says how many.
 6. Precision: torch computes fp16 and bf16 on every kind of device here, so none is refused. What it
    only emulates, or does slowly, is a note: bf16 before compute capability 8.0, fp16 on a CPU.
+7. On a TPU the runtime says how many ranks there are (`session/tpus`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nbaccel.config import RunConfig
+from nbaccel.config import RunConfig, TpuRuntime
 from nbaccel.errors import ConfigError
 from nbaccel.session.devices import (
     LABELS,
@@ -32,10 +33,17 @@ from nbaccel.session.devices import (
 )
 from nbaccel.session.environment import Environment
 from nbaccel.session.room import default_ranks, require_room, room_notes
+from nbaccel.session.tpus import plan_tpu
 
 __all__ = ["Plan", "resolve"]
 
-_BACKENDS: dict[PlannedDevice, str] = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "mps": "gloo"}
+_BACKENDS: dict[PlannedDevice, str] = {
+    "cpu": "gloo",
+    "cuda": "nccl",
+    "xpu": "xccl",
+    "mps": "gloo",
+    "tpu": "gloo",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +53,12 @@ class Plan:
     num_processes: int
     """Ranks on this host."""
     device: PlannedDevice
+    replicas: int = 1
+    """Ranks in each process: more than one where the runtime makes them threads."""
+    runtime: TpuRuntime | None = None
+    """What drives the TPU."""
+    unset: tuple[str, ...] = ()
+    """Variables of this process that the ranks must not have."""
     device_indices: tuple[int, ...] = ()
     """By local rank, the index that torch in the rank gives its device; empty on the CPU."""
     device_names: tuple[str, ...] = ()
@@ -72,6 +86,8 @@ def resolve(config: RunConfig, environment: Environment) -> Plan:
     if environment.already_a_rank:
         return _plan_in_place(config, environment)
     chosen = choose_device(config, environment)
+    if chosen.device == "tpu":
+        return _plan_on_tpu(config, environment, chosen)
     num_processes, why = _choose_number(config, environment, chosen)
     devices = assign(config, chosen, num_processes)
     threads, why_threads, thread_notes = _choose_threads(environment, num_processes)
@@ -98,6 +114,31 @@ def resolve(config: RunConfig, environment: Environment) -> Plan:
             *_precision_notes(config, chosen, devices),
             *room_notes(num_processes, environment.resources),
         ),
+    )
+
+
+def _plan_on_tpu(config: RunConfig, environment: Environment, chosen: Choice) -> Plan:
+    if config.devices is not None:
+        said = asked_text(config, "devices")
+        raise ConfigError(f"{said} picks CUDA devices; a TPU's runtime takes all chips. Leave devices out.")
+    tpu = plan_tpu(config, environment)
+    threads, why_threads, thread_notes = _choose_threads(environment, tpu.ranks)
+    asked = f"{tpu.ranks} ranks on {tpu.name}"
+    spawned = _is_spawned(config, environment)
+    require_room(tpu.processes, threads, environment.resources, spawned=spawned, asked=asked)
+    return Plan(
+        num_processes=tpu.ranks,
+        device="tpu",
+        replicas=tpu.replicas,
+        runtime=tpu.runtime,
+        unset=tpu.unset,
+        device_indices=tuple(range(tpu.ranks)),
+        device_names=tuple(f"{tpu.name} {rank}" for rank in range(tpu.ranks)),
+        threads=threads,
+        backend=_BACKENDS["tpu"],
+        variables={**tpu.variables, **_thread_variables(environment, threads)},
+        reasons=(chosen.reason, tpu.why, why_threads),
+        notes=(*tpu.notes, *thread_notes, *room_notes(tpu.processes, environment.resources)),
     )
 
 

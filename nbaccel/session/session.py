@@ -150,12 +150,14 @@ def make_spec(
         panel: whether bars are painted.
         park: whether one that failed waits with its frames.
     """
-    environ = {**os.environ, **env}
+    environ = {name: value for name, value in {**os.environ, **env}.items() if name not in plan.unset}
     run_id = uuid.uuid4().hex[:12]
     return RunSpec(
         run_id=run_id,
         num_processes=plan.num_processes,
         device=plan.device,
+        replicas=plan.replicas,
+        tpu_runtime=plan.runtime,
         threads=plan.threads,
         environ=environ,
         variables={k: v for k, v in {**_for_peers(config), **plan.variables}.items() if k not in env},

@@ -8,6 +8,7 @@ taken where the event was made (seconds since the epoch).
 
 from __future__ import annotations
 
+import threading
 import time as _time
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 __all__ = [
     "Applied",
+    "CommMessage",
     "Died",
     "Display",
     "Event",
@@ -115,6 +117,20 @@ class Display(_Event):
     """It takes the place of what was shown under this name."""
     clear: Literal["now", "next"] | None = None
     """Nothing to show: remove what this rank has shown, now or when it shows the next thing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommMessage(_Event):
+    """What a widget of the rank tells the notebook's page, as in Jupyter's messaging protocol; what the page
+    tells it is a `Request` of kind "comm" with the comm's id for name, and for value data and buffers."""
+
+    kind: Literal["comm_open", "comm_msg", "comm_close"]
+    comm: str
+    """The comm's id."""
+    target: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    buffers: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +243,7 @@ class Died(_Event):
 
 Event = (
     Applied
+    | CommMessage
     | Display
     | Heartbeat
     | InputRequest
@@ -247,7 +264,7 @@ Event = (
 class Request:
     """What the notebook wants of a rank: stop, save now, or set a knob."""
 
-    kind: Literal["stop", "save", "knob", "input"]
+    kind: Literal["stop", "save", "knob", "input", "comm"]
     name: str = ""
     value: Any = None
 
@@ -260,7 +277,7 @@ class Port(Protocol):
 
 
 _port: Port | None = None
-_endings: list[weakref.WeakMethod[Callable[[], None]]] = []
+_endings: list[tuple[int, weakref.WeakMethod[Callable[[], None]]]] = []  # with the thread that asked
 
 
 def connect(port: Port | None) -> None:
@@ -288,12 +305,13 @@ def requests() -> list[Request]:
 def at_call_end(method: Callable[[], None]) -> None:
     """Let a rank call this bound method when the user's call has returned and before its result is told: what
     it raises is the call's error. Its object is not kept alive. Nobody calls it outside a rank."""
-    _endings[:] = [one for one in _endings if one() is not None]
-    _endings.append(weakref.WeakMethod(method))
+    _endings[:] = [(thread, one) for thread, one in _endings if one() is not None]
+    _endings.append((threading.get_ident(), weakref.WeakMethod(method)))
 
 
-def call_ends() -> None:
-    """Calls what `at_call_end` was given, the first first; `rank.worker` does."""
-    for one in list(_endings):
-        if (method := one()) is not None:
+def call_ends(thread: int | None = None) -> None:
+    """Calls what `at_call_end` was given, the first first, or only what this thread gave: a rank may be one
+    thread of several. `rank.worker` does."""
+    for whose, one in list(_endings):
+        if thread in (None, whose) and (method := one()) is not None:
             method()

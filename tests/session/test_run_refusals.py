@@ -37,7 +37,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"mixed_precision": "fp8"}, "not built yet"),
     ({"strategy": "fsdpp"}, "Did you mean 'fsdp'"),
     ({"strategy": FSDP(wrap=len)}, "cannot be asked of a launch"),
-    ({"device": "tpu"}, "not built yet"),
+    ({"device": "tpu"}, "needs a runtime"),
     ({"device": "gpu9"}, "device"),
     ({"function": 3}, "must be a function"),
     ({"args": ()}, r"one\(x: 'int'\) -> 'int' cannot be called.*missing"),

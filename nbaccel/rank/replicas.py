@@ -1,0 +1,201 @@
+"""Ranks that are threads of one process, as torch_xla has them: two cores of a v2 or v3 chip, and its CPU device.
+
+        main thread ── SIGINT → KeyboardInterrupt in each thread that runs user code
+        rank 0 ─ thread, channel, stdout, stderr, process groups, device
+        rank 1 ─ thread, channel, stdout, stderr, process groups, device
+
+Each speaks to the notebook over its own channel. What Python prints is written to the pipe of the rank whose
+thread prints it; what C code or a thread of the user's own prints goes to the first rank's. The ranks share
+`__main__`, module globals, random generators and environment variables (RANK is the first one's): ask
+`nbaccel.Accelerator` or torch_xla for the rank. Their process groups are apart by torch's own thread-local
+world, which torch's tests use (`multi_threaded_pg`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, final
+
+from nbaccel.rank import capture, rendezvous, tpu, worker
+from nbaccel.rank.failure import describe
+from nbaccel.rank.reporter import Reporter
+from nbaccel.rank.spec import Place, RunSpec, rank_environ
+from nbaccel.wire.channel import Channel, ChannelClosed
+from nbaccel.wire.events import Event, Raised, Request, Status
+
+__all__ = ["start"]
+
+_here = threading.local()
+"""`index`: which of this process's ranks the thread is; absent in others."""
+
+
+def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
+    """Become the ranks of `places`, each a thread, and serve until all are told to leave. Never returns."""
+    worker.enter(places[0])
+    ports = [worker.Port(Channel.from_fd(place.fds[0])) for place in places]
+    capture.redirect(places[0].fds[1], places[0].fds[2])
+    sys.stdout = _ByThread([sys.stdout, *(capture.unbuffered(place.fds[1]) for place in places[1:])])
+    sys.stderr = _ByThread([sys.stderr, *(capture.unbuffered(place.fds[2]) for place in places[1:])])
+    code = 1
+    try:
+        worker.take_over(spec)
+        os.environ.update(rank_environ(spec, places[0].rank, places[0].port))
+        worker.set_up(spec)
+        _separate_process_groups()
+        devices = tpu.set_up(spec, places[0].rank // spec.replicas)
+        worker.serve_libraries(spec, places[0].rank, _ThreadsPort(ports))
+        code = _run(spec, places, ports, devices)
+    except ChannelClosed:
+        pass  # the notebook is gone: so are we
+    except BaseException as error:  # noqa: BLE001  # the notebook shows it
+        for port in ports:
+            port.emit(Raised(call=-1, info=describe(error)))
+    finally:
+        worker.leave(code)
+
+
+def _run(spec: RunSpec, places: Sequence[Place], ports: Sequence[worker.Port], devices: Sequence[Any]) -> int:
+    """Serve all ranks to their end; the process's exit code: a failure of one has been told as its own."""
+    together: AbstractContextManager[Any] = threading.RLock()
+    ranks = [
+        _Rank(index, spec, place, port, device, together)
+        for index, (place, port, device) in enumerate(zip(places, ports, devices, strict=True))
+    ]
+
+    def interrupt(*_: object) -> None:
+        for rank in ranks:
+            rank.interrupt()
+
+    signal.signal(signal.SIGINT, interrupt)
+    for rank in ranks:
+        rank.thread.start()
+    for rank in ranks:
+        while rank.thread.is_alive():
+            rank.thread.join(0.1)  # not for ever: a signal is handled between two waits
+    return 0
+
+
+@final
+class _Rank:
+    """One of the process's ranks; `worker.Replica` of its server.
+
+    Args:
+        index: its place among the process's ranks.
+        alone: held while what they share is changed.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        spec: RunSpec,
+        place: Place,
+        port: worker.Port,
+        device: Any,
+        alone: AbstractContextManager[Any],
+    ) -> None:
+        self.alone = alone
+        self.thread = threading.Thread(target=self._serve, name=f"rank-{place.rank}", daemon=True)
+        self._index, self._spec, self._place, self._port, self._device = index, spec, place, port, device
+        self._interruptible = False
+
+    def interruptible(self, on: bool) -> None:
+        """Whether an interrupt raises KeyboardInterrupt in this thread."""
+        self._interruptible = on
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt there, when it next runs Python, if user code does. Source: C API,
+        PyThreadState_SetAsyncExc."""
+        if self._interruptible and self.thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self.thread.ident), ctypes.py_object(KeyboardInterrupt)
+            )
+
+    def _serve(self) -> None:
+        _here.index = self._index
+        spec, place, port = self._spec, self._place, self._port
+        try:
+            tpu.use(spec, self._device, place.rank)
+            with self.alone:
+                renew = rendezvous.install(
+                    Channel.from_fd(place.fds[3]), spec, place.rank, here=self._is_here
+                )
+                call = None if spec.keep else worker.open_call(place)
+                reporter = Reporter(place.rank, thread=self.thread)
+            membership = worker.join_session(spec, place, renew, together=self.alone) if spec.keep else None
+            port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
+            reporter.start()
+            worker.Server(port, call, membership, park=False, replica=self).serve()
+        except ChannelClosed:
+            pass  # the notebook is gone: so are we
+        except BaseException as error:  # noqa: BLE001  # the notebook shows it
+            port.emit(Raised(call=-1, info=describe(error)))
+
+    def _is_here(self) -> bool:
+        return getattr(_here, "index", 0) == self._index
+
+
+def _separate_process_groups() -> None:
+    """Give each thread its own default process group and its own registry of groups."""
+    c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    threaded: Any = importlib.import_module("torch.testing._internal.distributed.multi_threaded_pg")
+    native: Any = importlib.import_module("torch._C._distributed_c10d")
+    c10d._world = threaded.ThreadLocalWorld()
+    native._set_thread_isolation_mode(True)
+
+
+@final
+class _ThreadsPort:
+    """To the libraries that relay things: the port of the rank whose thread asks; the first one's elsewhere."""
+
+    def __init__(self, ports: Sequence[worker.Port]) -> None:
+        self._ports = ports
+
+    def _own(self) -> worker.Port:
+        return self._ports[getattr(_here, "index", 0)]
+
+    def emit(self, event: Event) -> None:
+        self._own().emit(event)
+
+    def requests(self) -> list[Request]:
+        return self._own().requests()
+
+    def wait_reply(self, id: str) -> Any:
+        return self._own().wait_reply(id)
+
+
+@final
+class _ByThread(io.TextIOBase):
+    """A standard stream that writes to the pipe of the rank whose thread writes."""
+
+    encoding = "utf-8"
+
+    def __init__(self, streams: Sequence[Any]) -> None:
+        self._streams = streams
+
+    def _own(self) -> Any:
+        return self._streams[getattr(_here, "index", 0)]
+
+    def write(self, text: str) -> int:
+        return int(self._own().write(text))
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+    def fileno(self) -> int:
+        return int(self._own().fileno())
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def buffer(self) -> Any:
+        return self._own().buffer

@@ -1,0 +1,200 @@
+"""What a launch on TPU chips starts: how many processes, how many replicas in each, with which variables.
+
+Pure functions of what is asked and what is here; no runtime is asked, because asking one takes the chips. On
+v2 and v3 a chip has two cores, which are two threads of one process; from v4 on a chip is one device and gets a
+process of its own. Sources: torch_xla 2.9 `_internal/tpu.py` and `_internal/pjrt.py` (topology, variables),
+TorchTPU 0.2 `set_tpu_launch_env`. Recorded machines are in the tests; none of it was run on chips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nbaccel.config import RunConfig, TpuRuntime
+from nbaccel.errors import ConfigError
+from nbaccel.session.accelerators import Accelerators
+from nbaccel.session.environment import Environment
+
+__all__ = ["TpuPlan", "plan_tpu", "runtime_here"]
+
+# Each makes a process believe it is a certain one of others, or alone: right in the kernel, wrong in ranks.
+_OF_ONE_PROCESS = (
+    "CLOUD_TPU_TASK_ID",
+    "PJRT_LOCAL_PROCESS_COUNT",
+    "PJRT_LOCAL_PROCESS_RANK",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_PROCESS_PORT",
+    "TPU_VISIBLE_CHIPS",
+    "TPU_VISIBLE_DEVICES",
+)
+# What torch_xla sets beside TPU_VISIBLE_CHIPS for a process that has one chip to itself.
+_BOUNDS = ("TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TpuPlan:
+    """The processes of a launch on this host's chips, or on torch_xla's CPU device."""
+
+    runtime: TpuRuntime
+    name: str
+    """The device for people to read."""
+    processes: int
+    replicas: int = 1
+    """Ranks in each process; more than one are threads of it."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+    """Variables of the kernel that the ranks must not have."""
+    why: str = ""
+    """Why so many ranks."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Ranks on this host."""
+        return self.processes * self.replicas
+
+
+def runtime_here(config: RunConfig, there: Accelerators) -> TpuRuntime | None:
+    """The runtime the ranks would use: the one asked, else TorchTPU, else torch_xla; None without any.
+
+    Raises:
+        ConfigError: the one asked is not installed.
+    """
+    installed: tuple[TpuRuntime, ...] = there.tpu_runtimes
+    wanted = config.tpu_runtime
+    if wanted is None:
+        return installed[0] if installed else None
+    if wanted not in installed:
+        extra = "xla" if wanted == "torch_xla" else "tpu"
+        raise ConfigError(
+            f"tpu_runtime={wanted!r} is not installed: pip install 'nbaccel[{extra}]'"
+            + (f", or leave it out to use {installed[0]}" if installed else "")
+        )
+    return wanted
+
+
+def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
+    """The launch on TPU that `config` asks for.
+
+    Raises:
+        ConfigError: it cannot be done here; the message names the number that fits.
+    """
+    there, variables = environment.accelerators, environment.variables
+    runtime = runtime_here(config, there)
+    if runtime is None:
+        raise ConfigError(
+            "device='tpu' needs a runtime: pip install 'nbaccel[xla]' (torch_xla, with torch 2.9) or "
+            "'nbaccel[tpu]' (TorchTPU)"
+        )
+    if runtime == "torch_xla" and variables.get("PJRT_DEVICE", "").upper() == "CPU":
+        return _on_cpu(config, environment)
+    if not there.tpu_chips:
+        raise ConfigError(
+            "device='tpu' cannot be honoured: no TPU chip was found on this host. To run on the CPU, paste "
+            'device="cpu"; to try the code of a TPU there, set PJRT_DEVICE=CPU (torch_xla).'
+        )
+    _require_one_host(variables)
+    if there.tpu_held:
+        by = f" by {environment.opened_by}" if environment.opened_by else ""
+        raise ConfigError(
+            f"this kernel itself holds the TPU chips (opened{by}), and a chip serves one process. They come "
+            "back when the kernel restarts: use the device only inside the function that is launched."
+        )
+    return _on_chips(config, environment, runtime)
+
+
+def _on_chips(config: RunConfig, environment: Environment, runtime: TpuRuntime) -> TpuPlan:
+    there, variables = environment.accelerators, environment.variables
+    chips, two_cores = there.tpu_chips, there.tpu_kind == "v2/v3"
+    name = f"TPU {there.tpu_kind}".strip()
+    if config.xla_spmd:
+        _require_torch_xla(runtime)
+        _require_number(config, 1, f"xla_spmd=True runs one process over all {chips} chips")
+        kept, unset = _for_ranks(variables)
+        kept = {**kept, "PJRT_DEVICE": "TPU"}
+        why = f"ranks: one, for SPMD over {chips} chips"
+        return TpuPlan(runtime=runtime, name=name, processes=1, variables=kept, unset=unset, why=why)
+    replicas = 2 if two_cores and runtime == "torch_xla" else 1
+    ranks = chips * replicas
+    said = f"{chips} {name} chips" if chips > 1 else f"one {name} chip"
+    fits = f"there {'are' if chips > 1 else 'is'} {said}" + (" with two cores each" if replicas > 1 else "")
+    _require_number(config, ranks, f"{fits}, and the runtime takes all of them")
+    kept, unset = _for_ranks(variables)
+    if runtime == "torch_xla":
+        kept = {**kept, "PJRT_DEVICE": "TPU"}
+    note = f"This TPU has one chip, so one rank runs ({name})."
+    return TpuPlan(
+        runtime=runtime,
+        name=name,
+        processes=chips,
+        replicas=replicas,
+        variables=kept,
+        unset=unset,
+        why=f"ranks: one for each {'core' if replicas > 1 else 'chip'} of {said}",
+        notes=(note,) if ranks == 1 else (),
+    )
+
+
+def _on_cpu(config: RunConfig, environment: Environment) -> TpuPlan:
+    """torch_xla's own CPU device: replicas are threads of one process, as many as it is told."""
+    variables = environment.variables
+    told = variables.get("CPU_NUM_DEVICES", "")
+    number = int(told) if told.isdigit() and int(told) > 0 else None
+    asked = config.num_processes
+    if config.xla_spmd:
+        _require_number(config, 1, "xla_spmd=True runs one process over all devices")
+        replicas, devices = 1, number or 1
+    else:
+        if number is not None:
+            _require_number(config, number, f"CPU_NUM_DEVICES={number}")
+        replicas = devices = number or asked or 1
+    # A computation that waits for other replicas holds a thread of the pool.
+    pool = max(devices, environment.resources.cores)
+    kept = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "XLA_THREAD_POOL_SIZE": str(pool)}
+    unset = tuple(name for name in _OF_ONE_PROCESS if name in variables)
+    return TpuPlan(
+        runtime="torch_xla",
+        name="XLA CPU",
+        processes=1,
+        replicas=replicas,
+        variables=kept,
+        unset=unset,
+        why=f"ranks: {replicas} on torch_xla's CPU device (PJRT_DEVICE=CPU), threads of one process",
+    )
+
+
+def _for_ranks(variables: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What the ranks need beyond the kernel's variables, and which of those they must not have."""
+    unset = [name for name in _OF_ONE_PROCESS if name in variables]
+    if "TPU_VISIBLE_CHIPS" in variables:
+        unset += [name for name in _BOUNDS if name in variables]
+    kept = {}
+    if "TPU_WORKER_ID" not in variables and variables.get("TPU_SKIP_MDS_QUERY"):
+        # where the metadata server is not asked, torch_xla reads the host's number from the task's
+        kept["TPU_WORKER_ID"] = "0"
+    return kept, tuple(unset)
+
+
+def _require_number(config: RunConfig, fits: int, why: str) -> None:
+    if config.num_processes in (None, fits):
+        return
+    place = f" (from {config.sources['num_processes']})" if "num_processes" in config.sources else ""
+    raise ConfigError(
+        f"num_processes={config.num_processes}{place} does not fit: {why}. "
+        f"Paste num_processes={fits}, or leave it out."
+    )
+
+
+def _require_torch_xla(runtime: TpuRuntime) -> None:
+    if runtime != "torch_xla":
+        raise ConfigError("xla_spmd=True is torch_xla's; paste tpu_runtime='torch_xla' too, or leave it out")
+
+
+def _require_one_host(variables: Mapping[str, str]) -> None:
+    hosts = [name for name in variables.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"this is one host of a slice of {len(hosts)} (TPU_WORKER_HOSTNAMES), and a launch from here would "
+            "wait for the others. Use a slice of one host (v5litepod-8, v4-8, v3-8 …)."
+        )
