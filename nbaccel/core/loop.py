@@ -22,6 +22,8 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["Loop", "Observer"]
 
+_clock = time.perf_counter
+
 
 class Steppable(Protocol):
     """What `Loop.optimizer_step` needs of a prepared optimizer."""
@@ -72,13 +74,15 @@ class Loop:
         """Optimizer steps of the first optimizer."""
         self.skipped = False
         """Whether the last optimizer step was skipped by the scaler."""
-        self._bare = control is None and stopwatch is None and self.scaler is None and length == 1
-        self.plain = self._bare
-        """Nothing but the optimizer's own work is to be done at a step."""
-        self.simple = self._bare and strategy.plain
-        """Nothing but autograd's own work is to be done in a backward."""
+        self._several = world.size > 1
+        self._device_clock = None if stopwatch is None else stopwatch.device
+        self._watched = control is not None
+        """Whether anybody is told of an optimizer step."""
         self.led = False
         """Whether there is a prepared optimizer, whose steps are counted."""
+        self.plain = self.simple = False
+        """Whether nothing is to be done at an optimizer step, in a backward, but torch's own work and perhaps
+        a look at the host's clock."""
         self.uneven = False
         """Whether the ranks may have different numbers of batches."""
         self.before_pass: Callable[[ShardedLoader], None] = _nothing
@@ -94,6 +98,14 @@ class Loop:
         self._update_due = False
         self._unled_steps = 0
         self._weighted: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._choose_paths()
+
+    def _choose_paths(self) -> None:
+        bare = self.scaler is None and self.length == 1 and self._device_clock is None
+        alone = bare and self._observer is None
+        self.plain = alone and self.control is None
+        self.simple = alone and self.strategy.plain and (self.control is None or self.led)
+        self._watched = self.control is not None or self._observer is not None
 
     def new_window(self, models: list[nn.Module]) -> Window:
         """A fresh window over `models`."""
@@ -104,8 +116,12 @@ class Loop:
     def watch(self, observer: Observer | None) -> None:
         """Tells `observer` what happens until its `stepped` returns False (None: tells nobody)."""
         self._observer = observer
-        self.plain = self._bare and observer is None
-        self.simple = self.plain and self.strategy.plain
+        self._choose_paths()
+
+    def lead(self, led: bool) -> None:
+        """Whether there is a prepared optimizer from now on."""
+        self.led = led
+        self._choose_paths()
 
     # What the loaders tell ---------------------------------------------------------------------------
 
@@ -168,13 +184,33 @@ class Loop:
 
     # Backward ----------------------------------------------------------------------------------------
 
+    def simple_backward(self, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """One process, nothing to weigh or to scale."""
+        watch = self.stopwatch
+        try:
+            if watch is None:
+                loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+            else:
+                started = _clock()
+                loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+                watch.backward += _clock() - started
+        except RuntimeError:
+            # Looked at afterwards, so that it costs nothing: torch refuses before it computes.
+            _check_one_number(loss, kwargs)
+            raise
+
     def backward(
         self, loss: torch.Tensor, weight: float | torch.Tensor | None, kwargs: dict[str, Any]
     ) -> None:
-        """Scaled by the window, by the scaler, timed."""
-        window = self.window
+        """Scaled by the window, by the scaler, timed.
+
+        Raises:
+            ConfigError: the loss is not one number.
+        """
+        _check_one_number(loss, kwargs)
+        window, watch = self.window, self.stopwatch
         if window.length == 1:
-            if not window.begun and self.world.size > 1:
+            if self._several and not window.begun:
                 window.factor = window.tail_factor(self.loader)
         elif weight is None:
             window.dirty = True
@@ -187,14 +223,13 @@ class Loop:
                 )
             if window.factor != 1.0:
                 loss = loss * window.factor
-        scaler = self.scaler
-        if scaler is not None:
-            self._update_scaler(scaler)
-            loss = scaler.scale(loss)
-        if self.stopwatch is None:
+        if self.scaler is not None:
+            self._update_scaler(self.scaler)
+            loss = self.scaler.scale(loss)
+        if watch is None:
             self.strategy.backward(loss, window.models, kwargs)
         else:
-            self._timed_backward(self.stopwatch, loss, kwargs)
+            self._timed_backward(watch, loss, kwargs)
         if self._weighted is not None:
             self._divide_by_weights(window)
         elif window.owed != 1.0:
@@ -205,19 +240,20 @@ class Loop:
             self._tick_unled()
 
     def _timed_backward(self, watch: Stopwatch, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        communicates = self.world.size > 1 and self.window.sync and loss.requires_grad
-        event = watch.device.mark() if watch.device is not None else None
-        started = time.perf_counter()
+        communicates = self._several and self.window.sync and loss.requires_grad
+        device = watch.device
+        event = None if device is None else device.mark()
+        started = _clock()
         watch.computed_at = 0.0
         if communicates:
             loss.register_hook(watch.on_backward_begins)  # type: ignore[no-untyped-call]
         self.strategy.backward(loss, self.window.models, kwargs)
-        ended = time.perf_counter()
+        ended = _clock()
         computed = watch.computed_at or ended
-        watch.seconds["backward"] += computed - started
-        watch.seconds["communication"] += ended - computed
-        if watch.device is not None:
-            watch.device.add("backward", event)
+        watch.backward += computed - started
+        watch.communication += ended - computed
+        if device is not None:
+            device.add("backward", event)
 
     def _add_weight(self, window: Window, weight: float | torch.Tensor) -> None:
         """Notes a loss that is a sum over `weight` units; at the window's end the ranks add up their weights."""
@@ -267,35 +303,37 @@ class Loop:
 
     def optimizer_step(self, prepared: Steppable, closure: Callable[[], Any] | None, *, leads: bool) -> Any:
         """A step with everything around it that is not free."""
-        if not self.window.begun and self.length > 1:
+        if self.length > 1 and not self.window.begun:
             raise ConfigError(
                 f"gradient_accumulation_steps={self.length} needs `with accelerator.accumulate(model):` around "
                 "the micro-step, or accelerator.step(...)"
             )
-        watch, scaler = self.stopwatch, self.scaler
-        started = time.perf_counter()
-        event = watch.device.mark() if watch is not None and watch.device is not None else None
-        if scaler is None:
-            step = prepared.optimizer.step
-            result = step() if closure is None else step(closure)
+        watch = self.stopwatch
+        device = self._device_clock
+        event = None if device is None else device.mark()
+        started = _clock()
+        if self.scaler is None:
+            result = prepared.optimizer.step() if closure is None else prepared.optimizer.step(closure)
         else:
             prepared.ran = False
-            result = scaler.step(prepared.optimizer, *([] if closure is None else [closure]))
+            result = self.scaler.step(prepared.optimizer, *([] if closure is None else [closure]))
             self.skipped = not prepared.ran
             self._update_due = True
-        if leads:
-            self.steps += not self.skipped
         if watch is not None:
-            watch.seconds["optimizer"] += time.perf_counter() - started
-            if watch.device is not None:
-                watch.device.add("optimizer", event)
+            watch.until = ended = _clock()
+            watch.optimizer += ended - started
+            if device is not None:
+                device.add("optimizer", event)
         if leads:
-            self._tick(watch)
+            if not self.skipped:
+                self.steps += 1
+            if watch is not None:
+                watch.step()
+            if self._watched:
+                self._tick()
         return result
 
-    def _tick(self, watch: Stopwatch | None) -> None:
-        if watch is not None:
-            watch.step()
+    def _tick(self) -> None:
         if self.loaders:
             self._trained.add(self.loaders[0])
         if self._observer is not None and not self._observer.stepped():
@@ -333,6 +371,13 @@ class Loop:
             self._update_due = False
             self._unscaled.clear()
             scaler.update()
+
+
+def _check_one_number(loss: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+    if loss.ndim and loss.numel() != 1 and "gradient" not in kwargs:
+        raise ConfigError(
+            f"backward needs a loss of one number; this one has shape {list(loss.shape)}. Take its mean."
+        )
 
 
 def _nothing(*_: Any) -> None:

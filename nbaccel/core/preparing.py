@@ -175,7 +175,7 @@ class Preparing:
         inner = self._stepped.pop(id(bare), None) or self._loop.strategy.adopt(bare)
         prepared = PreparedOptimizer(inner, self._loop, leads=not self._saving.optimizers)
         self._saving.optimizers.append(inner)
-        self._loop.led = True
+        self._loop.lead(True)
         if self._trust is not None:
             self._trust.prepared_optimizer(inner)
         self._keep(inner, prepared)
@@ -228,7 +228,7 @@ class Preparing:
         self._stepped.clear()
         self._loop.models.clear()
         self._loop.windows = {(): self._loop.windows[()]}
-        self._loop.led = False
+        self._loop.lead(False)
         for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):
             listed.clear()
         if self._device.type == "cuda":

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, final, get_args
 
 import torch
 
-__all__ = ["Part", "StepTimes", "Stopwatch", "profiled"]
+__all__ = ["DeviceClock", "Part", "StepTimes", "Stopwatch", "profiled"]
 
 Part = Literal["data", "transfer", "forward", "backward", "communication", "optimizer", "checkpoint"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -51,14 +51,18 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        # Attributes and no dict: they are added to several times in every step.
+        self.data = self.transfer = self.forward = self.backward = self.communication = 0.0
+        self.optimizer = self.checkpoint = 0.0
         self.steps = 0
+        """Optimizer steps."""
+        self.until: float = 0.0
+        """When the last of them had ended."""
         self.computed_at = 0.0
         """When the last backward had computed its gradients and only communication was left."""
         self._loaders: list[Waiting] = []
         self._taken: dict[int, tuple[float, float]] = {}
         self._began: float | None = None
-        self._until = 0.0
         self._reported: dict[str, float] = {}
         self.device = DeviceClock() if device.type == "cuda" else None
 
@@ -69,13 +73,13 @@ class Stopwatch:
     def begin(self) -> None:
         """The loop begins, if it has not yet."""
         if self._began is None:
-            self._began = self._until = time.perf_counter()
+            self._began = self.until = time.perf_counter()
 
     def step(self) -> None:
-        """An optimizer step has ended."""
-        self.begin()
+        """An optimizer step has ended, at `until`."""
+        if not self.steps:
+            self.begin()
         self.steps += 1
-        self._until = time.perf_counter()
         if self.device is not None:
             self.device.step()
 
@@ -95,11 +99,11 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - started
+            setattr(self, part, getattr(self, part) + time.perf_counter() - started)
 
     def totals(self) -> dict[str, float]:
         """Seconds by part since the beginning, without "other"."""
-        totals = dict(self.seconds)
+        totals: dict[str, float] = {part: getattr(self, part) for part in PARTS}
         moved = sum(loader.transfer_seconds for loader in self._loaders)
         totals["transfer"] += moved
         # The loader's waiting includes what the move took the host.
@@ -111,7 +115,7 @@ class Stopwatch:
     def read(self) -> StepTimes:
         """Everything so far."""
         totals = self.totals()
-        wall = self._until - (self._began or self._until)
+        wall = self.until - (self._began or self.until)
         totals["other"] = max(0.0, wall - sum(totals.values()))
         return StepTimes(steps=self.steps, wall=wall, parts=totals)
 

@@ -13,84 +13,109 @@ from torch import nn
 from nbaccel.core.loop import Loop
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.precision import Precision
-from nbaccel.core.step_times import Stopwatch
+from nbaccel.core.step_times import DeviceClock, Stopwatch
 
 __all__ = [
-    "Forward",
+    "ConvertedForward",
     "PreparedOptimizer",
     "PreparedScheduler",
+    "TimedForward",
     "is_scheduler",
     "patch_forward",
     "restore_forward",
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
+_clock = time.perf_counter
 
 
 @final
-class Forward:
-    """Stands in for a module's `forward`: computes in the precision, gives float32 back, takes the time."""
+class ConvertedForward:
+    """Stands in for a module's `forward`: computes in the precision and gives float32 back."""
 
-    def __init__(
-        self, module: nn.Module, inner: Callable[..., Any], precision: Precision, stopwatch: Stopwatch | None
-    ) -> None:
+    def __init__(self, module: nn.Module, inner: Callable[..., Any], precision: Precision) -> None:
         self._module = module
         self.inner = inner
-        self._converts = precision.dtype is not None
         # One context reused: making one costs more than entering it.
         self._autocast = precision.autocast()
-        self._stopwatch = stopwatch
         self._inside = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:
             # A module that calls itself is in the context already.
             return self.inner(*args, **kwargs)
-        watch = self._stopwatch
         self._inside = True
-        started = time.perf_counter() if watch is not None else 0.0
-        event = watch.device.mark() if watch is not None and watch.device is not None else None
         try:
-            if not self._converts:
-                return self.inner(*args, **kwargs)
             with self._autocast:
                 output = self.inner(*args, **kwargs)
-            if type(output) is torch.Tensor:
-                return output.float() if output.dtype in _HALF else output
-            return map_tensors(lambda t: t.float() if t.dtype in _HALF else t, output)
         finally:
             self._inside = False
-            if watch is not None:
-                watch.seconds["forward"] += time.perf_counter() - started
-                if watch.device is not None:
-                    watch.device.add("forward", event)
+        if type(output) is torch.Tensor:
+            return output.float() if output.dtype in _HALF else output
+        return map_tensors(lambda t: t.float() if t.dtype in _HALF else t, output)
 
     def __reduce__(self) -> Any:
-        # A copy or a pickle of the module gets its plain forward back: the copy is not prepared.
-        return types.MethodType, (type(self._module).forward, self._module)
+        return _plain_forward(self._module)
+
+
+@final
+class TimedForward:
+    """Stands in for a module's `forward`: takes its time."""
+
+    def __init__(self, module: nn.Module, inner: Callable[..., Any], stopwatch: Stopwatch) -> None:
+        self._module = module
+        self.inner = inner
+        self._stopwatch = stopwatch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        watch = self._stopwatch
+        if watch.device is not None:
+            return self._on_device(watch.device, args, kwargs)
+        before, started = watch.forward, _clock()
+        output = self.inner(*args, **kwargs)
+        # Not added to what is there now: models inside, and a module that calls itself, count once.
+        watch.forward = before + (_clock() - started)
+        return output
+
+    def _on_device(self, device: DeviceClock, args: Any, kwargs: Any) -> Any:
+        event = device.mark()
+        output = self.inner(*args, **kwargs)
+        device.add("forward", event)
+        return output
+
+    def __reduce__(self) -> Any:
+        return _plain_forward(self._module)
+
+
+def _plain_forward(module: nn.Module) -> Any:
+    # A copy or a pickle of the module gets its plain forward back: the copy is not prepared.
+    return types.MethodType, (type(module).forward, module)
 
 
 def patch_forward(module: nn.Module, precision: Precision, stopwatch: Stopwatch | None) -> None:
-    """Let calls of `module` go through a `Forward`, where there is anything for it to do."""
+    """Let calls of `module` compute in the precision, and be timed where there is a stopwatch."""
     restore_forward(module)
-    if precision.dtype is None and stopwatch is None:
-        return
-    if module._compiled_call_impl is not None:
-        # Around the compiled call: inside it the clock would break the graph.
-        module._compiled_call_impl = Forward(module, module._compiled_call_impl, precision, stopwatch)
-    else:
-        module.forward = Forward(module, module.forward, precision, stopwatch)
+    compiled = module._compiled_call_impl is not None
+    # Around a compiled call: inside it the clock would break the graph.
+    name = "_compiled_call_impl" if compiled else "forward"
+    if precision.dtype is not None:
+        setattr(module, name, ConvertedForward(module, getattr(module, name), precision))
+    if stopwatch is not None:
+        setattr(module, name, TimedForward(module, getattr(module, name), stopwatch))
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Take the `Forward` off again."""
-    if isinstance(module.__dict__.get("forward"), Forward):
+    """Take off again what `patch_forward` put there."""
+    while isinstance(module.__dict__.get("forward"), _PATCHES):
         inner = module.__dict__.pop("forward").inner
         if getattr(inner, "__func__", None) is not type(module).forward:
             module.forward = inner
     compiled: Any = module.__dict__.get("_compiled_call_impl")
-    if isinstance(compiled, Forward):
-        module._compiled_call_impl = compiled.inner
+    while isinstance(compiled, _PATCHES):
+        module._compiled_call_impl = compiled = compiled.inner
+
+
+_PATCHES = (ConvertedForward, TimedForward)
 
 
 @final
@@ -104,7 +129,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
         # Not Optimizer.__init__: there is one set of parameter groups and state, and the inner one has it.
         self.optimizer = optimizer
         self._loop = loop
-        self._leads = leads
+        # For what is called in every step: with __getattr__ below, each look-up of an attribute is slow.
+        self._parts = loop, optimizer, leads
         self._consumed = loop.length == 1
         self.ran = False
         """Whether the inner optimizer really stepped in the last `step` (with a scaler only)."""
@@ -133,22 +159,32 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The inner optimizer's step, at the end of a window; nothing elsewhere."""
-        loop = self._loop
+        loop, inner, leads = self._parts
         if not loop.window.sync:
             return None
         self._consumed = True
         if not loop.plain:
-            return loop.optimizer_step(self, closure, leads=self._leads)
-        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        if self._leads:
-            loop.steps += 1
+            return loop.optimizer_step(self, closure, leads=leads)
+        watch = loop.stopwatch
+        started = 0.0 if watch is None else _clock()
+        result = inner.step() if closure is None else inner.step(closure)
+        loop.steps += leads
+        if watch is not None:
+            watch.until = ended = _clock()
+            watch.optimizer += ended - started
+            if leads:
+                if not watch.steps:
+                    watch.begin()
+                watch.steps += 1
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients once per window: after its step, or before its first backward."""
-        if self._consumed or not self._loop.window.dirty:
-            self._consumed = self._loop.window.length == 1
-            self.optimizer.zero_grad(set_to_none)
+        loop, inner, _ = self._parts
+        window = loop.window
+        if self._consumed or not window.dirty:
+            self._consumed = window.length == 1
+            inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
