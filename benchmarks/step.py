@@ -1,32 +1,30 @@
 """What a training step costs beside plain torch: ours, accelerate's and Lightning Fabric's, in one run.
 
     python benchmarks/step.py                  microseconds per step, interleaved rounds, one thread
-    python benchmarks/step.py --instructions   user-space instructions per step (perf)
-    python benchmarks/step.py --large          a 100 M-parameter model
+    python benchmarks/step.py --instructions   instructions per step, by callgrind: whatever else the machine does
+    python benchmarks/step.py --large          a 100 M-parameter model: wall time, ratios within rounds
 
 Each contender trains the same tiny model. Rounds of all contenders take turns, so that whatever else the
-machine does touches all of them alike; the first decile over rounds of this thread's CPU time is shown.
+machine does touches all of them alike. Of the tiny model the first decile over rounds of this thread's CPU
+time is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import re
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import nn
+
+from instructions import Counter, can_count, counts_of_child
 
 warnings.filterwarnings("ignore")
 
@@ -57,7 +55,8 @@ def raw(case: str, large: bool) -> Step:
         def accumulate() -> None:
             nonlocal count
             count += 1
-            (loss_fn(model(x), y) / 4).backward()  # type: ignore[no-untyped-call]
+            loss = loss_fn(model(x), y) / 4
+            loss.backward()  # type: ignore[no-untyped-call]
             if count % 4 == 0:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -93,14 +92,16 @@ def _with_accelerator(accelerator: object, case: str, large: bool) -> Step:
 
         def micro() -> None:
             with accumulate(model):
-                backward(loss_fn(model(x), y))
+                loss = loss_fn(model(x), y)
+                backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
 
         return micro
 
     def step() -> None:
-        backward(loss_fn(model(x), y))
+        loss = loss_fn(model(x), y)  # lives as long as in the raw loop: its end costs something
+        backward(loss)
         if clip:
             clip_grad(model.parameters(), 1.0)
         optimizer.step()
@@ -151,13 +152,15 @@ def fabric(case: str, large: bool) -> Step:
         count += 1
         last = count % 4 == 0
         with made.no_backward_sync(model, enabled=not last):
-            made.backward(loss_fn(model(x), y) / 4)
+            loss = loss_fn(model(x), y) / 4
+            made.backward(loss)
         if last:
             optimizer.step()
             optimizer.zero_grad()
 
     def step() -> None:
-        made.backward(loss_fn(model(x), y))
+        loss = loss_fn(model(x), y)
+        made.backward(loss)
         if case == "clip":
             made.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
@@ -175,62 +178,60 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def times(case: str, large: bool, rounds: int, repeat: int) -> dict[str, float]:
-    """Microseconds of CPU time per step by contender: the first decile over the rounds."""
+def samples(case: str, large: bool, rounds: int, repeat: int) -> dict[str, list[float]]:
+    """Microseconds per step by contender and round: of this thread's CPU, or of wall time for the large model."""
     steps: dict[str, Step] = {}
-    for name, make in CONTENDERS.items():
-        # Raw torch takes no times; accelerate and Fabric have nothing of the kind.
-        if case == "measured" and name not in ("raw", "nbaccel"):
-            continue
+    for name in _contenders(case):
         with _quiet():
-            steps[name] = make(case, large)
+            steps[name] = CONTENDERS[name](case, large)
     for step in steps.values():
         for _ in range(repeat):
             step()
+    # CPU time: on a busy machine the wall clock mostly times the others, where a step is short.
+    clock = time.perf_counter if large else time.thread_time
     seen: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         # The order turns round, so that none always runs after the same other.
         order = list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]
         for name in order:
             step = steps[name]
-            # CPU time of this thread: on a busy machine the wall clock mostly times the others.
-            started = time.thread_time()
+            started = clock()
             for _ in range(repeat):
                 step()
-            seen[name].append((time.thread_time() - started) / repeat * 1e6)
+            seen[name].append((clock() - started) / repeat * 1e6)
+    return seen
+
+
+def tiny(case: str, rounds: int) -> dict[str, float]:
+    """The first decile over rounds of 100 steps."""
+    seen = samples(case, False, rounds, 100)
     return {name: statistics.quantiles(values, n=10)[0] for name, values in seen.items()}
 
 
-def instructions(case: str, name: str) -> float | None:
-    """User-space instructions per step: the difference of a long and a short run.
-
-    Counted by perf, else by callgrind (slow: minutes per contender); None with neither.
-    """
-    child = [sys.executable, __file__, "--child", name, case]
-
-    def by_perf(steps: int) -> float | None:
-        command = ["perf", "stat", "-x,", "-e", "instructions:u", *child, str(steps)]
-        found = re.search(r"^(\d+),,instructions", _stderr(command), re.MULTILINE)
-        return None if found is None else float(found[1])
-
-    def by_callgrind(steps: int) -> float | None:
-        command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *child, str(steps)]
-        found = re.search(r"Collected : (\d+)", _stderr(command))
-        return None if found is None else float(found[1])
-
-    for count, short, long in ((by_perf, 500, 3500), (by_callgrind, 50, 250)):
-        first = count(short)
-        second = None if first is None else count(long)
-        if first is not None and second is not None:
-            return (second - first) / (long - short)
-    return None
+def large(rounds: int) -> str:
+    """Each contender's median, and the median of its ratios to raw torch in the same round with its quartiles."""
+    seen = samples("plain", True, rounds, 1)
+    shown = []
+    for name, values in seen.items():
+        ratios = [mine / base for mine, base in zip(values, seen["raw"], strict=True)]
+        low, middle, high = (f"{quartile - 1:+.1%}" for quartile in statistics.quantiles(ratios, n=4))
+        shown.append(f"{name} {statistics.median(values) / 1e3:,.0f} ms ({middle}; {low} to {high})")
+    return "   ".join(shown)
 
 
-def _stderr(command: list[str]) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stderr
+def instructions(cases: Sequence[str], repeat: int = 40) -> dict[str, dict[str, float]]:
+    """User-space instructions per step by case and contender, counted by callgrind."""
+    arguments = ["--child", str(repeat), *cases]
+    found: dict[str, dict[str, float]] = {}
+    for name, count in counts_of_child(__file__, arguments, repeat).items():
+        case, contender = name.split(" ")
+        found.setdefault(case, {})[contender] = count
+    return found
+
+
+def _contenders(case: str) -> list[str]:
+    # Raw torch takes no times; accelerate and Fabric have nothing of the kind.
+    return [name for name in CONTENDERS if case != "measured" or name in ("raw", "nbaccel")]
 
 
 def main() -> None:
@@ -238,32 +239,28 @@ def main() -> None:
     parser.add_argument("--instructions", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--child", nargs=3, metavar=("NAME", "CASE", "STEPS"))
-    parser.add_argument("--json", action="store_true", help="one line of JSON per case")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--child", nargs="+", metavar="REPEAT CASE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.child:
-        name, case, steps = options.child
-        step = CONTENDERS[name](case, False)
-        for _ in range(int(steps)):
-            step()
+        repeat, *cases = options.child
+        with _quiet():
+            steps = {f"{case} {n}": CONTENDERS[n](case, False) for case in cases for n in _contenders(case)}
+        Counter().per_step(steps, int(repeat))
         return
-    for case in ["plain"] if options.large else options.cases:
+    if options.instructions and not can_count():
+        print("instructions are counted by callgrind on x86-64, which this machine has not")
+        return
+    if options.large:
+        print(f"100 M parameters:  {large(options.rounds or 25)}")
+        return
+    counted = instructions(options.cases) if options.instructions else {}
+    for case in options.cases:
         if options.instructions:
-            names = [n for n in CONTENDERS if case != "measured" or n in ("raw", "nbaccel")]
-            found = {n: instructions(case, n) for n in names}
-            unit = "k instructions"
-            result = {n: v / 1e3 for n, v in found.items() if v is not None}
+            result, unit = {name: count / 1e3 for name, count in counted[case].items()}, "k instructions"
         else:
-            repeat, rounds = (1, 12) if options.large else (100, options.rounds)
-            result, unit = times(case, options.large, rounds, repeat), "µs"
-        if not result:
-            print(f"{case}: this machine counts no instructions")
-            continue
-        if options.json:
-            print(json.dumps({"case": case, "unit": unit, **result}))
-            continue
+            result, unit = tiny(case, options.rounds or 40), "µs"
         base = result["raw"]
         shown = [f"{n} {v:,.1f} ({v - base:+,.1f}, {v / base - 1:+.1%})" for n, v in result.items()]
         print(f"{case:13} {unit}:  " + "   ".join(shown), flush=True)
