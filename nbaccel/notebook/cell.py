@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 __all__ = ["Bundle", "Cell"]
@@ -54,9 +54,22 @@ class Cell:
             },
         )
 
-    def send(self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any] | None = None) -> None:
+    def send(
+        self,
+        kind: str,
+        content: Mapping[str, Any],
+        parent: Mapping[str, Any] | None = None,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        buffers: Sequence[bytes] = (),
+    ) -> None:
         """Publish a message; its parent is the cell's request unless another is given."""
-        socket = self.kernel.iopub_socket
         self.kernel.session.send(
-            socket, kind, dict(content), parent=parent or self.parent, ident=kind.encode()
+            self.kernel.iopub_socket,
+            kind,
+            dict(content),
+            parent=parent or self.parent,
+            ident=kind.encode(),
+            metadata=dict(metadata or {}),
+            buffers=list(buffers),
         )

@@ -30,6 +30,7 @@ from nbaccel.session.panel.reading import Heading, View, read
 from nbaccel.session.panel.text import paint_text
 from nbaccel.session.report import CellLabel
 from nbaccel.session.run import Run
+from nbaccel.session.scaling import compared
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Event
 
@@ -37,6 +38,8 @@ __all__ = ["Panel", "show"]
 
 _REPAINT_SECONDS = 0.25
 _CONTROLS_AFTER = 0.4
+# The run's folder is filled, and the ranks are at work.
+_COMPARED_AFTER = 1.5
 _ROOM = '<div style="height:30px"></div>'
 """Where the controls will be: nothing jumps when they come."""
 _CLASS = "nbaccel-panel"
@@ -70,7 +73,7 @@ class Panel:
         self._controls: Controls | None = None
         self._began = self._painted = time.monotonic()
         self._changed = True
-        self._closed = False
+        self._closed = self._compared = False
         view = read(state, heading, time.time())
         self._painted_body = html.body(view)
         cell.show(_bundle(html.header(view), paint_text(view), style=_HIDE_LOST_WIDGETS), name=self._header)
@@ -94,6 +97,8 @@ class Panel:
                 self._actions = None
                 shown = _bundle("", "") if self._controls is None else self._controls.bundle()
                 self._cell.show(shown, name=self._middle, update=True)
+            if now - self._began > _COMPARED_AFTER:
+                self._compare()
             self._paint()
 
     def pump(self) -> None:
@@ -107,6 +112,8 @@ class Panel:
             if self._closed:
                 return
             self._closed, self._state = True, state
+            if any(rank.paces for rank in state.ranks):
+                self._compare()
             # the cell's own error follows right below, traceback and all
             header, error, body = _final(state, self._heading, self._label, brief=self._cell.running)
             self._cell.show(header, name=self._header, update=True)
@@ -114,6 +121,11 @@ class Panel:
             self._cell.show(body, name=self._body, update=True)
             if self._controls is not None:
                 self._controls.close()
+
+    def _compare(self) -> None:
+        """Look, once, how fast one rank was with the same code."""
+        if not self._compared:
+            self._compared, self._heading = True, compared(self._heading)
 
     def _paint(self) -> None:
         view = read(self._state, self._heading, time.time())
@@ -159,7 +171,7 @@ def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) 
     said = headline(state, label)
     error = html.failure([said] if brief and said else error_lines(state, label))
     plain = paint_text(view, error=error_lines(state, label, colour=False), hints=_hints(view))
-    body = html.body(view) + html.outputs_folded(last_outputs(state, view))
+    body = html.body(view) + html.outputs_folded(last_outputs(state, view)) + html.folder(view)
     return _bundle(html.header(view), plain), _bundle(error, ""), _bundle(body, "")
 
 

@@ -1,7 +1,8 @@
 """What ranks display, below the cell that launched: by rank, and side by side when several show the same.
 
 The n-th thing each rank shows shares one output: one rank's as it is, several ranks' as a grid. Updates and
-what replaces after `clear_output(wait=True)` go to the front end ten times a second at most.
+what replaces after `clear_output(wait=True)` go to the front end ten times a second at most. A widget has an output of
+its own: it cannot stand in a grid.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from html import escape
 from typing import Any, final
 
 from nbaccel.notebook.cell import Bundle, Cell
+from nbaccel.notebook.widgets import VIEW, RankWidgets
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Display, Event
@@ -33,13 +36,17 @@ class Displays:
         cell: where.
         num_ranks: of the run; one alone has no label.
         before: called before a new output appears, to print text that is held back.
+        widgets: knows the widgets that ranks show.
     """
 
-    def __init__(self, cell: Cell, *, num_ranks: int, before: Callable[[], None]) -> None:
-        self._cell, self._alone, self._before = cell, num_ranks == 1, before
+    def __init__(
+        self, cell: Cell, *, num_ranks: int, before: Callable[[], None], widgets: RankWidgets
+    ) -> None:
+        self._cell, self._alone, self._before, self._widgets = cell, num_ranks == 1, before, widgets
         self._prefix = f"nbaccel-{secrets.token_hex(6)}"
         self._groups: list[dict[int, Display]] = []
-        self._used = [0] * num_ranks  # how many of the groups each rank has filled
+        self._shared: list[int] = []  # the groups that ranks fill together, by their place
+        self._used = [0] * num_ranks  # how many of these each rank has filled
         self._names: dict[tuple[int, str], int] = {}
         self._clearing = [False] * num_ranks
         self._dirty: set[int] = set()
@@ -60,8 +67,7 @@ class Displays:
                 return  # its output has been cleared
         else:
             self._clear(rank)
-            at = min(self._used[rank], _MOST - 1)
-            self._used[rank] = at + 1
+            at = self._place(event)
             if event.name is not None:
                 self._names[rank, event.name] = at
         self._put(at, event)
@@ -74,7 +80,26 @@ class Displays:
     def close(self, state: RunState) -> None:
         for rank in range(len(self._used)):
             self._clear(rank)
+        for at, group in enumerate(self._groups):
+            for rank, event in group.items():
+                if VIEW in event.data:
+                    group[rank] = replace(event, data=self._widgets.still(event.data), metadata={})
+                    self._dirty.add(at)
         self._show_changes()
+
+    def _place(self, event: Display) -> int:
+        """The group it goes to."""
+        new = len(self._groups)
+        if VIEW in event.data:
+            return min(new, _MOST - 1)
+        used = self._used[event.rank]
+        self._used[event.rank] = used + 1
+        if used < len(self._shared):
+            return self._shared[used]
+        if new < _MOST:
+            self._shared.append(new)
+            return new
+        return self._shared[-1] if self._shared else _MOST - 1
 
     def _clear(self, rank: int) -> None:
         """Do what `clear_output` asked for."""
@@ -92,6 +117,10 @@ class Displays:
             self._dirty.add(at)
             return
         self._before()
+        if VIEW in event.data and not self._alone:
+            label = _label([event.rank])
+            html = f'<div style="font-size:12px;opacity:0.7">{label}</div>'
+            self._cell.show({"text/html": html, "text/plain": label})
         self._groups.append({event.rank: event})
         self._show(at, update=False)
 
@@ -102,6 +131,9 @@ class Displays:
 
     def _show(self, at: int, *, update: bool) -> None:
         data, metadata = self._content(at)
+        if VIEW in data:
+            # beside the widget what it looks like, for where there are none
+            data = {**self._widgets.still(data), VIEW: data[VIEW]}
         self._cell.show(data, metadata=metadata, name=f"{self._prefix}-{at}", update=update)
 
     def _content(self, at: int) -> tuple[Bundle, Bundle]:
@@ -111,7 +143,7 @@ class Displays:
             return {"text/html": "", "text/plain": ""}, {}
         if len(group) == 1:
             (rank, event), *_ = group.items()
-            if self._alone or rank == 0 or _as_html(event.data) is None:
+            if self._alone or rank == 0 or VIEW in event.data or _as_html(event.data) is None:
                 return event.data, event.metadata
         return _grid(group), {}
 
@@ -141,10 +173,10 @@ def _label(ranks: list[int]) -> str:
 
 def _as_html(data: Bundle) -> str | None:
     """Contents as HTML that can stand among others; None when only the front end can draw them."""
-    if any(mime.startswith("application/") for mime in data):
-        return None
     if isinstance(html := data.get("text/html"), str):
         return html
+    if any(mime.startswith("application/") for mime in data):
+        return None
     for mime in _IMAGES:
         if isinstance(image := data.get(mime), str):
             return f'<img style="max-width:420px;background-color:#ffffff" src="data:{mime};base64,{escape(image)}">'

@@ -13,9 +13,10 @@ from nbaccel.notebook.cell import Cell
 from nbaccel.notebook.controls import Actions
 from nbaccel.notebook.dashboard import Panel, show
 from nbaccel.notebook.displays import Displays
+from nbaccel.notebook.widgets import RankWidgets
 from nbaccel.session.environment import Environment
 from nbaccel.session.panel.reading import Heading
-from nbaccel.session.prompts import Prompts, Reply
+from nbaccel.session.prompts import Prompts
 from nbaccel.session.report import CellLabel
 from nbaccel.session.resolve import Plan
 from nbaccel.session.run import Run
@@ -24,6 +25,7 @@ from nbaccel.session.sinks.limit import Limit
 from nbaccel.session.sinks.terminal import TerminalPanel
 from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.state import new_state
+from nbaccel.wire.events import Request
 
 __all__ = ["Dashboard", "Front", "build_front"]
 
@@ -68,7 +70,7 @@ def build_front(
     num_ranks = plan.num_processes
     shown_folder = _with_tilde(folder) if folder else None
     heading = Heading(name=name, device=plan.device, precision=precision, folder=shown_folder)
-    actions, reply = _controls(made)
+    actions, tell = _controls(made)
     kernel = _kernel() if environment.kernel == "ipykernel" else None
     cell = Cell(kernel) if kernel is not None else None
     wanted = mode != "none" if dashboard == "auto" else dashboard
@@ -92,21 +94,25 @@ def build_front(
         displays=cell is None and mode != "none",
     )
     prompts = Prompts(
-        reply,
+        lambda rank, id, answer: tell(rank, Request(kind="input", name=id, value=answer)),
         interrupt=actions.stop,
         can_ask=environment.allow_stdin if kernel is not None else _keyboard(),
         num_ranks=num_ranks,
     )
     sinks: list[Sink] = [*([panel] if panel is not None else []), text]
+    widgets: RankWidgets | None = None
     if cell is not None and mode != "none":
-        sinks.append(Displays(cell, num_ranks=num_ranks, before=text.flush))
+        widgets = RankWidgets(cell, tell, live=live)
+        # in this order: a display takes the widget's last form before the widget ends
+        sinks += [Displays(cell, num_ranks=num_ranks, before=text.flush, widgets=widgets), widgets]
     if limit is not None:
         sinks.append(limit)
     sinks.append(prompts)
 
     def meanwhile() -> None:
-        if isinstance(panel, Panel):
-            panel.pump()
+        for one in (panel, widgets):
+            if isinstance(one, (Panel, RankWidgets)):
+                one.pump()
         prompts.meanwhile()
 
     def show_run(run: Run) -> None:
@@ -121,8 +127,8 @@ def build_front(
     )
 
 
-def _controls(made: Sequence[Run]) -> tuple[Actions, Reply]:
-    """What the panel's controls do to the run, and how a rank's question is answered."""
+def _controls(made: Sequence[Run]) -> tuple[Actions, Callable[[int, Request], None]]:
+    """What the panel's controls do to the run, and how one rank is told something."""
     asked: list[str] = []
 
     def stop() -> None:
@@ -143,11 +149,11 @@ def _controls(made: Sequence[Run]) -> tuple[Actions, Reply]:
         for run in made:
             run.set_knob(name, value)
 
-    def reply(rank: int, id: str, answer: Any) -> None:
+    def tell(rank: int, request: Request) -> None:
         for run in made:
-            run.reply(rank, id, answer)
+            run.tell(rank, request)
 
-    return Actions(stop=stop, save=save, turn=turn), reply
+    return Actions(stop=stop, save=save, turn=turn), tell
 
 
 def _with_tilde(folder: Path) -> str:

@@ -175,6 +175,7 @@ class Port:
         """Sort what has arrived by who it is for."""
         for message, fds in self._channel.drain():
             if not isinstance(message, Request):
+                self._requests.clear()
                 self._commands.append((message, fds))
             elif message.kind == "input":
                 self._replies[message.name] = message.value
@@ -185,9 +186,7 @@ class Port:
 
     def next_command(self) -> tuple[_Command, list[int]]:
         """Wait for what to do next; requests that come while nothing runs are for nobody."""
-        found = self._wait(lambda: bool(self._commands), self._commands.popleft)
-        self._requests.clear()
-        return found
+        return self._wait(lambda: bool(self._commands), self._commands.popleft)
 
 
 def set_up(spec: RunSpec) -> None:

@@ -11,6 +11,7 @@ from typing import Any, final
 from nbaccel.session.panel.pages import Report, page, panel_bundle, report
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.runs import RunRecord, default_root, recent
+from nbaccel.session.scaling import compared
 from nbaccel.session.sinks.capped import read_log
 from nbaccel.session.sinks.folder import log_path
 from nbaccel.session.state import RunState, fold, new_state
@@ -75,16 +76,16 @@ class PastRun:
 
     def report(self) -> Report:
         """The run in at most 40 lines of text, and as values."""
-        return report(self.state, self._heading, _no_label, self._asked)
+        return report(self.state, compared(self._heading), _no_label, self._asked)
 
     def save_html(self, path: str | Path) -> Path:
         """Write the panel as an HTML file of its own."""
         target = Path(path)
-        target.write_text(page(self.state, self._heading, _no_label), encoding="utf-8")
+        target.write_text(page(self.state, compared(self._heading), _no_label), encoding="utf-8")
         return target
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        return panel_bundle(self.state, self._heading, _no_label)
+        return panel_bundle(self.state, compared(self._heading), _no_label)
 
     def __repr__(self) -> str:
         record = self.record

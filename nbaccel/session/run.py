@@ -17,6 +17,7 @@ from nbaccel.session.panel.pages import Report, page, report
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.relay import Relay
 from nbaccel.session.results import Results, rank_ranges
+from nbaccel.session.scaling import compared
 from nbaccel.session.sinks.capped import read_log
 from nbaccel.session.sinks.folder import log_path
 from nbaccel.session.stacks import StackReport
@@ -158,17 +159,21 @@ class Run:
 
     def report(self) -> Report:
         """What became of it so far: `print` it (at most 40 lines), or take `.values` or `.to_json()`."""
-        return report(self.state, self._heading, self._call.label, self._asked)
+        return report(self.state, compared(self._heading), self._call.label, self._asked)
 
     def save_html(self, path: str | Path) -> Path:
         """Write its panel as an HTML file of its own."""
         target = Path(path)
-        target.write_text(page(self.state, self._heading, self._call.label), encoding="utf-8")
+        target.write_text(page(self.state, compared(self._heading), self._call.label), encoding="utf-8")
         return target
 
     def reply(self, rank: int, id: str, answer: Any) -> None:
         """Answer a question that a rank asks a person: with a line, or with an exception to raise there."""
-        self._relay.post(Request(kind="input", name=id, value=answer), (rank,), self._call)
+        self.tell(rank, Request(kind="input", name=id, value=answer))
+
+    def tell(self, rank: int, request: Request) -> None:
+        """Send a request to one rank; nothing happens once the run is over."""
+        self._relay.post(request, (rank,), self._call)
 
     def _ask(self, request: Request) -> None:
         self._relay.post(request, call=self._call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def train(steps, fail=False):
 
 notebook_launcher(int, num_processes=2)
 """
-RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB = range(1, 10)
+RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB, WIDGET, SESSION = range(1, 12)
 CELLS = {
     RUN: "notebook_launcher(train, (90,), num_processes=4)",
     STOP: """
@@ -52,19 +53,35 @@ except KeyboardInterrupt:
     SHOW: """
 def show():
     from IPython.display import HTML, Markdown, clear_output
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt, pandas, PIL.Image, plotly.graph_objects as go
+    from huggingface_hub.utils import tqdm as hub_tqdm
     from tqdm.auto import tqdm
+    from transformers.utils.logging import tqdm as transformers_tqdm
     rank = int(os.environ["RANK"])
-    for _ in tqdm(range(5), desc="bar of the rank"):
-        time.sleep(0.1)
+    for kind, name in ((tqdm, "of the rank"), (hub_tqdm, "of the hub"), (transformers_tqdm, "of transformers")):
+        for _ in kind(range(5), desc="bar " + name):
+            time.sleep(0.05)
     plt.figure(figsize=(2, 1)); plt.plot([1, 3, rank]); plt.show()
     handle = display(HTML("<b>first</b>"), display_id=True)
     handle.update(HTML(f"<b>second of {rank}</b>"))
+    display(PIL.Image.new("RGB", (30, 20), (200, 40 * rank, 0)))
+    display(pandas.DataFrame({"column of pandas": [rank]}))
+    go.Figure(go.Scatter(y=[1, 3, rank])).show()
     if rank == 1:
         display(Markdown("*only* one"))
 notebook_launcher(show, num_processes=2)
 """,
-    ASK: "notebook_launcher(lambda: input('name? '), num_processes=2)",
+    ASK: """
+def asked():
+    import getpass
+    rank = int(os.environ["RANK"])
+    word = input("name? ") if rank else getpass.getpass("secret? ")
+    if rank:
+        inner = 41
+        breakpoint()
+    return word
+notebook_launcher(asked, num_processes=2)
+""",
     LATER: "run = launch(train, 200, num_processes=2)",
     AGAIN: "last_run().show()",
     LISTED: "print(runs()[0].name); print(run.report())",
@@ -83,6 +100,48 @@ def tuned():
         optimizer.step()
         time.sleep(0.02)
 notebook_launcher(tuned, num_processes=2)
+""",
+    WIDGET: """
+def widgets_of():
+    import ipywidgets as widgets
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        time.sleep(1)
+        return
+    slider = widgets.IntSlider(value=3, max=9, description="level")
+    label, button, pressed = widgets.Label("untouched"), widgets.Button(description="go on"), []
+    def moved(change):
+        label.value = f"moved to {change['new']} in {os.environ['RANK']}"
+    slider.observe(moved, "value")
+    button.on_click(lambda _: pressed.append(1))
+    display(widgets.VBox([slider, label, button]))
+    end = time.time() + 30
+    while not pressed and time.time() < end:
+        time.sleep(0.05)
+    return f"level {slider.value}"
+notebook_launcher(widgets_of, num_processes=2)
+""",
+    SESSION: """
+from nbaccel import Session
+def stopped():
+    import torch
+    from nbaccel import Accelerator
+    accelerator = Accelerator()
+    model = torch.nn.Linear(2, 1)
+    data = [(torch.ones(2),) for _ in range(4000)]
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), torch.utils.data.DataLoader(data)
+    )
+    steps = 0
+    for (batch,) in loader:
+        accelerator.backward(model(batch).sum())
+        optimizer.step()
+        steps += 1
+        time.sleep(0.01)
+    return steps
+with Session(num_processes=2) as session:
+    steps = notebook_launcher(stopped, session=session)
+print("both at the same step:", steps[0] == steps[1] < 2000)
 """,
 }
 
@@ -142,10 +201,35 @@ def test_stop_ends_the_run_while_the_cell_blocks(book: Page) -> None:
     button = output.locator("button", has_text="Stop")
     button.wait_for(timeout=15_000)
     wait_for(lambda: "/2000" in output.inner_text(), 10, "a bar")
+    book.save()
     button.click()
     book.done(STOP, timeout=15)
     wait_for(lambda: "stopped" in output.inner_text(), 5, "the cell's own word")
     assert "■" in output.inner_text()
+    kept = (book.lab.folder / "work" / "panel.ipynb").read_text()
+    (book.lab.folder / "work" / "half-way.ipynb").write_text(kept)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_notebook_saved_half_way_shows_the_whole_panel_without_its_kernel(
+    book: Page, lab: Lab, open_page: Any, trusted: bool
+) -> None:
+    content = json.loads((lab.folder / "work" / "half-way.ipynb").read_text())
+    kinds = [set(out.get("data", {})) for out in content["cells"][STOP]["outputs"]]
+    assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} in kinds
+    name = f"half-way-{trusted}.ipynb"
+    content["metadata"] |= {} if trusted else {"copied": "so that its signature is another"}
+    (lab.folder / "work" / name).write_text(json.dumps(content))
+    page = open_page(name, start_kernel=False)
+    page.cell(STOP).scroll_into_view_if_needed()
+    page.page.wait_for_timeout(500)
+    text = page.output(STOP).inner_text()
+    assert "train" in text
+    assert "running" in text
+    assert "/2000" in text
+    assert "loss" in text
+    assert "widget" not in text, text
+    shot(page, f"half-way-{'trusted' if trusted else 'untrusted'}", STOP)
 
 
 def test_exception_opens_itself(book: Page) -> None:
@@ -164,8 +248,12 @@ def test_exception_opens_itself(book: Page) -> None:
 def test_displays_of_ranks_appear_side_by_side_and_bars_leave_the_text(book: Page) -> None:
     book.run(SHOW, timeout=60)
     output = book.output(SHOW)
-    wait_for(lambda: output.locator("img").count() == 2, 10, "a figure of each rank")
+    wait_for(lambda: output.locator("img").count() == 4, 10, "a figure and an image of each rank")
+    wait_for(lambda: output.locator(".js-plotly-plot").count() == 2, 20, "plotly's figure of each rank")
     text = output.inner_text()
+    assert text.count("column of pandas") == 2
+    for bar in ("of the hub", "of transformers"):
+        assert f"bar {bar}: 100%" not in text
     assert "second of 0" in text
     assert "second of 1" in text
     assert "first" not in text
@@ -175,18 +263,65 @@ def test_displays_of_ranks_appear_side_by_side_and_bars_leave_the_text(book: Pag
 
 
 def test_questions_of_ranks_are_asked_one_after_the_other(book: Page) -> None:
+    answers = {"name?": "ada", "secret?": "hush", "(Pdb)": "p inner + 1"}
     book.start(ASK)
     output = book.output(ASK)
-    for number in (1, 2):
-        wait_for(lambda number=number: output.inner_text().count("name?") == number, 15, "a question")
-        book.page.wait_for_timeout(300)  # the box is given the focus a moment after it is there
-        box = output.locator("input.jp-Stdin-input").last
-        box.fill(f"person {number}")
-        box.press("Enter")
-        wait_for(lambda number=number: f"person {number}" in output.inner_text(), 10, "the answer")
+    box = output.locator("input.jp-Stdin-input")
+    for _ in range(3):
+        box.wait_for(timeout=15_000)
+        asked = output.locator(".jp-Stdin-prompt").last.inner_text()
+        word = next(word for word in answers if word in asked)
+        assert ("[rank 0]" if word == "secret?" else "[rank 1]") in asked
+        assert (box.get_attribute("type") == "password") == (word == "secret?")
+        answer(book, box, answers.pop(word))
+    wait_for(lambda: "42" in output.inner_text(), 10, "what pdb printed")
+    box.wait_for(timeout=15_000)
+    answer(book, box, "c")
     book.done(ASK)
-    assert "[rank 0] name?" in output.inner_text()
-    assert "[rank 1] name?" in output.inner_text()
+    text = output.inner_text()
+    assert "[1] 'ada'" in text
+    assert text.count("hush") == 1, "only as the value that the function returned"
+
+
+def answer(book: Page, box: Any, text: str) -> None:
+    book.page.wait_for_timeout(300)  # the box is given the focus a moment after it is there
+    box.fill(text)
+    box.press("Enter")
+    wait_for(lambda: box.count() == 0 or box.input_value() == "", 10, "the answer to be taken")
+
+
+def test_widgets_of_a_rank_work_both_ways_while_the_cell_blocks(book: Page, lab: Lab) -> None:
+    book.start(WIDGET)
+    output = book.output(WIDGET)
+    handle = output.locator(".noUi-handle")
+    handle.wait_for(timeout=20_000)
+    for level in (4, 5, 6):
+        handle.press("ArrowRight")
+        wait_for(lambda level=level: f"moved to {level} in 1" in output.inner_text(), 5, "the rank's answer")
+    shot(book, "widgets", WIDGET)
+    output.locator("button", has_text="go on").click()
+    book.done(WIDGET, timeout=15)
+    wait_for(lambda: output.locator(".jupyter-widgets").count() == 0, 5, "the last form")
+    text = output.inner_text()
+    assert "rank 1" in text
+    assert "moved to 6 in 1" in text
+    assert "'level 6'" in text
+    book.save()
+    kinds = {mime for out in outputs(lab, "panel.ipynb", WIDGET) for mime in out.get("data", {})}
+    assert kinds == {"text/html", "text/plain"}
+
+
+def test_stop_in_a_session_ends_all_ranks_at_the_same_step(book: Page) -> None:
+    book.start(SESSION)
+    output = book.output(SESSION)
+    button = output.locator("button", has_text="Stop")
+    button.wait_for(timeout=30_000)
+    output.locator("button", has_text="Save now").wait_for(timeout=10_000)
+    wait_for(lambda: "/2000" in output.inner_text(), 10, "a bar")
+    button.click()
+    book.done(SESSION, timeout=20)
+    wait_for(lambda: "both at the same step: True" in output.inner_text(), 5, "the ranks' own word")
+    assert "every rank’s full output: ~/state/nbaccel/runs/" in output.inner_text()
 
 
 def test_knob_turns_on_all_ranks_at_the_same_step(book: Page) -> None:
@@ -246,6 +381,44 @@ def test_saved_notebook_shows_the_last_panel_without_widgets(
     assert len(tops) == 3, "the curve is flat"
     assert page.page.get_by_text("Loading widget").count() == 0
     assert page.page.get_by_text("Error displaying widget").count() == 0
+
+
+@pytest.mark.parametrize("template", ["lab", "basic"])
+def test_exported_page_shows_the_panel_without_jupyter(
+    book: Page, lab: Lab, browser: Any, tmp_path: Path, template: str
+) -> None:
+    from nbconvert import HTMLExporter
+
+    book.save()
+    text, _ = HTMLExporter(template_name=template).from_filename(str(lab.folder / "work" / "panel.ipynb"))
+    (tmp_path / "page.html").write_text(text)
+    page = browser.new_page(viewport={"width": 1000, "height": 900}, java_script_enabled=False)
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    panels = page.locator(".nbaccel-panel")
+    words = " ".join(panels.all_inner_texts())
+    for fact in ("✓ done", "90/90", "✗ failed", "ValueError: <b>no such</b>", "each step:", "rank 1 of 2"):
+        assert fact in words
+    body = page.locator(".nbaccel-panel", has_text="90/90").first
+    columns = body.locator("i")
+    assert len({columns.nth(at).bounding_box()["y"] for at in (2, 25, 50)}) == 3, "the curve is flat"
+    fills = body.locator('div[style*="background-color"]').nth(1)
+    assert fills.evaluate("node => getComputedStyle(node).backgroundColor") == "rgb(0, 158, 115)"
+    if SHOTS:
+        body.screenshot(path=str(Path(SHOTS) / f"exported-{template}.png"))
+    page.close()
+
+
+def test_words_alone_tell_the_whole_run(book: Page, lab: Lab) -> None:
+    book.save()
+    header = next(out for out in outputs(lab, "panel.ipynb", FAIL) if "data" in out)
+    lines = [re.sub(r"\d+(\.\d+)?(e-\d+)?", "N", line) for line in header.data["text/plain"].splitlines()]
+    assert lines[0] == "train · N ranks on cpu · failed N s · N batch/s"
+    assert lines[1].split() == ["N", "stopped", *lines[1].split()[2:]]
+    assert re.match(r"  N  failed +█+░+  train N/N epoch N +N batch/s", lines[2]), lines[2]
+    assert lines[3].startswith("  loss ")
+    assert lines[4] == "  Traceback on rank N (most recent call last):"
+    assert "  rank N of N failed: ValueError: <b>no such</b> shape (at Cell In[N] line N)" in lines
+    assert lines[-1].startswith("  logs: ~/state/nbaccel/runs/")
 
 
 def test_panel_is_readable_on_a_dark_page_and_a_narrow_one(lab: Lab, open_page: Any) -> None:

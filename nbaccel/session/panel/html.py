@@ -15,10 +15,20 @@ from html import escape
 
 from nbaccel.session.curves import Span, columns
 from nbaccel.session.panel.ansi import ansi_to_html, plain
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, size
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, scaling, size
 from nbaccel.session.results import rank_ranges
 
-__all__ = ["body", "document", "failure", "header", "output", "outputs_folded", "panel", "scrolling"]
+__all__ = [
+    "body",
+    "document",
+    "failure",
+    "folder",
+    "header",
+    "output",
+    "outputs_folded",
+    "panel",
+    "scrolling",
+]
 
 _STATES = {
     "starting": ("#8c8c8c", "○"),
@@ -60,7 +70,7 @@ def panel(view: View, *, error: Sequence[str] = (), outputs: Sequence[tuple[int,
         outputs: rank and its last lines; folded.
     """
     folded = outputs_folded(outputs)
-    return _box(header(view) + body(view) + failure(error) + folded + _folder(view))
+    return _box(header(view) + body(view) + failure(error) + folded + folder(view))
 
 
 def document(view: View, content: str) -> str:
@@ -87,6 +97,8 @@ def header(view: View) -> str:
     figures = [f"{ranks} · {escape(device)}", clock(view.elapsed)]
     if view.rate is not None:
         figures.append(f"{number(view.rate, 3)} {escape(view.unit)}/s")
+    if words := scaling(view):
+        figures.append(words)
     if view.left is not None:
         figures.append(f"{clock(view.left)} left")
     line = (
@@ -149,7 +161,8 @@ def scrolling(lines: Sequence[str]) -> str:
     )
 
 
-def _folder(view: View) -> str:
+def folder(view: View) -> str:
+    """Where the run's files are."""
     if view.heading.folder is None:
         return ""
     path = escape(view.heading.folder)

@@ -56,6 +56,7 @@ def report(state: RunState, heading: Heading, label: CellLabel, asked: Mapping[s
         "ranks": [_rank(row, state) for row in all_rows(state, time.time())],
         "metrics": {chart.name: _finite(chart.last) for chart in view.charts},
         "sentences": list(view.sentences),
+        "scaling_efficiency": view.efficiency,
         "stall": state.stall or None,
         "error": _failure(state, label, error),
         "folder": heading.folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "clock",
     "number",
     "read",
+    "scaling",
     "shown_state",
     "size",
 ]
@@ -54,6 +55,8 @@ class Heading:
     device: str = "cpu"
     precision: str | None = None
     folder: str | None = None
+    ideal: Mapping[str, float] = field(default_factory=dict)
+    """By loop, the steps per second of each rank if nothing were lost by having several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,8 @@ class View:
     left: float | None
     rate: float | None
     """Steps per second of the slowest rank: the others wait for it."""
+    efficiency: float | None
+    """What `rate` is of the ideal one; None when the same code has not run on one rank."""
     unit: str
     sentences: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -146,12 +151,13 @@ def read(state: RunState, heading: Heading, now: float) -> View:
     lefts = [row.left for row in rows if row.left is not None and row.state not in ENDED]
     precision = state.options.get("mixed_precision") or heading.precision
     return View(
-        heading=Heading(name=heading.name, device=heading.device, precision=precision, folder=heading.folder),
+        heading=replace(heading, precision=precision),
         situation=_situation(state),
         num_ranks=len(ranks),
         elapsed=max(0.0, now - state.started),
         left=max(lefts, default=None),
         rate=min(rates, default=None),
+        efficiency=_efficiency(heading, loops, rates),
         unit=rows[0].unit if rows else "it",
         sentences=() if state.failure else tuple(_sentences(state, timed, now)),
         rows=rows,
@@ -175,6 +181,19 @@ def _situation(state: RunState) -> Situation:
     if state.ended is not None:
         return "done" if all(rank.state == "done" for rank in state.ranks) else "stopped"
     return "starting" if any(rank.state in ("starting", "idle") for rank in state.ranks) else "running"
+
+
+def _efficiency(heading: Heading, loops: Sequence[Progress | None], rates: Sequence[float]) -> float | None:
+    names = {loop.name for loop in loops if loop is not None}
+    ideal = heading.ideal.get(next(iter(names)), 0.0) if len(names) == 1 else 0.0
+    return min(rates) / ideal if rates and ideal > 0 else None
+
+
+def scaling(view: View) -> str:
+    """How well it scales, in few words; empty when that is not known."""
+    if view.efficiency is None:
+        return ""
+    return f"scaling {view.efficiency:.0%}, {number(view.efficiency * view.num_ranks, 2)}× one rank"
 
 
 def _rate(rank: RankState, loop: Progress | None) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from nbaccel.session.curves import sparkline
 from nbaccel.session.panel.ansi import plain
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, size
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, scaling, size
 from nbaccel.session.results import rank_ranges
 
 __all__ = ["LINES", "facts", "paint_text"]
@@ -48,6 +48,8 @@ def facts(view: View) -> list[str]:
     ]
     if view.rate is not None:
         found.append(f"{number(view.rate, 3)} {view.unit}/s")
+    if words := scaling(view):
+        found.append(words)
     if view.left is not None:
         found.append(f"{clock(view.left)} left")
     return found

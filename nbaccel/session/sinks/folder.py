@@ -179,6 +179,7 @@ class FolderSink:
             "duration": ended - state.started,
             "failure": _failure(state.failure) if state.failure else None,
             "ranks": [_rank(rank) for rank in state.ranks],
+            "rates": _rates(state),
             "output_bytes_left_out": dropped,
             "events_left_out": self._events_dropped,
             "complete": not self._broken,
@@ -196,6 +197,16 @@ def _outcome(state: RunState) -> str:
     if state.failure is not None:
         return "failed"
     return "done" if all(rank.state == "done" for rank in state.ranks) else "stopped"
+
+
+def _rates(state: RunState) -> Facts:
+    """Steps per second of each loop at the end, the slowest rank's."""
+    found: dict[str, float] = {}
+    for rank in state.ranks:
+        for name, pace in rank.paces.items():
+            if pace.rate is not None:
+                found[name] = min(pace.rate, found.get(name, pace.rate))
+    return found
 
 
 def _failure(failure: Failure) -> Facts:
