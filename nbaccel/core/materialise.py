@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["materialise"]
+__all__ = ["give_back_memory", "materialise"]
 
 _MARK = "_is_hf_initialized"
 """By which transformers knows what it need not initialise."""
@@ -66,3 +68,11 @@ def _initialiser(module: nn.Module, model: nn.Module) -> Callable[[], object]:
         f"a {type(module).__name__} has parameters on the meta device and no reset_parameters() to give them "
         "values; give it one, or build the model without init_empty_weights"
     )
+
+
+def give_back_memory() -> None:
+    """Hands freed main memory back to the system; glibc may keep as much as was ever in use at once."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -22,8 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.blocks import find_blocks, keep_ties_together
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
-from nbaccel.core.collectives import broadcast
-from nbaccel.core.materialise import materialise
+from nbaccel.core.collectives import gather_object
+from nbaccel.core.materialise import give_back_memory, materialise
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.sharded import clip_sharded_norm, gather_state_dict, point_optimizer
 from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
@@ -77,10 +78,12 @@ class FullyShardedDataParallel(Strategy):
             raise ConfigError(
                 "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
             )
+        self._compare(module)
         before = dict(module.named_parameters(remove_duplicate=False))
         blocks = self._blocks(module)
         for part in [*reversed(blocks), module]:
             self._shard(part, module)
+            give_back_memory()
         if self._options.activation_checkpointing:
             for block in blocks or [module]:
                 recompute_in_backward(block)
@@ -94,6 +97,17 @@ class FullyShardedDataParallel(Strategy):
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         point_optimizer(optimizer, self._replaced)
         return optimizer
+
+    def _compare(self, module: nn.Module) -> None:
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+        for rank, theirs in enumerate(gather_object(mine, world=self._world)):
+            if theirs != mine:
+                odd = sorted({str(one[0]) for one in set(theirs) ^ set(mine)})[:3]
+                raise ConfigError(
+                    f"rank {self._world.rank} and rank {rank} prepare different models ({', '.join(odd)}); build the "
+                    "same model on every rank"
+                )
 
     def _blocks(self, module: nn.Module) -> list[nn.Module]:
         found = find_blocks(module, self._options.wrap)
@@ -137,11 +151,10 @@ class FullyShardedDataParallel(Strategy):
         for module in _outside_shards(part, set()):
             own = [*module._parameters.values(), *module._buffers.values()]
             found.update((id(tensor), tensor) for tensor in own if tensor is not None)
-        tensors = list(found.values())
-        for tensor in tensors:
-            tensor.data = tensor.data.to(self._world.device)
-        for mine, theirs in zip(tensors, broadcast(tensors, world=self._world), strict=True):
-            mine.copy_(theirs)
+        for tensor in found.values():
+            tensor.data = tensor.data.to(self._world.device).contiguous()
+            # in place, as bytes: no second copy of a large model's block, and every dtype travels
+            dist.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
         chain: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
