@@ -24,15 +24,15 @@ def estimate(model: str, num_processes: int, optimizer: str, mixed_precision: st
     MODEL is a safetensors file, a folder with such files or with a config.json of Hugging Face's, or
     package.module:name of a torch module, its class, or a function that makes one. No weights are loaded.
     """
-    from nbaccel.core.estimate import measure, serving_bytes, training_memory
+    from nbaccel.core.plan import Setting, measure, spreads, training_memory
+    from nbaccel.core.plan.size import serving_bytes
 
     size = measure(model)
-    rows = training_memory(
-        size, num_processes=num_processes, optimizer=optimizer, mixed_precision=mixed_precision
-    )
+    setting = Setting(num_processes=num_processes, optimizer=optimizer, mixed_precision=mixed_precision)
+    rows = {one.name: training_memory(size, one, setting) for one in spreads(setting)}
     served = serving_bytes(size)
     if as_json:
-        training = [{**asdict(row), "total": row.total} for row in rows]
+        training = [{"strategy": name, **asdict(row), "total": row.total} for name, row in rows.items()]
         click.echo(json.dumps({"model": asdict(size), "training": training, "serving": served}, indent=2))
         return
     click.echo(
@@ -44,12 +44,11 @@ def estimate(model: str, num_processes: int, optimizer: str, mixed_precision: st
     table = Table(
         title=f"to train with {optimizer}, on each of {num_processes} rank(s)", title_justify="left", box=None
     )
-    for column in ("strategy", "weights", "gradients", "optimizer", "together"):
+    for column in ("strategy", "weights", "gradients", "optimizer", "buffers", "together"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
-    for row in rows:
-        sizes = (row.weights, row.gradients, row.optimizer, row.total)
-        name = row.strategy if row.built else f"{row.strategy} (not built yet)"
-        table.add_row(name, *map(_text, sizes), style=None if row.built else "dim")
+    for name, row in rows.items():
+        sizes = (row.weights, row.gradients, row.optimizer, row.working, row.total)
+        table.add_row(name, *map(_text, sizes))
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print("to serve: " + ", ".join(f"{name} {_text(count)}" for name, count in served.items()))

@@ -1,8 +1,4 @@
-"""How much memory a model takes: to train, by strategy and rank, and to serve. No weights are loaded.
-
-Counted are the states that last from step to step. Activations come on top: they depend on the batch.
-The shares of the sharded strategies are those of the ZeRO paper (Rajbhandari et al. 2020, section 5).
-"""
+"""How large a model is: what its parameters, buffers and repeated blocks take. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +7,10 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,72 +18,30 @@ from torch import nn
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
 from nbaccel.errors import ConfigError
 
-__all__ = ["OPTIMIZERS", "Size", "Training", "measure", "serving_bytes", "training_memory"]
+__all__ = ["Size", "measure", "serving_bytes", "size_of"]
 
-Optimizer = Literal["adamw", "momentum", "sgd"]
-OPTIMIZERS: dict[str, int] = {"adamw": 8, "momentum": 4, "sgd": 0}
-"""Bytes of state per parameter: what torch.optim keeps in float32."""
 _SERVED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What a model is made of."""
+    """What a model is made of. Numbers are elements where they are not bytes."""
 
     name: str
     source: str
     """Where it was read: "safetensors", "config" or "python"."""
     parameters: int
-    """Elements, tied ones counted once."""
+    """Tied ones counted once."""
     trainable: int
+    element_bytes: float = 4.0
+    """Bytes of a parameter while it trains."""
     buffer_bytes: int
-    largest_layer: int
-    """Elements of the largest parameter or, where the structure is known, of the largest repeated block."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """Bytes of one rank, by what they are for."""
-
-    strategy: str
-    built: bool
-    """Whether this version can run it."""
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """Without activations."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def training_memory(
-    size: Size, *, num_processes: int, optimizer: str = "adamw", mixed_precision: str = "no"
-) -> list[Training]:
-    """What training takes on one of `num_processes` ranks, for each strategy.
-
-    Weights, gradients and optimizer state are float32; under autocast a copy of the weights in the narrow
-    type lives through the forward pass and is counted with the weights.
-    """
-    narrow = 2 if mixed_precision in ("bf16", "fp16") else 0
-    weights = 4 * size.parameters + size.buffer_bytes
-    copy = narrow * size.parameters
-    gradients, state = 4 * size.trainable, OPTIMIZERS[optimizer] * size.trainable
-    share = num_processes
-    gathered = (narrow or 4) * size.largest_layer
-
-    def row(strategy: str, built: bool, w: float, g: float, o: float) -> Training:
-        return Training(strategy=strategy, built=built, weights=int(w), gradients=int(g), optimizer=int(o))
-
-    rows = [row("single" if share == 1 else "ddp", True, weights + copy, gradients, state)]
-    if share > 1:
-        rows += [
-            row("zero-1", False, weights + copy, gradients, state / share),
-            row("zero-2", False, weights + copy, gradients / share, state / share),
-            row("fsdp, zero-3", False, weights / share + gathered, gradients / share, state / share),
-        ]
-    return rows
+    largest_parameter: int
+    largest_block: int
+    """The largest of the repeated blocks (`layers.3`); of a model without any, its largest layer."""
+    num_blocks: int
+    outside: int
+    """Parameters in no repeated block: embeddings, the head. 0 in a model without blocks."""
 
 
 def serving_bytes(size: Size) -> dict[str, int]:
@@ -138,7 +93,7 @@ def _from_headers(name: str, paths: list[Path]) -> Size:
         parameters=total,
         trainable=total,
         buffer_bytes=others,
-        largest_layer=max(_blocks(counts).values(), default=0),
+        **_structure(counts),
     )
 
 
@@ -165,7 +120,7 @@ def _from_config(name: str, path: Path) -> Size:
             model = model_class(config)
     except Exception as error:  # whatever a configuration can be wrong in
         raise ConfigError(f"{kind} cannot be built from {path}: {type(error).__name__}: {error}") from error
-    return _from_module(name, "config", model)
+    return size_of(model, name=name, source="config")
 
 
 def _from_python(text: str) -> Size:
@@ -185,27 +140,38 @@ def _from_python(text: str) -> Size:
         sys.path.remove(os.getcwd())
     if not isinstance(found, nn.Module):
         raise ConfigError(f"{text} gives a {type(found).__name__}, not a torch.nn.Module")
-    return _from_module(text, "python", found)
+    return size_of(found, name=text)
 
 
-def _from_module(name: str, source: str, model: nn.Module) -> Size:
-    counts = {key: parameter.numel() for key, parameter in model.named_parameters()}
+def size_of(model: nn.Module, *, name: str = "", source: str = "python") -> Size:
+    """The size of a module, which may be on the meta device."""
+    parameters = dict(model.named_parameters())
+    counts = {key: parameter.numel() for key, parameter in parameters.items()}
+    total = sum(counts.values())
     return Size(
-        name=name,
+        name=name or type(model).__name__,
         source=source,
-        parameters=sum(counts.values()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=total,
+        trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        element_bytes=sum(p.nbytes for p in parameters.values()) / total if total else 4.0,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
-        largest_layer=max(_blocks(counts).values(), default=0),
+        **_structure(counts),
     )
 
 
-def _blocks(counts: dict[str, int]) -> dict[str, int]:
-    """Elements by block: what stands under one number (`layers.3`), else the parameter's own module."""
-    found: dict[str, int] = {}
+def _structure(counts: Mapping[str, int]) -> dict[str, int]:
+    """The blocks among parameters of these names and elements: what stands under one number is one."""
+    numbered: dict[str, int] = {}
+    layers: dict[str, int] = {}
     for name, count in counts.items():
         parts = name.split(".")
-        numbered = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        block = ".".join(parts[: numbered + 1] if numbered is not None else parts[:-1])
-        found[block] = found.get(block, 0) + count
-    return found
+        place = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        found, block = (layers, parts[:-1]) if place is None else (numbered, parts[: place + 1])
+        found[".".join(block)] = found.get(".".join(block), 0) + count
+    blocks = numbered or layers
+    return {
+        "largest_parameter": max(counts.values(), default=0),
+        "largest_block": max(blocks.values(), default=0),
+        "num_blocks": len(blocks),
+        "outside": sum(layers.values()) if numbered else 0,
+    }
