@@ -30,7 +30,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def byte_count(text: int | str) -> int:
+def byte_count(text: int | str, *, of: str = "max_shard_size") -> int:
     """Bytes in "5GB" (powers of ten), "500MiB" (powers of two) or a number.
 
     Raises:
@@ -39,7 +39,7 @@ def byte_count(text: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
         raise ConfigError(
-            f"max_shard_size is {text!r}; write it like '5GB' or '500MiB', or as a number of bytes"
+            f"{of} is {text!r}; write it like '5GB' or '500MiB', or as a number of bytes"
         )
     unit = match[2].upper()
     return int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))

@@ -100,7 +100,7 @@ def lay_out(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
     if metadata or extra:
         header = {"__metadata__": {**(metadata or {}), **extra}, **header}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)  # mapped, the large tensors are aligned as torch's own are
     head = len(text).to_bytes(8, "little") + text
     entries = {
         name: Entry(specs[name].dtype, specs[name].shape, len(head) + offsets[name], specs[name].num_bytes)

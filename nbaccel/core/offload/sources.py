@@ -123,18 +123,20 @@ def _file(path: Path) -> dict[str, Stored]:
 def _torch_file(path: Path) -> dict[str, Stored]:
     """Mapped where it is one of today's; one of before torch 1.6 is read whole. Never runs code."""
     try:
+        mapped = True
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
+            mapped = False
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read as weights alone: {str(error)[:500]}") from error
     state = _state_in(content)
     if not state:
         raise CheckpointError(f"{path} holds no tensors by name")
-    return {name: Loaded(tensor) for name, tensor in state.items()}
+    return {name: Loaded(tensor, on_disk=mapped) for name, tensor in state.items()}
 
 
 def _state_in(content: Any) -> dict[str, torch.Tensor]:

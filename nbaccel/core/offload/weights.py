@@ -18,7 +18,7 @@ import torch
 from nbaccel.core.checkpoint.tensorfile import Entry, data_bytes, read_header
 from nbaccel.errors import CheckpointError
 
-__all__ = ["FileTensor", "Loaded", "ReadByCall", "Stored", "TensorFile", "make_resident"]
+__all__ = ["FileTensor", "Loaded", "ReadByCall", "Stored", "TensorFile", "is_resident", "make_resident"]
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.11
 _POPULATE_READ, _WILL_NEED = 22, 3  # of madvise: <asm-generic/mman-common.h>
@@ -42,6 +42,14 @@ class Stored(Protocol):
 
     def position(self) -> tuple[str, int]:
         """Where it lies, so that many can be read in order."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether it takes none of the memory."""
+
+    @property
+    def mappable(self) -> bool:
+        """Whether it can be viewed."""
 
 
 @final
@@ -124,15 +132,23 @@ class FileTensor:
     def position(self) -> tuple[str, int]:
         return str(self._file.path), self._entry.begin
 
+    @property
+    def on_disk(self) -> bool:
+        return True
+
+    @property
+    def mappable(self) -> bool:
+        return self._entry.begin % self._entry.dtype.itemsize == 0
+
 
 @final
 class Loaded:
     """A tensor that torch holds: in memory, or in the mapping of a torch file."""
 
-    __slots__ = ("_tensor",)
+    __slots__ = ("_tensor", "on_disk")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+    def __init__(self, tensor: torch.Tensor, *, on_disk: bool) -> None:
+        self._tensor, self.on_disk = tensor.detach(), on_disk
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,6 +166,10 @@ class Loaded:
 
     def position(self) -> tuple[str, int]:
         return "", self._tensor.data_ptr()
+
+    @property
+    def mappable(self) -> bool:
+        return self.view() is not None
 
 
 @final
@@ -170,6 +190,14 @@ class ReadByCall:
     def position(self) -> tuple[str, int]:
         return "", 0
 
+    @property
+    def on_disk(self) -> bool:
+        return True
+
+    @property
+    def mappable(self) -> bool:
+        return False
+
 
 def _check(entries: dict[str, Entry], size: int) -> None:
     for name, entry in entries.items():
@@ -185,19 +213,34 @@ def _check(entries: dict[str, Entry], size: int) -> None:
         )
 
 
-_madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None) if os.name == "posix" else None
-if _madvise is not None:
-    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    _madvise.restype = ctypes.c_int
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+if _libc is not None:
+    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 def make_resident(tensor: torch.Tensor) -> None:
     """Brings a mapped tensor's pages in before they are touched; may be called from any thread."""
+    start, length = _pages(tensor)
+    # It is advice: whatever it answers, touching the pages brings them too. The first needs Linux 5.14.
+    if _libc is not None and length and _libc.madvise(start, length, _POPULATE_READ):
+        _libc.madvise(start, length, _WILL_NEED)
+
+
+def is_resident(tensor: torch.Tensor) -> bool:
+    """Whether a mapped tensor seems to be in memory: its first, middle and last page are looked at."""
+    start, length = _pages(tensor)
+    if _libc is None or not length:
+        return True
+    answer = ctypes.create_string_buffer(1)
+    for page in (0, length // _PAGE // 2, (length - 1) // _PAGE):
+        if _libc.mincore(start + page * _PAGE, 1, answer) == 0 and not answer.raw[0] & 1:
+            return False
+    return True
+
+
+def _pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first page's address, and bytes from there to the tensor's end."""
     count = tensor.numel() * tensor.element_size()
-    if _madvise is None or not count:
-        return
     start = tensor.data_ptr() & -_PAGE
-    length = tensor.data_ptr() + count - start
-    # The first needs Linux 5.14. It is advice: whatever it answers, touching the pages brings them too.
-    if _madvise(start, length, _POPULATE_READ) and _madvise(start, length, _WILL_NEED):
-        return
+    return start, tensor.data_ptr() + count - start if count else 0

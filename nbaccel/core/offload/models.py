@@ -1,0 +1,212 @@
+"""What users call: a device map, and a model dispatched by one, from memory or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from nbaccel.core.offload.dispatch import in_memory, install, match
+from nbaccel.core.offload.dispatched import is_dispatched
+from nbaccel.core.offload.limits import accelerators, memory_limits, place_name
+from nbaccel.core.offload.machine import Machine, measured
+from nbaccel.core.offload.parts import Part, parts_of, places_given
+from nbaccel.core.offload.placing import Mode, plan_placement
+from nbaccel.core.offload.plan import Plan, executing, plan_given
+from nbaccel.core.offload.sources import for_model, open_checkpoint
+from nbaccel.core.save_model import byte_count
+from nbaccel.errors import ConfigError
+
+__all__ = [
+    "cpu_offload",
+    "disk_offload",
+    "dispatch_model",
+    "infer_auto_device_map",
+    "load_checkpoint_and_dispatch",
+]
+
+M = TypeVar("M", bound=nn.Module)
+MaxMemory = Mapping[int | str, int | str] | None
+DeviceMap = Mode | Mapping[str, int | str | torch.device]
+
+
+def infer_auto_device_map(
+    model: nn.Module,
+    max_memory: MaxMemory = None,
+    no_split_module_classes: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
+    special_dtypes: Mapping[str, torch.dtype] | None = None,
+    *,
+    mode: Mode = "auto",
+    tokens: int = 1,
+    kv_cache: int | str = 0,
+    offload_folder: str | Path | None = None,
+) -> dict[str, str]:
+    """Where each part of `model` should lie: "cuda:0", …, "cpu" or "disk", by name of the highest module
+    below which everything lies in one place.
+
+    Args:
+        max_memory: bytes, or "20GB", by place; only these places and the disk are used. None: nine tenths
+            of what is free on each accelerator and in main memory.
+        no_split_module_classes: names of classes that stay in one place; None: what the model names itself.
+        dtype: what the weights will be held in, if not as they are; `special_dtypes` by name of a parameter.
+        mode: "auto" and "balanced" divide a model that fits onto the accelerators evenly, and otherwise give
+            the fast memory to what saves most time per byte; "sequential" fills one place after the other.
+        tokens: per forward pass, of the whole batch; with many, compute hides the copying of weights.
+        kv_cache: memory kept free on the devices that compute, as for generation.
+        offload_folder: whose disk's speed counts.
+
+    Raises:
+        ConfigError: something fits nowhere; the message says what and by how much.
+    """
+    parts = parts_of(model, no_split=no_split_module_classes, dtype=dtype, special_dtypes=special_dtypes)
+    return _auto(parts, max_memory, mode, tokens, kv_cache, offload_folder).device_map
+
+
+def load_checkpoint_and_dispatch(
+    model: M,
+    checkpoint: str | Path,
+    device_map: DeviceMap = "auto",
+    max_memory: MaxMemory = None,
+    no_split_module_classes: Collection[str] | None = None,
+    offload_folder: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    strict: bool = False,
+    tokens: int = 1,
+    kv_cache: int | str = 0,
+) -> M:
+    """Fills `model`, mostly made under `init_empty_weights`, from a checkpoint, tensor by tensor, each where the
+    device map puts it, and returns it ready to run.
+
+    Args:
+        checkpoint: a safetensors or torch file, an index, or a folder with them or with a checkpoint of
+            torch.distributed. What is on the "disk" stays in a safetensors or torch file: nothing is written.
+        device_map: how to place it (`infer_auto_device_map`), or the places by name.
+        offload_folder: for what is to be on the disk and is in no file that can be mapped.
+        dtype: of all floating-point tensors; None: the model's own.
+        strict: tensors that only the checkpoint has are an error instead of a warning.
+
+    Raises:
+        CheckpointError: a file is damaged, or tensors are missing or of another shape.
+        ConfigError: the device map does not fit the model, or the model its limits.
+    """
+    _not_twice(model)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = for_model(names | {name for name, _ in model.named_buffers()}, open_checkpoint(checkpoint))
+    values = match(model, stored, str(checkpoint), strict=strict)
+    folder = None if offload_folder is None else Path(offload_folder)
+    source = Path(checkpoint)
+    plan = _planned(
+        model,
+        device_map,
+        max_memory,
+        no_split_module_classes,
+        dtype,
+        tokens,
+        kv_cache,
+        folder or source.parent,
+    )
+    return install(model, plan, values, dtype=dtype, folder=folder)
+
+
+def dispatch_model(
+    model: M,
+    device_map: DeviceMap = "auto",
+    *,
+    max_memory: MaxMemory = None,
+    no_split_module_classes: Collection[str] | None = None,
+    main_device: int | str | torch.device | None = None,
+    offload_folder: str | Path | None = None,
+    tokens: int = 1,
+    kv_cache: int | str = 0,
+) -> M:
+    """Places a model that is in memory, and returns it ready to run; `remove_hooks` undoes it.
+
+    Args:
+        main_device: where what lies on the CPU or the disk runs; None: the first accelerator of the map,
+            else the CPU.
+        offload_folder: where weights for the "disk" are written, as one safetensors file.
+
+    Raises:
+        CheckpointError: the offload folder cannot be written, or its disk is full.
+        ConfigError: the device map does not fit the model, or the model its limits.
+    """
+    _not_twice(model)
+    values = in_memory(model)
+    folder = None if offload_folder is None else Path(offload_folder)
+    plan = _planned(model, device_map, max_memory, no_split_module_classes, None, tokens, kv_cache, folder)
+    main = None if main_device is None else torch.device(place_name(main_device))
+    return install(model, plan, values, dtype=None, folder=folder, main_device=main)
+
+
+def cpu_offload(model: M, execution_device: int | str | torch.device | None = None) -> M:
+    """All weights in main memory; each layer's go to `execution_device`, the first accelerator, while it runs."""
+    return dispatch_model(model, {"": "cpu"}, main_device=_execution(execution_device))
+
+
+def disk_offload(
+    model: M, offload_folder: str | Path, execution_device: int | str | torch.device | None = None
+) -> M:
+    """All weights in a file in `offload_folder`; each layer's go to `execution_device` while it runs."""
+    return dispatch_model(
+        model, {"": "disk"}, main_device=_execution(execution_device), offload_folder=offload_folder
+    )
+
+
+def _execution(given: int | str | torch.device | None) -> int | str | torch.device:
+    return next(iter(accelerators()), "cpu") if given is None else given
+
+
+def _not_twice(model: nn.Module) -> None:
+    if is_dispatched(model):
+        raise ConfigError("this model, or a part of it, is dispatched already: remove_hooks(model) first")
+
+
+def _planned(
+    model: nn.Module,
+    device_map: DeviceMap,
+    max_memory: MaxMemory,
+    no_split: Collection[str] | None,
+    dtype: torch.dtype | None,
+    tokens: int,
+    kv_cache: int | str,
+    folder: Path | None,
+) -> Plan:
+    if isinstance(device_map, str):
+        if device_map not in ("auto", "balanced", "sequential"):
+            raise ConfigError(
+                f"device_map is {device_map!r}; write 'auto', 'balanced', 'sequential', or {{'': {device_map!r}}}"
+            )
+        return _auto(
+            parts_of(model, no_split=no_split, dtype=dtype), max_memory, device_map, tokens, kv_cache, folder
+        )
+    if max_memory is not None:
+        raise ConfigError(
+            "max_memory limits what is placed by itself; the device map given places everything"
+        )
+    named = {name: place_name(place) for name, place in device_map.items()}
+    parts = parts_of(model, no_split=no_split, dtype=dtype, divided=named)
+    places = places_given(named, parts, model)
+    return plan_given(parts, places, _machine(executing(places), folder), tokens=tokens)
+
+
+def _auto(
+    parts: list[Part],
+    max_memory: MaxMemory,
+    mode: Mode,
+    tokens: int,
+    kv_cache: int | str,
+    folder: str | Path | None,
+) -> Plan:
+    limits = memory_limits(max_memory)
+    machine = _machine(executing(limits), None if folder is None else Path(folder))
+    reserved = kv_cache if isinstance(kv_cache, int) else byte_count(kv_cache, of="kv_cache")
+    return plan_placement(parts, limits, machine, mode=mode, tokens=tokens, kv_cache=reserved)
+
+
+def _machine(devices: list[str], folder: Path | None) -> Machine:
+    return measured([device for device in devices if device != "cpu"], folder)
