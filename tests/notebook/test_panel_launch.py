@@ -97,9 +97,11 @@ def test_panel_ends_in_its_static_form(kernel: Kernel) -> None:
     widgets = [data for data in cell.displays if "application/vnd.jupyter.widget-view+json" in data]
     assert len(widgets) == 1
     static = [data for data in cell.displays if data not in widgets]
-    assert "done" in static[-2]["text/html"]
-    assert static[-2]["text/plain"].startswith("work · 2 ranks on cpu · done")
-    assert static[-1]["text/html"].count("20/20") == 2
+    header, middle, body = static[-3:]
+    assert "done" in header["text/html"]
+    assert header["text/plain"].startswith("work · 2 ranks on cpu · done")
+    assert middle == {"text/html": "", "text/plain": ""}
+    assert body["text/html"].count("20/20") == 2
     assert any("'by 1'" in data.get("text/plain", "") for data in cell.displays)
 
 
