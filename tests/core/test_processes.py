@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import torch
 from ranks import run_ranks
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig
@@ -196,8 +198,19 @@ def test_log_when_the_tracker_is_an_object(tmp_path):
     assert "1.5" in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_profile_writes_a_trace(tmp_path):
+def _profiled(folder):
     acc = Accelerator(cpu=True)
-    with acc.profile(tmp_path):
-        torch.ones(4).sum()
-    assert "traceEvents" in (tmp_path / "trace-rank-0.json").read_text()
+    model = acc.prepare(nn.Linear(4, 1))
+    with acc.profile(folder) as profiler:
+        acc.backward(model(torch.ones(2, 4)).sum())
+    return any("backward" in event.key.lower() for event in profiler.key_averages())
+
+
+def test_profile_when_on_two_ranks_writes_a_trace_of_each(tmp_path):
+    assert run_ranks(_profiled, tmp_path) == [True, True]
+    for rank in (0, 1):
+        trace = json.loads((tmp_path / f"trace-rank-{rank}.json").read_text())
+        assert {"aten::linear", "autograd::engine::evaluate_function: AddmmBackward0"} <= {
+            event.get("name") for event in trace["traceEvents"]
+        }
+        assert trace["distributedInfo"]["rank"] == rank
