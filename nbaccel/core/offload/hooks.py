@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from torch.utils.hooks import RemovableHandle
 
 from nbaccel.core.nested import leaves, map_tensors
 from nbaccel.core.offload.blocks import Block, Buffer, Buffers
-from nbaccel.core.offload.weights import is_resident, make_resident
+from nbaccel.core.offload.weights import are_resident, make_resident, sample_pages
 
 __all__ = ["Readahead", "Streamer", "Unit", "answer_on", "compute_on", "return_to_caller"]
 
 _AHEAD = 3
 """How many of the next layers may be on the way; the buffers' budget says how many there is room for."""
+
+_LOOK_AGAIN = 1.0
+"""Seconds for which a layer that was in the page cache is taken to be there still."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,10 +53,13 @@ class _Order:
 
     def after(self, unit: Unit) -> list[Unit]:
         following: list[Unit] = []
-        found = self._next.get(unit)
-        while found is not None and found is not unit and found not in following and len(following) < _AHEAD:
-            following.append(found)
-            found = self._next.get(found)
+        found = unit
+        for _ in range(_AHEAD):
+            later = self._next.get(found)
+            if later is None or later is unit or later in following:
+                break
+            following.append(later)
+            found = later
         return following
 
 
@@ -241,7 +248,10 @@ class Readahead:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self._order = _Order(units)
-        self._asked: dict[Unit, Future[None]] = {}
+        self._pages = {
+            unit: [page for tensor in unit.mapped for page in sample_pages(tensor)] for unit in units
+        }
+        self._looked = dict.fromkeys(units, 0.0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nbaccel-readahead")
 
     def hooks(self, unit: Unit) -> list[RemovableHandle]:
@@ -251,10 +261,12 @@ class Readahead:
     def enter(self, unit: Unit) -> None:
         """Asks for the units after this one."""
         self._order.entered(unit)
+        now = time.monotonic()
         for later in self._order.after(unit):
-            asked = self._asked.get(later)
-            if (asked is None or asked.done()) and not all(map(is_resident, later.mapped)):
-                self._asked[later] = self._worker.submit(_read, later)
+            if now - self._looked[later] >= _LOOK_AGAIN:
+                self._looked[later] = now
+                if not are_resident(self._pages[later]):
+                    self._worker.submit(_read, later)
 
     def close(self) -> None:
         """Ends the thread; may be called twice."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, final
 
@@ -18,7 +18,16 @@ import torch
 from nbaccel.core.checkpoint.tensorfile import Entry, data_bytes, read_header
 from nbaccel.errors import CheckpointError
 
-__all__ = ["FileTensor", "Loaded", "ReadByCall", "Stored", "TensorFile", "is_resident", "make_resident"]
+__all__ = [
+    "FileTensor",
+    "Loaded",
+    "ReadByCall",
+    "Stored",
+    "TensorFile",
+    "are_resident",
+    "make_resident",
+    "sample_pages",
+]
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.11
 _POPULATE_READ, _WILL_NEED = 22, 3  # of madvise: <asm-generic/mman-common.h>
@@ -213,10 +222,11 @@ def _check(entries: dict[str, Entry], size: int) -> None:
         )
 
 
+_answers = ctypes.c_ubyte * 1
 _libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 if _libc is not None:
     _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, _answers]
 
 
 def make_resident(tensor: torch.Tensor) -> None:
@@ -227,16 +237,17 @@ def make_resident(tensor: torch.Tensor) -> None:
         _libc.madvise(start, length, _WILL_NEED)
 
 
-def is_resident(tensor: torch.Tensor) -> bool:
-    """Whether a mapped tensor seems to be in memory: its first, middle and last page are looked at."""
+def sample_pages(tensor: torch.Tensor) -> list[int]:
+    """Addresses of a tensor's first, middle and last page."""
     start, length = _pages(tensor)
-    if _libc is None or not length:
-        return True
-    answer = ctypes.create_string_buffer(1)
-    for page in (0, length // _PAGE // 2, (length - 1) // _PAGE):
-        if _libc.mincore(start + page * _PAGE, 1, answer) == 0 and not answer.raw[0] & 1:
-            return False
-    return True
+    last = (length - 1) // _PAGE
+    return [start + page * _PAGE for page in sorted({0, last // 2, last})] if length else []
+
+
+def are_resident(pages: Sequence[int]) -> bool:
+    """Whether these mapped pages are in memory."""
+    answer = _answers()
+    return _libc is None or all(_libc.mincore(page, 1, answer) or answer[0] & 1 for page in pages)
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:
