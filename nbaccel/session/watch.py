@@ -160,6 +160,7 @@ class Watch:
 
     def _look_after(self, vigil: _Vigil) -> None:
         due, told, not_before = list(vigil.stages), False, 0.0
+        self._probes.pulse()
         while not vigil.over.wait(_PERIOD):
             still = max(self._probes.pulse().values(), default=0.0)
             if vitals := self._probes.take_vitals():

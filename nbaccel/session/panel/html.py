@@ -59,6 +59,7 @@ _MUTED = "opacity:0.7"
 _ONE_LINE = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
 # Seconds: a rank is asked for a sign of life twice in one.
 _SILENT = 5.0
+_BESIDE = 2
 _CHART_COLUMNS, _CHART_WIDTH, _CHART_HEIGHT = 60, 210, 54
 
 
@@ -120,8 +121,17 @@ def body(view: View) -> str:
         return ""
     strip = _strip(view) if view.strip else ""
     shown = _columns(view)
-    table = "".join(_row(row, shown) for row in view.rows)
-    return f'<div style="margin:4px 0">{strip}{_captions(shown)}{table}{_legend(view)}</div>{_charts(view.charts)}'
+    rows = "".join(_row(row, shown) for row in view.rows)
+    table = f"{strip}{_captions(shown)}{rows}{_legend(view)}"
+    if not view.charts:
+        return f'<div style="margin:4px 0">{table}</div>'
+    # few curves stand beside the table, where the page is wide enough
+    width = f"1 1 {_CHART_WIDTH}px" if len(view.charts) <= _BESIDE else "1 1 100%"
+    return (
+        '<div style="display:flex;flex-wrap:wrap;gap:8px 24px;margin:4px 0">'
+        f'<div style="flex:999 1 600px;min-width:0">{table}</div>'
+        f'<div style="flex:{width}">{_charts(view.charts)}</div></div>'
+    )
 
 
 def failure(lines: Sequence[str]) -> str:
@@ -174,7 +184,7 @@ def folder(view: View) -> str:
 # ── a row per rank ────────────────────────────────────────────────────────────────────────────────────
 
 
-_WIDTHS = {"rank": 112, "progress": 190, "latest": 116, "memory": 70, "step": 80}
+_WIDTHS = {"rank": 112, "progress": 178, "latest": 116, "memory": 56, "device": 56, "step": 80}
 
 
 def _columns(view: View) -> dict[str, str]:
@@ -189,6 +199,8 @@ def _columns(view: View) -> dict[str, str]:
         found["latest"] = "latest"
     if live or any(row.memory is not None for row in view.rows):
         found["memory"] = "memory"
+    if any(row.device_memory is not None for row in view.rows):
+        found["device"] = "GPU"
     if any(row.parts for row in view.rows):
         found["step"] = "each step"
     return found
@@ -199,7 +211,7 @@ def _captions(columns: Mapping[str, str]) -> str:
     names = {"rank": "rank", **columns}
     cells = "".join(_cell(escape(name), _WIDTHS[column]) for column, name in names.items())
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;height:16px;overflow:hidden;font-size:11px;{_MUTED}"
-    return f'<div style="{style}">{cells}<div style="flex:1 1 120px;{_ONE_LINE}">last output</div></div>'
+    return f'<div style="{style}">{cells}<div style="flex:1 1 90px;{_ONE_LINE}">last output</div></div>'
 
 
 def _row(row: Row, columns: Mapping[str, str]) -> str:
@@ -213,24 +225,22 @@ def _row(row: Row, columns: Mapping[str, str]) -> str:
         ]
         cells.append(_small_cell(values, _WIDTHS["latest"]))
     if "memory" in columns:
-        cells.append(_small_cell(_memory(row), _WIDTHS["memory"]))
+        cells.append(_small_cell(_sizes(row.memory), _WIDTHS["memory"]))
+    if "device" in columns:
+        busy = [] if row.utilization is None else [f"{row.utilization} %"]
+        cells.append(_small_cell([*_sizes(row.device_memory), *busy], _WIDTHS["device"]))
     if "step" in columns:
         cells.append(_parts_cell(row.parts))
     words = f'<span style="{_MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
     if row.age is not None and row.age >= _SILENT:
         words = f"no sign of life for {clock(row.age)} {words}"
-    cells.append(f'<div style="flex:1 1 120px;min-width:0;{_ONE_LINE}">{words}</div>')
+    cells.append(f'<div style="flex:1 1 90px;min-width:0;{_ONE_LINE}">{words}</div>')
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{_RULE}"
     return f'<div style="{style}">{"".join(cells)}</div>'
 
 
-def _memory(row: Row) -> list[str]:
-    """What the rank holds: of the host, and of its accelerator with how busy that is."""
-    found = [] if row.memory is None else [size(row.memory)]
-    if row.device_memory is not None:
-        busy = "" if row.utilization is None else f" {row.utilization} %"
-        found.append(f'<span style="{_MUTED}">GPU</span> {size(row.device_memory)}{busy}')
-    return found
+def _sizes(count: int | None) -> list[str]:
+    return [] if count is None else [size(count)]
 
 
 def _cell(content: str, width: int) -> str:
@@ -330,9 +340,7 @@ def _strip(view: View) -> str:
 
 def _charts(charts: Sequence[Chart]) -> str:
     drawn = "".join(_chart(chart) for chart in charts)
-    return (
-        f'<div style="display:flex;flex-wrap:wrap;gap:8px 18px;margin:6px 0">{drawn}</div>' if drawn else ""
-    )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:8px 18px">{drawn}</div>'
 
 
 def _chart(chart: Chart) -> str:
@@ -351,7 +359,8 @@ def _chart(chart: Chart) -> str:
         f'<div style="display:flex;align-items:flex-end;height:{_CHART_HEIGHT}px;'
         f'border-left:1px solid rgba(128,128,128,0.5);border-bottom:1px solid rgba(128,128,128,0.5)">{boxes}</div>'
     )
-    whose = f" · ranks {rank_ranges(chart.ranks)}" if len(chart.ranks) > 1 else ""
+    named = f"ranks {rank_ranges(chart.ranks)}"
+    whose = f" · {named if len(named) < 16 else f'{len(chart.ranks)} ranks'}" if len(chart.ranks) > 1 else ""
     scale = f'<div style="font-size:11px;{_MUTED}">{number(low)} to {number(high)}{whose}</div>'
     return f'<div style="width:{_CHART_WIDTH}px">{title}{frame}{scale}</div>'
 
