@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nbaccel import gloo
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig, combine
 from nbaccel.core import tpu
 from nbaccel.errors import ConfigError
@@ -167,6 +169,7 @@ def _make_group(environment: Environment, device: torch.device, config: RunConfi
         timeout: timedelta | None = timedelta(seconds=config.collective_timeout)
     else:
         timeout = _LAUNCHED_TIMEOUT if events.active() else None
+    gloo.keep_groups()
     try:
         # the numbers are said because ranks that are threads of one process share its variables
         dist.init_process_group(
@@ -177,6 +180,7 @@ def _make_group(environment: Environment, device: torch.device, config: RunConfi
             f"rank {environment.rank} of {environment.size} could not join the process group "
             f"({_backend_for(device)}): {error}"
         ) from error
+    atexit.register(gloo.settle)
 
 
 def _backend_for(device: torch.device) -> str:

@@ -25,8 +25,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Protocol, TypeVar, final
 
+from nbaccel import gloo
 from nbaccel.errors import PayloadError
-from nbaccel.rank import capture, debugger, display, groups, rendezvous, threads, tpu
+from nbaccel.rank import capture, debugger, display, rendezvous, threads, tpu
 from nbaccel.rank.bars import relay_bars
 from nbaccel.rank.comms import relay_comms
 from nbaccel.rank.failure import describe
@@ -201,7 +202,7 @@ def set_up(spec: RunSpec) -> None:
         sys.modules["numpy"].random.seed()
     torch.default_generator.seed()  # a fresh process draws it too; CUDA's is fixed until it is set
     threads.limit(spec.threads)
-    groups.keep_groups()
+    gloo.keep_groups()
     by_value_in_main()
 
 

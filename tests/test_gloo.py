@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -46,3 +51,31 @@ def live_groups(times: int) -> list[int]:
 def test_closed_groups_do_not_pile_up() -> None:
     counts = notebook_launcher(live_groups, (6,), num_processes=2)[0]
     assert counts[-1] <= counts[2]
+
+
+SCRIPT = """
+import torch.distributed as dist, torch
+from nbaccel import Accelerator
+acc = Accelerator()
+for _ in range(20):
+    acc.gather(torch.ones(100))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_scripts_of_torchrun_end_without_an_abort_when_the_machine_is_busy(tmp_path: Path) -> None:
+    # without waiting for the workers about one of them in thirty aborted
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=8",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NBACCEL_RUN_CONFIG": '{"device": "cpu"}'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

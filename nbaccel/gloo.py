@@ -1,0 +1,75 @@
+"""What torch's gloo needs in order to end: its workers let go of Python objects a little late.
+
+A worker that is just dropping the last collective's tensors needs the interpreter's lock, and
+- torch frees a group by joining its workers with that lock held: the two wait for one another for ever,
+  seen once in about fifty calls that end with `destroy_process_group()` and a DDP model going out of scope
+  (torch 2.13; pytorch/pytorch#56297). So each group is kept a little longer than the user keeps it;
+- an interpreter that is shutting down ends the thread inside a C++ destructor, and the process aborts
+  ("terminate called without an active exception"), seen once in about thirty scripts under torchrun on a
+  busy machine. So a process that will shut down in the ordinary way waits for its workers first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+__all__ = ["keep_groups", "settle"]
+
+# Between the end of a collective and its worker's last use of the lock lie microseconds.
+_LATER = 2.0
+
+
+def keep_groups() -> None:
+    """Hold on to every group made in this process from now on, until `_LATER` seconds after it was
+    destroyed and another one is made; the last ones go with the process."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return
+    import torch.distributed.distributed_c10d as c10d
+
+    original = getattr(c10d, "_new_process_group_helper", None)
+    if original is None or getattr(original, "keeps_groups", False):
+        return
+    kept: list[tuple[Any, float | None]] = []  # and when it was first found destroyed
+
+    def make(*args: Any, **options: Any) -> Any:
+        now, alive = time.monotonic(), c10d._world.pg_map
+        ended = [(group, None if group in alive else since or now) for group, since in kept]
+        kept[:] = [(group, since) for group, since in ended if since is None or now - since < _LATER]
+        made = original(*args, **options)
+        kept.append((made[0] if isinstance(made, tuple) else made, None))
+        return made
+
+    make.keeps_groups = True  # type: ignore[attr-defined]
+    c10d._new_process_group_helper = make
+
+
+def settle(timeout: float = 1.0) -> None:
+    """Returns once no gloo worker of this process is at work (Linux), after at most `timeout` seconds.
+
+    Each sleep lends the interpreter's lock to a worker that waits for it; one that has just got it runs
+    when we look, so only two quiet looks in a row count.
+    """
+    end, quiet = time.monotonic() + timeout, 0
+    while quiet < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+        quiet = 0 if _a_worker_runs() else quiet + 1
+
+
+def _a_worker_runs() -> bool:
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return False
+    for thread in threads:
+        try:
+            with open(f"/proc/self/task/{thread}/stat") as file:
+                name, _, rest = file.read().partition("(")[2].rpartition(")")
+        except OSError:
+            continue  # it has just ended
+        if name.startswith("pt_gloo") and rest.split()[0] == "R":
+            return True
+    return False
