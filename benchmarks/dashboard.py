@@ -1,9 +1,10 @@
 """What the panel costs: the notebook's process, the page, a rank.
 
-    python benchmarks/dashboard.py [--seconds 5] [--out build/bench]
+    python benchmarks/dashboard.py [--seconds 5] [--rounds 8] [--out build/bench]
 
 Simulated ranks: events are folded and painted as the relay does it, at ten events a second from each, into
-an output that counts bytes. Nothing else runs in the process.
+an output that counts bytes. Nothing else runs in the process. Real ranks, in a real kernel: how soon a cell's
+panel is there, and what a training loop loses by being shown.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -149,9 +151,106 @@ def progress_step(count: int = 2_000_000) -> dict[str, float]:
     return {"tqdm_ns": plain, "relayed_ns": relayed, "added_ns": relayed - plain, "events": port.emitted}
 
 
+TRAINING = """
+import time
+from nbaccel import notebook_launcher
+def train(steps):
+    import torch
+    from nbaccel import Accelerator
+    torch.manual_seed(0)
+    accelerator = Accelerator()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
+    data = torch.utils.data.TensorDataset(torch.randn(steps * 16, 64), torch.randn(steps * 16, 1))
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), torch.utils.data.DataLoader(data, batch_size=16)
+    )
+    started = time.perf_counter()
+    for step, (x, y) in enumerate(loader):
+        optimizer.zero_grad()
+        loss = ((model(x) - y) ** 2).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        if step % 20 == 0:
+            accelerator.log({"loss": loss}, step=step)
+    return (time.perf_counter() - started) / steps
+notebook_launcher(int, num_processes=1)
+"""
+
+
+class LiveKernel:
+    """An ipykernel that takes its front end for a live JupyterLab."""
+
+    def __init__(self) -> None:
+        from jupyter_client.manager import KernelManager
+
+        root = str(Path(__file__).resolve().parent.parent)
+        self._manager = KernelManager()
+        env = {**os.environ, "PYTHONPATH": root, "JPY_SESSION_NAME": "benchmark.ipynb"}
+        self._manager.start_kernel(env=env)
+        self._client = self._manager.blocking_client()
+        self._client.start_channels()
+        self._client.wait_for_ready(timeout=60)
+
+    def run(self, code: str) -> tuple[float, str]:
+        """Seconds until the cell's first output, and its value in words.
+
+        Raises:
+            RuntimeError: the cell failed.
+        """
+        started = time.perf_counter()
+        request = self._client.execute(code, allow_stdin=True)
+        first, value = 0.0, ""
+        while True:
+            message = self._client.get_iopub_msg(timeout=300)
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind == "display_data" and not first:
+                first = time.perf_counter() - started
+            if kind == "error":
+                raise RuntimeError("\n".join(content["traceback"]))
+            if kind == "execute_result":
+                value = content["data"]["text/plain"]
+            if kind == "status" and content["execution_state"] == "idle":
+                return first, value
+
+    def close(self) -> None:
+        self._client.stop_channels()
+        self._manager.shutdown_kernel(now=True)
+
+
+def in_a_kernel(rounds: int, steps: int = 1500) -> dict[str, Any]:
+    """Seconds until the panel is there, and a step's time with the panel over that without, in turns."""
+    kernel = LiveKernel()
+    try:
+        kernel.run(TRAINING)
+        firsts, ratios, seconds = [], [], []
+        for at in range(rounds):
+            times = {}
+            # who comes first takes turns, too
+            for shown in (True, False) if at % 2 else (False, True):
+                first, value = kernel.run(f"notebook_launcher(train, ({steps},), 1, dashboard={shown})[0]")
+                times[shown] = float(value)
+                if shown:
+                    firsts.append(first)
+            ratios.append(times[True] / times[False])
+            seconds.append(times[False])
+    finally:
+        kernel.close()
+    return {
+        "panel_after_s": statistics.median(firsts),
+        "panel_after_s_worst": max(firsts),
+        "step_us": 1e6 * statistics.median(seconds),
+        "slowdown_median": statistics.median(ratios),
+        "slowdown_range": [min(ratios), max(ratios)],
+        "rounds": rounds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results: dict[str, Any] = {"ranks": []}
@@ -161,6 +260,8 @@ def main() -> None:
     for name, measure in (("flood", flood), ("progress", progress_step)):
         results[name] = measure()
         print(name, results[name], flush=True)
+    results["kernel"] = in_a_kernel(options.rounds)
+    print("kernel", results["kernel"], flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "dashboard.json").write_text(json.dumps(results, indent=1) + "\n")
