@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 # The public names and where they live; nothing is imported before it is used.
 _HOMES = {
     "Accelerator": "nbaccel.core.accelerator",
+    "DeepSpeed": "nbaccel.parallel",
     "FSDP": "nbaccel.parallel",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from nbaccel.errors import ConfigError
-from nbaccel.parallel import FSDP, TensorParallel, named, read_options
+from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, named, read_options
 
 __all__ = ["RUN_CONFIG_VARIABLE", "Device", "Precision", "RunConfig", "combine", "duration_seconds"]
 
@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tpu_runtime": get_args(TpuRuntime),
     "returns": ("all", "rank0", "none"),
     "output": ("auto", "all", "rank0", "none"),
-    "strategy": ("auto", "single", "ddp", "fsdp", "tensor_parallel"),
+    "strategy": ("auto", "single", "ddp", "xla", "fsdp", "tensor_parallel", "deepspeed"),
     "log_with": ("jsonl", "tensorboard"),
     "loss_weighting": ("samples", "equal"),
     "scheduler_steps": ("one", "per_rank"),
@@ -59,17 +59,13 @@ _DDP_OPTIONS = (
     "power_sgd_rank",
     "power_sgd_start",
 )
-_PARALLEL = {"fsdp": FSDP, "tensor_parallel": TensorParallel}
+_PARALLEL = {"fsdp": FSDP, "tensor_parallel": TensorParallel, "deepspeed": DeepSpeed}
 _TEXTS = ("project_dir", "stop_after", "resume")
 # Known to be wanted, not built yet: refused by name rather than ignored.
 _LATER: dict[str, dict[str, str]] = {
     "mixed_precision": {"fp8": "fp8 is not built yet; use 'bf16'"},
-    "strategy": {
-        "deepspeed": "DeepSpeed is not built yet; use 'ddp'",
-    },
 }
 _LATER_KEYS = {
-    "deepspeed": "DeepSpeed is not built yet; leave it out and use strategy 'ddp'",
     "context_parallel": "context parallelism is not built yet; leave it out",
     "pipeline": "pipeline schedules are not built yet; leave it out",
     "megatron": "Megatron-LM is not built yet; leave it out and use strategy 'ddp'",
@@ -127,6 +123,8 @@ class RunConfig:
     """Options of the strategy "ddp", by the names of `DDPOptions`."""
     fsdp: Mapping[str, Any] | None = None
     """Options of the strategy "fsdp", by the names of `FSDP`."""
+    deepspeed: Mapping[str, Any] | None = None
+    """Options of the strategy "deepspeed", by the names of `DeepSpeed`."""
     tensor_parallel: Mapping[str, Any] | None = None
     """Options of tensor parallelism, by the names of `TensorParallel`: alone or with "fsdp"."""
     check_collectives: Literal["sampled", "always", "never"] | None = None

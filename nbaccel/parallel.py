@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["FSDP", "ParallelStyle", "StrategyLike", "TensorParallel", "named", "read_options"]
+__all__ = ["FSDP", "DeepSpeed", "ParallelStyle", "StrategyLike", "TensorParallel", "named", "read_options"]
 
 Sharding = Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -115,7 +115,50 @@ class FSDP:
             )
 
 
-StrategyLike: TypeAlias = str | FSDP | TensorParallel
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepSpeed:
+    """DeepSpeed's ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) sharded over the ranks.
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    stage: Literal[0, 1, 2, 3, "auto"] = "auto"
+    """"auto": the planner chooses the fastest of 1 to 3 that fits; 0 shards nothing."""
+    config: str | Mapping[str, Any] | None = None
+    """A DeepSpeed JSON of yours, or its dict; "auto" in it is filled, and what it does not say is ours."""
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    """Where the optimizer state lives and the optimizer steps, if not on the device."""
+    offload_param: Literal["cpu", "nvme"] | None = None
+    """Where parameters live between uses; stage 3 only."""
+    nvme_path: str | None = None
+    """A folder on the disk, for "nvme"."""
+    overlap_comm: bool = False
+    """Reduce gradients while backward computes: more memory, and a stream of its own."""
+    communication_dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    """What gradients are sent in."""
+    activation_checkpointing: bool = False
+    """Blocks compute their activations again in backward instead of keeping them."""
+    untested_optimizer: bool = False
+    """Take optimizers of other classes than those known to treat each number by itself."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3, "auto"):
+            raise ConfigError(f"deepspeed: stage is {self.stage!r}; it must be 0, 1, 2, 3 or 'auto'")
+        for name in ("offload_optimizer", "offload_param"):
+            if getattr(self, name) is not None:
+                _choice(f"deepspeed: {name}", getattr(self, name), ("cpu", "nvme"))
+        if self.offload_param is not None and self.stage != 3:
+            raise ConfigError("deepspeed: offload_param needs stage=3, where parameters are sharded")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ConfigError("deepspeed: offload_optimizer='nvme' needs stage=3")
+        if "nvme" in (self.offload_optimizer, self.offload_param) and not self.nvme_path:
+            raise ConfigError("deepspeed: offloading to 'nvme' needs nvme_path, a folder on that disk")
+        if self.communication_dtype is not None:
+            _choice("deepspeed: communication_dtype", self.communication_dtype, ("fp16", "bf16", "fp32"))
+
+
+StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed
 """What `strategy=` takes everywhere."""
 
 
@@ -139,8 +182,10 @@ def named(strategy: object) -> dict[str, Any]:
             "fsdp": _mapping(dataclasses.replace(strategy, tensor_parallel=None)),
             **rest,
         }
+    if isinstance(strategy, DeepSpeed):
+        return {"strategy": "deepspeed", "deepspeed": _mapping(strategy)}
     raise ConfigError(
-        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...) or TensorParallel(...)"
+        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...) or DeepSpeed(...)"
     )
 
 

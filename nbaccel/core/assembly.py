@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nbaccel.config import RunConfig, combine, duration_seconds
@@ -15,13 +16,13 @@ from nbaccel.core.strategies.single import Single
 from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
-from nbaccel.parallel import FSDP, read_options
+from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, read_options
 from nbaccel.wire import events
 
 __all__ = ["asked_config", "choose_strategy", "ddp_options", "make_control", "split_trackers"]
 
 _PLACE = "Accelerator(...)"
-_OPTIONS_OF = {"fsdp": ("fsdp",), "tensor_parallel": ("tensor_parallel", "fsdp")}
+_OPTIONS_OF = {"fsdp": ("fsdp",), "tensor_parallel": ("tensor_parallel", "fsdp"), "deepspeed": ("deepspeed",)}
 """Keys that hold a strategy's options, with the strategies that read them."""
 
 
@@ -58,17 +59,51 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
             f"strategy='single' was asked for, but there are {world.size} ranks; use 'ddp' or launch one"
         )
     _check_options(config)
+    if world.device.type == "xla":
+        # imported where it is: it needs torch_xla
+        from nbaccel.core.strategies.xla import XLA
+
+        if name not in (None, "auto", "xla", "ddp", "single"):
+            raise ConfigError(f"strategy={name!r} cannot run on XLA devices; use 'xla', or leave it out")
+        return XLA(world)
+    if name == "xla":
+        raise ConfigError("strategy='xla' needs XLA devices: launch with device='tpu'")
     if world.size == 1:
         return Single(world.device)
-    if name == "fsdp":
+    if name == "deepspeed":
         _check_half(precision, name)
-        options = read_options(FSDP, config.fsdp or {}, "fsdp")
-        # imported where it is asked for: torch's sharding takes a second
-        from nbaccel.core.strategies.fsdp import FullyShardedDataParallel
+        # imported where it is asked for: DeepSpeed takes a second
+        from nbaccel.core.strategies.deepspeed import Zero
 
-        return FullyShardedDataParallel(world, options=options, dtype=precision.dtype)
+        return Zero(
+            world,
+            options=read_options(DeepSpeed, config.deepspeed or {}, "deepspeed"),
+            precision=precision,
+            accumulation=config.gradient_accumulation_steps or 1,
+            clipping=config.gradient_clipping,
+        )
+    if name in ("fsdp", "tensor_parallel"):
+        _check_half(precision, name)
+        return _sharded(config, world, precision)
     accumulates = (config.gradient_accumulation_steps or 1) > 1
     return DDP(world, options=ddp, accumulates=accumulates)
+
+
+def _sharded(config: RunConfig, world: World, precision: Precision) -> Strategy:
+    # imported where it is asked for: torch's sharding takes a second
+    from nbaccel.core.strategies.fsdp import FullyShardedDataParallel
+    from nbaccel.core.strategies.tensor_parallel import TensorParallelism
+
+    options = read_options(FSDP, config.fsdp or {}, "fsdp")
+    if config.tensor_parallel is not None or config.strategy == "tensor_parallel":
+        tensor = read_options(TensorParallel, config.tensor_parallel or {}, "tensor_parallel")
+        if config.strategy == "tensor_parallel" and tensor.size in (0, world.size):
+            return TensorParallelism(world, options=tensor)
+        if config.strategy == "tensor_parallel":
+            # several copies of the model, whose gradients are averaged
+            options = replace(options, sharding="no_shard")
+        options = replace(options, tensor_parallel=tensor)
+    return FullyShardedDataParallel(world, options=options, dtype=precision.dtype)
 
 
 def _check_options(config: RunConfig) -> None:

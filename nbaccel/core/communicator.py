@@ -42,13 +42,17 @@ class Communicator:
         size = real = None
         if loader is not None:
             real, size = loader.batch_samples, loader.batch_samples + loader.batch_repeated
+        # of the ranks that share one batch the first brings it
+        absent = self._world.rank % (self._world.size // self._loop.strategy.data_axis.size) > 0
         with self._timed():
             if use_gather_object or not _all_tensors(value):
                 mine = value if isinstance(value, (list, tuple)) else [value]
                 kept = mine[:real] if len(mine) == size else mine
-                parts = collectives.gather_object(kept, world=self._world)
+                parts = collectives.gather_object([] if absent else kept, world=self._world)
                 return [one for part in parts for one in part]
             kept = map_leaves(lambda t: t[:real] if t.ndim and len(t) == size else t, value)
+            if absent:
+                kept = map_leaves(lambda t: t.reshape(1)[:0] if t.ndim == 0 else t[:0], kept)
             return collectives.gather_uneven(kept, world=self._world, check=self._check)
 
     def reduce(self, tensor: Any, reduction: collectives.Reduction, scale: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
@@ -17,6 +18,7 @@ from nbaccel.core.nested import leaves, map_leaves
 from nbaccel.core.precision import Precision, choose_precision, probe_hardware
 from nbaccel.core.saving import Saving
 from nbaccel.core.trust import TrustChecks
+from nbaccel.core.world import World
 from nbaccel.core.wrappers import (
     PreparedOptimizer,
     PreparedScheduler,
@@ -195,6 +197,7 @@ class Preparing:
         prepared = ShardedLoader(
             inner,
             world=self._loop.world,
+            axis=self._axis(),
             device=self._device if (self._place if place is None else place) else "cpu",
             loop=self._loop,
             **{"name": name, **self._loader_options, **options},
@@ -204,6 +207,12 @@ class Preparing:
             self._loop.stopwatch.watch(prepared)
         self._keep(inner, prepared)
         return self._keep(loader, prepared)  # type: ignore[no-any-return]
+
+    def _axis(self) -> World:
+        """The world as the data sees it: ranks that share one copy of the model are one."""
+        world, axis = self._loop.world, self._loop.strategy.data_axis
+        share = world.size // axis.size
+        return replace(world, rank=axis.rank, size=axis.size, local_size=max(1, world.local_size // share))
 
     def scheduler(self, scheduler: Any) -> PreparedScheduler:
         """The scheduler, stepping once per optimizer step."""

@@ -6,13 +6,52 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nbaccel.core.collectives import gather_object
+from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["clip_sharded_norm", "gather_state_dict", "point_optimizer"]
+__all__ = [
+    "clip_sharded_norm",
+    "gather_state_dict",
+    "point_optimizer",
+    "require_same_model",
+    "share_values",
+]
+
+
+def require_same_model(module: nn.Module, world: World) -> None:
+    """Compares names, shapes and dtypes over the ranks.
+
+    Raises:
+        ConfigError: they differ; the message names ranks and tensors.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+    for rank, theirs in enumerate(gather_object(mine, world=world)):
+        if theirs != mine:
+            odd = sorted({str(one[0]) for one in set(theirs) ^ set(mine)})[:3]
+            raise ConfigError(
+                f"rank {world.rank} and rank {rank} prepare different models ({', '.join(odd)}); build the same "
+                "model on every rank"
+            )
+
+
+@torch.no_grad()
+def share_values(modules: Iterable[nn.Module], world: World) -> None:
+    """Rank 0's values of the modules' own parameters and buffers, moved to the device; all ranks together."""
+    found: dict[int, Tensor] = {}
+    for module in modules:
+        own = [*module._parameters.values(), *module._buffers.values()]
+        found.update((id(tensor), tensor) for tensor in own if tensor is not None)
+    for tensor in found.values():
+        tensor.data = tensor.data.to(world.device).contiguous()
+        # in place, as bytes: no second copy of a large model's block, and every dtype travels
+        dist.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
 
 def point_optimizer(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor]) -> None:

@@ -71,6 +71,7 @@ class ShardedLoader:
             augmentation is the same whoever reads it and after resuming.
         name: of the progress bar.
         loop: told when a pass begins and ends, asked whether to stop.
+        axis: the world as the samples are divided over it, where several ranks get the same ones.
 
     Raises:
         ConfigError: not a DataLoader, or options that cannot be honoured together.
@@ -91,14 +92,19 @@ class ShardedLoader:
         per_sample_seed: bool = False,
         name: str = "train",
         loop: LoopControl | None = None,
+        axis: World | None = None,
     ) -> None:
-        source = read_dataloader(dataloader, world.size)
+        axis = world if axis is None else axis
+        if dispatch and axis.size != world.size:
+            raise ConfigError("dispatch_batches=True cannot go with tensor parallelism; leave it out")
+        source = read_dataloader(dataloader, axis.size)
         self.dataloader = dataloader
         self.name = name
         self.world = world
+        self._axis = axis
         self.device = torch.device(world.device if device is None else device)
         self._source = source
-        self._layout = make_layout(source, world, even_batches, split_batches, dispatch, shard)
+        self._layout = make_layout(source, axis, even_batches, split_batches, dispatch, shard)
         self._dispatch = dispatch and world.size > 1
         self._per_rank = shard == "none"
         self._seeded = per_sample_seed
@@ -327,8 +333,8 @@ class ShardedLoader:
             shuffle=source.shuffle,
             nodes=self._nodes,
             per_rank=self._per_rank,
-            rank=self.world.rank,
-            size=self.world.size,
+            rank=self._axis.rank,
+            size=self._axis.size,
             seeded=self._seeded,
             sampler=sampler,
             stream=self._stream,
@@ -336,7 +342,7 @@ class ShardedLoader:
 
     def _make_reader(self) -> Reader:
         kind = StreamBatches if self._source.kind == "stream" else MapReader
-        ranks = range(self.world.size) if self._dispatch else (0 if self._per_rank else self.world.rank,)
+        ranks = range(self._axis.size) if self._dispatch else (0 if self._per_rank else self._axis.rank,)
         pin = self.device.type == "cuda" and self.dataloader.pin_memory
         return kind(self._source, self._layout, ranks, self.dataloader, seeded=self._seeded, pin=pin)
 

@@ -156,6 +156,10 @@ def clip_local_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
 @torch.no_grad()
 def scale_whole_gradients(modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
     """Multiplies what is in `.grad`."""
-    grads = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
-    if grads:
+    groups: dict[Any, list[Tensor]] = {}
+    for grad in (p.grad for m in modules for p in m.parameters()):
+        if grad is not None:
+            # one call takes tensors of one kind: DTensors of one mesh, or plain ones
+            groups.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    for grads in groups.values():
         torch._foreach_mul_(grads, ratio)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -18,23 +17,28 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor.parallel import ParallelStyle
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.blocks import find_blocks, keep_ties_together
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
-from nbaccel.core.collectives import gather_object
 from nbaccel.core.materialise import give_back_memory, materialise
 from nbaccel.core.recompute import recompute_in_backward
-from nbaccel.core.sharded import clip_sharded_norm, gather_state_dict, point_optimizer
+from nbaccel.core.sharded import (
+    clip_sharded_norm,
+    gather_state_dict,
+    point_optimizer,
+    require_same_model,
+    share_values,
+)
 from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
+from nbaccel.core.tensor_plan import divide, draw_alike, styles_of, tensor_ranks
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import FSDP
 
 __all__ = ["FullyShardedDataParallel"]
-
-Parallelise = Callable[[nn.Module, nn.Module, DeviceMesh], None]
 
 
 @final
@@ -43,8 +47,6 @@ class FullyShardedDataParallel(Strategy):
 
     Args:
         dtype: what the mixed precision computes in; None for float32.
-        tensor_size: ranks that divide each matrix among them; they see the same data.
-        parallelise: divides the matrices of a part of a model over the mesh's inner dimension.
     """
 
     name = "fsdp"
@@ -55,10 +57,9 @@ class FullyShardedDataParallel(Strategy):
         *,
         options: FSDP,
         dtype: torch.dtype | None,
-        tensor_size: int = 1,
-        parallelise: Parallelise | None = None,
     ) -> None:
-        self._world, self._options, self._parallelise = world, options, parallelise
+        self._world, self._options, self._tensor = world, options, options.tensor_parallel
+        tensor_size = 1 if self._tensor is None else tensor_ranks(self._tensor, world.size)
         self._axis = DataAxis(rank=world.rank // tensor_size, size=world.size // tensor_size)
         self._mesh, self._tensor_mesh = _make_meshes(world, options, tensor_size)
         self._policy = _policy(options, dtype)
@@ -78,11 +79,15 @@ class FullyShardedDataParallel(Strategy):
             raise ConfigError(
                 "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
             )
-        self._compare(module)
+        require_same_model(module, self._world)
+        styles: dict[nn.Module, ParallelStyle] = {}
+        if self._tensor is not None and self._tensor_mesh is not None:
+            styles = styles_of(module, self._tensor, self._tensor_mesh.size())
+            draw_alike(self._tensor_mesh)
         before = dict(module.named_parameters(remove_duplicate=False))
         blocks = self._blocks(module)
         for part in [*reversed(blocks), module]:
-            self._shard(part, module)
+            self._shard(part, module, styles)
             give_back_memory()
         if self._options.activation_checkpointing:
             for block in blocks or [module]:
@@ -98,17 +103,6 @@ class FullyShardedDataParallel(Strategy):
         point_optimizer(optimizer, self._replaced)
         return optimizer
 
-    def _compare(self, module: nn.Module) -> None:
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-        for rank, theirs in enumerate(gather_object(mine, world=self._world)):
-            if theirs != mine:
-                odd = sorted({str(one[0]) for one in set(theirs) ^ set(mine)})[:3]
-                raise ConfigError(
-                    f"rank {self._world.rank} and rank {rank} prepare different models ({', '.join(odd)}); build the "
-                    "same model on every rank"
-                )
-
     def _blocks(self, module: nn.Module) -> list[nn.Module]:
         found = find_blocks(module, self._options.wrap)
         kept = keep_ties_together(module, found)
@@ -120,12 +114,13 @@ class FullyShardedDataParallel(Strategy):
             )
         return kept
 
-    def _shard(self, part: nn.Module, model: nn.Module) -> None:
+    def _shard(self, part: nn.Module, model: nn.Module, styles: Mapping[nn.Module, ParallelStyle]) -> None:
         """Gives `part` rank 0's values, in full for this moment only, then keeps this rank's shard."""
         materialise(part, model, self._world.device)
-        self._share(part)
-        if self._parallelise is not None and self._tensor_mesh is not None:
-            self._parallelise(part, model, self._tensor_mesh)
+        own = list(_outside_shards(part, set()))
+        share_values(own, self._world)
+        if self._tensor_mesh is not None:
+            divide(own, styles, model, self._tensor_mesh)
         offload = OffloadPolicy()
         if self._options.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=self._world.device.type == "cuda")
@@ -143,18 +138,6 @@ class FullyShardedDataParallel(Strategy):
         if self._options.sharding == "shard_grad_op":
             return False
         return None if root else True  # None: torch keeps the root's, which backward wants first
-
-    @torch.no_grad()
-    def _share(self, part: nn.Module) -> None:
-        """Rank 0's values of what is in `part` and not sharded yet, moved to the device."""
-        found: dict[int, Tensor] = {}
-        for module in _outside_shards(part, set()):
-            own = [*module._parameters.values(), *module._buffers.values()]
-            found.update((id(tensor), tensor) for tensor in own if tensor is not None)
-        for tensor in found.values():
-            tensor.data = tensor.data.to(self._world.device).contiguous()
-            # in place, as bytes: no second copy of a large model's block, and every dtype travels
-            dist.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
         chain: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]

@@ -1,0 +1,102 @@
+"""Tensor parallelism alone: every rank sees the same data and computes a part of each layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.materialise import materialise
+from nbaccel.core.sharded import (
+    clip_sharded_norm,
+    gather_state_dict,
+    point_optimizer,
+    require_same_model,
+    share_values,
+)
+from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
+from nbaccel.core.tensor_plan import divide, draw_alike, styles_of
+from nbaccel.core.world import World
+from nbaccel.parallel import TensorParallel
+
+__all__ = ["TensorParallelism"]
+
+
+@final
+class TensorParallelism(Strategy):
+    """All ranks share one copy of the model; gradients need no averaging, for there is one batch."""
+
+    name = "tensor_parallel"
+
+    def __init__(self, world: World, *, options: TensorParallel) -> None:
+        self._world, self._options = world, options
+        self._mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tensor",))
+        self._replaced = WeakTensorKeyDictionary()
+        """The divided parameter of each that the user's optimizers may still hold."""
+
+    @property
+    def data_axis(self) -> DataAxis:
+        return DataAxis(rank=0, size=1)
+
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            return module, list(optimizers)
+        require_same_model(module, self._world)
+        styles = styles_of(module, self._options, self._world.size)
+        before = dict(module.named_parameters(remove_duplicate=False))
+        materialise(module, module, self._world.device)
+        share_values(module.modules(), self._world)
+        draw_alike(self._mesh)
+        divide(module.modules(), styles, module, self._mesh)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        self._replaced.update({old: after[name] for name, old in before.items() if old is not after[name]})
+        for optimizer in optimizers:
+            point_optimizer(optimizer, self._replaced)
+        return module, list(optimizers)
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        point_optimizer(optimizer, self._replaced)
+        return optimizer
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def set_sync(self, module: nn.Module, synchronize: bool) -> None:
+        pass
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
+        pass
+
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        scale_whole_gradients(modules, ratio)
+
+    def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        return clip_sharded_norm(parameters, max_norm, norm_type)
+
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
+        return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
+
+    def model_state(self, module: nn.Module) -> Sharded:
+        return ModelState(module)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        return OptimizerState(optimizer, modules)

@@ -1,0 +1,167 @@
+"""Matrices divided over ranks: the numbers of one process, alone and together with FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import TinyLM, difference, held_bytes
+
+from nbaccel import FSDP, TensorParallel
+from nbaccel.errors import ConfigError
+
+pytestmark = pytest.mark.timeout(300)
+HEADS = 4
+
+
+def build(family: str) -> torch.nn.Module:
+    import transformers
+
+    if family == "tiny":
+        return TinyLM(2)
+    if family == "llama":
+        config: Any = transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=HEADS,
+            num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=HEADS, n_positions=32,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def train(family: str, strategy: Any, save: str | None = None, load: str | None = None) -> dict[str, Any]:
+    from nbaccel.core import Accelerator
+
+    acc = Accelerator(cpu=True, strategy=strategy, gradient_accumulation_steps=2)
+    torch.manual_seed(3)
+    model = build(family)
+    # moved a little: at a norm's initial ones a mistake in its gradient does not show
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tokens = torch.randint(13, (60, 8), generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(torch.arange(60), tokens)
+    loader = torch.utils.data.DataLoader(data, batch_size=8 // acc.strategy.data_axis.size)
+    model, optimizer, loader = acc.prepare(model, optimizer, loader)
+    if load:
+        acc.load_state(load)
+    found: dict[str, Any] = {"losses": [], "norms": [], "seen": [], "held": 0}
+    for numbers, batch in loader:
+        found["seen"] += acc.gather_for_metrics(numbers).tolist()
+        with acc.accumulate(model):
+            output = model(batch)
+            logits = (output if isinstance(output, torch.Tensor) else output.logits)[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            acc.backward(loss)
+            norm = acc.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            if acc.sync_gradients:
+                found["held"] = held_bytes(model, optimizer)
+            optimizer.zero_grad()
+        axis = acc.strategy.data_axis.size
+        part = loss.detach() * loader.batch_samples * axis / acc.num_processes
+        found["losses"].append((acc.reduce(part) / loader.global_batch_samples).item())
+        if norm is not None:
+            found["norms"].append(float(norm))
+        if save and acc.steps == 2 and acc.sync_gradients:
+            acc.save_state(save)
+    found["state"] = {name: value.flatten().tolist() for name, value in acc.get_state_dict(model).items()}
+    if family != "tiny":
+        model.eval()
+        with torch.no_grad():
+            found["text"] = model.generate(
+                torch.ones(1, 2, dtype=torch.int64), max_new_tokens=4, do_sample=False
+            )
+            found["text"] = found["text"].tolist()
+    return found
+
+
+def agrees(one: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert difference(one["losses"], alone["losses"]) <= 1e-5
+    assert difference(one["norms"], alone["norms"]) <= 1e-4
+    assert sorted(one["seen"]) == list(range(60))
+    assert one["state"].keys() == alone["state"].keys()
+    worst = max(difference(one["state"][name], alone["state"][name]) for name in alone["state"])
+    assert worst <= 5e-4, worst
+    assert one.get("text") == alone.get("text")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return {
+        family: run_ranks(train, family, "single", num_processes=1)[0] for family in ("llama", "gpt2", "tiny")
+    }
+
+
+def test_training_when_matrices_are_divided_is_that_of_one_process(alone: dict[str, Any]) -> None:
+    for one in run_ranks(train, "llama", "tensor_parallel"):
+        agrees(one, alone["llama"])
+        assert one["held"] < 0.6 * alone["llama"]["held"]
+
+
+def test_training_when_a_plan_is_given_is_that_of_one_process(alone: dict[str, Any]) -> None:
+    plan = TensorParallel(plan={"blocks.*.up": "column", "blocks.*.down": "row"}, size=2)
+    for one in run_ranks(train, "tiny", plan):
+        agrees(one, alone["tiny"])
+
+
+def test_training_on_a_mesh_of_two_by_two_is_that_of_one_process_and_its_checkpoint_moves(
+    alone: dict[str, Any], tmp_path: Any
+) -> None:
+    folder = str(tmp_path / "middle")
+    strategy = FSDP(tensor_parallel=TensorParallel(size=2))
+    for one in run_ranks(train, "llama", strategy, folder, num_processes=4):
+        agrees(one, alone["llama"])
+        assert one["held"] < 0.3 * alone["llama"]["held"]
+    for strategy, size in (("single", 1), ("tensor_parallel", 2)):
+        for one in run_ranks(train, "llama", strategy, None, folder, num_processes=size):
+            assert difference(one["losses"], alone["llama"]["losses"][-len(one["losses"]) :]) <= 1e-5
+            assert len(one["losses"]) == len(alone["llama"]["losses"]) - 4
+
+
+def test_training_when_copies_are_divided_averages_over_the_copies(alone: dict[str, Any]) -> None:
+    for one in run_ranks(train, "gpt2", TensorParallel(size=2), num_processes=4):
+        agrees(one, alone["gpt2"])
+
+
+def refusals() -> list[str]:
+    from nbaccel.core import Accelerator
+
+    said = []
+
+    def refused(strategy: Any, model: torch.nn.Module | None) -> None:
+        with pytest.raises(ConfigError) as caught:
+            Accelerator(cpu=True, strategy=strategy).prepare(model)
+        said.append(str(caught.value))
+
+    import transformers
+
+    odd = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=18, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3,
+        num_key_value_heads=3,
+    )  # fmt: skip
+    refused("tensor_parallel", transformers.LlamaForCausalLM(odd))
+    refused("tensor_parallel", TinyLM())
+    refused(TensorParallel(plan={"blocks.*.upp": "column"}), TinyLM())
+    refused(TensorParallel(plan={"blocks.*.norm": "column"}), TinyLM())
+    refused(TensorParallel(size=3), None)
+    return said
+
+
+def test_wrong_combinations_when_divided_are_refused_with_what_to_do() -> None:
+    words = [
+        "3 heads (num_attention_heads); use one of 1, 3",
+        "plan={",
+        "'blocks.*.upp'",
+        "no matrix",
+        "a divisor",
+    ]
+    for said in run_ranks(refusals):
+        for text, word in zip(said, words, strict=True):
+            assert word in text
