@@ -129,7 +129,7 @@ class Loop:
         """A pass over `loader` is about to begin."""
         self.before_pass(loader)
         if self.stopwatch is not None:
-            self.stopwatch.begin()
+            self.stopwatch.begin(_clock())
         self.loaders.append(loader)
         if self._observer is not None:
             self._observer.began(loader)

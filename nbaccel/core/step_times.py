@@ -70,15 +70,13 @@ class Stopwatch:
         """Count the waiting of this loader."""
         self._loaders.append(loader)
 
-    def begin(self) -> None:
-        """The loop begins, if it has not yet."""
+    def begin(self, now: float) -> None:
+        """The loop begins, if it has not yet: with a pass over a prepared loader, or with a first forward."""
         if self._began is None:
-            self._began = self.until = time.perf_counter()
+            self._began = self.until = now
 
     def step(self) -> None:
         """An optimizer step has ended, at `until`."""
-        if not self.steps:
-            self.begin()
         self.steps += 1
         if self.device is not None:
             self.device.step()

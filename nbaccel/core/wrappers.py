@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Callable
 from typing import Any, final
 
@@ -72,6 +71,8 @@ class TimedForward:
         if watch.device is not None:
             return self._on_device(watch.device, args, kwargs)
         before, started = watch.forward, _clock()
+        if not before:
+            watch.begin(started)
         output = self.inner(*args, **kwargs)
         # Not added to what is there now: models inside, and a module that calls itself, count once.
         watch.forward = before + (_clock() - started)
@@ -88,8 +89,9 @@ class TimedForward:
 
 
 def _plain_forward(module: nn.Module) -> Any:
-    # A copy or a pickle of the module gets its plain forward back: the copy is not prepared.
-    return types.MethodType, (type(module).forward, module)
+    # A copy or a pickle of the module gets its plain forward back: the copy is not prepared. `getattr` finds
+    # the class's, for a module that is being made again has no attributes of its own yet.
+    return getattr, (module, "forward")
 
 
 def patch_forward(module: nn.Module, precision: Precision, stopwatch: Stopwatch | None) -> None:
@@ -173,8 +175,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
             watch.until = ended = _clock()
             watch.optimizer += ended - started
             if leads:
-                if not watch.steps:
-                    watch.begin()
                 watch.steps += 1
         return result
 

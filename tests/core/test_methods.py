@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -18,6 +21,13 @@ def _linear(value=1.0):
     model = nn.Linear(2, 1, bias=False)
     nn.init.constant_(model.weight, value)
     return model
+
+
+def _through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def _one_by_one():
@@ -191,4 +201,17 @@ def test_training_step_on_a_device_adds_no_synchronisation(precision):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
+    assert acc.step_times().parts["forward"] > 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _through_torch_save], ids=["deepcopy", "torch.save"])
+@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
+def test_prepared_model_when_copied_is_the_plain_model(copied):
+    acc = Accelerator(cpu=True, mixed_precision="bf16", measure=True)
+    model = acc.prepare(_linear())
+    twin = copied(model)
+    nn.init.constant_(twin.weight, 2.0)
+    x = torch.tensor([[1.0, 2.0**-9]])  # more digits than bf16 has
+    assert model(x).tolist() == [[1.0]]
+    assert twin(x).tolist() == [[2.0 + 2.0**-8]]
     assert acc.step_times().parts["forward"] > 0

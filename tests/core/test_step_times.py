@@ -129,8 +129,33 @@ def test_step_times_when_delays_are_injected(data, slow_rank, communication):
             assert measured == pytest.approx(seconds, rel=0.1, abs=0.001), (rank, part)
         for part in rows[0][0]:
             if not injected.get(part):
-                assert abs(_difference(rows, lambda row, part=part: row[0][part])) < 0.002, (rank, part)
+                # A third of the least delay: less is the machine's, not another part's time in this one.
+                assert abs(_difference(rows, lambda row, part=part: row[0][part])) < 0.005, (rank, part)
         wall = [row[2] for row in rows]
         parts = [sum(row[0].values()) for row in rows]
         assert statistics.median(parts) == pytest.approx(statistics.median(wall), rel=0.05)
         assert sum(wall) == pytest.approx(sum(row[3] for row in rows), rel=0.05)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Model(0.0)
+
+    def forward(self, x, again=2):
+        time.sleep(0.01)
+        return self(x, again - 1) if again else self.inner(x)
+
+
+def test_forward_when_models_nest_counts_once_and_needs_no_loader():
+    acc = Accelerator(cpu=True, measure=True)
+    outer = Nested()
+    acc.prepare(outer.inner)
+    optimizer = torch.optim.SGD(outer.parameters(), lr=0.1)
+    outer, optimizer = acc.prepare(outer, optimizer)
+    started = time.perf_counter()
+    acc.step(outer(torch.ones(1, 4)).mean(), optimizer)
+    elapsed = time.perf_counter() - started
+    times = acc.step_times()
+    assert 0.03 <= times.parts["forward"] <= times.wall <= elapsed
+    assert sum(times.parts.values()) == pytest.approx(times.wall, rel=0.05)
