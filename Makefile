@@ -16,10 +16,10 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanit
 SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-browser test-xla chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
+.PHONY: help demo lab test test-browser test-ipykernel6 test-xla chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.nbaccel-demo  ## execute the quickstart on 2 ranks; leaves it under build/
 	$(PY) notebooks/execute.py notebooks/quickstart.ipynb --out build
@@ -37,6 +37,10 @@ test: lint chromium  ## lint, types, unit, integration, a browser, notebooks wit
 test-browser: $(VENV)/.nbaccel-test chromium  ## the panel in a real JupyterLab; screenshots under build/
 	@mkdir -p build/screenshots
 	NBACCEL_SHOTS=build/screenshots $(PY) -m pytest tests/browser
+
+test-ipykernel6: $(VENV)/.nbaccel-test chromium  ## the same on the older kernel, by hand: three minutes
+	$(PIP) install -q --no-deps --target build/ipykernel6 'ipykernel<7'
+	NBACCEL_KERNEL=$(CURDIR)/build/ipykernel6 $(PY) -m pytest tests/browser/test_panel.py
 
 # The browser tests are skipped, and say so, where it cannot be installed.
 chromium:

@@ -143,7 +143,7 @@ class Displays:
             return {"text/html": "", "text/plain": ""}, {}
         if len(group) == 1:
             (rank, event), *_ = group.items()
-            if self._alone or rank == 0 or VIEW in event.data or _as_html(event.data) is None:
+            if self._alone or rank == 0 or at not in self._shared or _as_html(event.data) is None:
                 return event.data, event.metadata
         return _grid(group), {}
 

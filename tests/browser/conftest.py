@@ -69,7 +69,10 @@ class Lab:
             "JUPYTER_DATA_DIR": str(folder / "data"),
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
             "JUPYTER_PREFER_ENV_PATH": "1",
-            "PYTHONPATH": os.environ.get("NBACCEL_TREE", str(ROOT)),
+            # another ipykernel than this environment's may stand first: make test-ipykernel6
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [os.environ.get("NBACCEL_KERNEL"), os.environ.get("NBACCEL_TREE", str(ROOT))])
+            ),
         }
         command = [
             sys.executable,

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from nbaccel.notebook.displays import Displays
+from nbaccel.notebook.widgets import RankWidgets
 from nbaccel.session.state import new_state
 from nbaccel.wire.events import Display
 
@@ -35,7 +36,8 @@ class Page:
 
 def shown(*events: Display, num_ranks: int = 4) -> Page:
     page: Any = Page()
-    displays = Displays(page, num_ranks=num_ranks, before=lambda: None)
+    widgets = RankWidgets(page, lambda *_: None, live=False)
+    displays = Displays(page, num_ranks=num_ranks, before=lambda: None, widgets=widgets)
     for event in events:
         displays.handle(event, STATE)
     displays.close(STATE)

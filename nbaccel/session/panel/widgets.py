@@ -48,7 +48,8 @@ def _html(model: str, models: Models, depth: int) -> str:
         return f"<div>{_description(state)}{state.get('value', '')}</div>"  # as `display(HTML(…))` shows it
     if kind == "ImageModel":
         return _image(state)
-    return f"<div>{_description(state)}{_control(kind, state)}</div>"
+    name = "" if kind == "ButtonModel" else _description(state)
+    return f"<div>{name}{_control(kind, state)}</div>"
 
 
 def _description(state: Mapping[str, Any]) -> str:
