@@ -83,7 +83,8 @@ class Absent(nn.Parameter):
         """The stand-in of `weight`, computed with on `device`."""
         empty = torch.empty(weight.stored.shape, dtype=weight.dtype, device="meta")
         made: Absent = torch.Tensor._make_subclass(Absent, empty, weight.learns)
-        made.fetch = lambda: weight.real().to(device)
+        # A parameter again: torch chooses between its kernels by that.
+        made.fetch = lambda: nn.Parameter(weight.real().to(device), requires_grad=weight.learns)
         return made
 
     @classmethod

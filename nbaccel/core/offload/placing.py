@@ -158,10 +158,9 @@ class _Placing:
             kept = [i for i, item in enumerate(self._items) if not item.lookup and item.num_bytes > largest]
             if without := self._choose(kept, self._devices, "disk"):
                 raise self._too_small(without)
-            if biggest := max(
-                (i for i in streamed if not self._items[i].lookup), key=self._size, default=None
-            ):
-                self._keep_room(self._items[biggest])
+            moved = [self._items[i] for i in streamed if not self._items[i].lookup]
+            if moved:
+                self._keep_room(max(moved, key=lambda item: item.num_bytes))
         host = [place for place in HOST if place not in self._devices]
         left = self._choose(left, self._devices, host[0])
         if len(host) > 1:
@@ -178,9 +177,6 @@ class _Placing:
     def total_seconds(self) -> float:
         """Of one forward pass."""
         return sum(self._seconds(item, place) for item, place in zip(self._items, self.places, strict=True))
-
-    def _size(self, index: int) -> int:
-        return self._items[index].num_bytes
 
     def _largest(self, start: int) -> Item:
         items = [item for item in self._items[start:] if not item.lookup]
