@@ -11,16 +11,20 @@ __version__ = "0.1.0.dev0"
 # The public names and where they live; nothing is imported before it is used.
 _HOMES = {
     "Accelerator": "nbaccel.core.accelerator",
+    "DDPOptions": "nbaccel.core.strategies.ddp",
     "DeepSpeed": "nbaccel.parallel",
     "FSDP": "nbaccel.parallel",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",
+    "ScalerOptions": "nbaccel.core.precision",
     "TensorParallel": "nbaccel.parallel",
     "Session": "nbaccel.notebook.session",
     "cpu_offload": "nbaccel.core.offload",
     "disk_offload": "nbaccel.core.offload",
     "dispatch_model": "nbaccel.core.offload",
     "doctor": "nbaccel.notebook.doctor",
+    "find_executable_batch_size": "nbaccel.core.memory",
+    "find_tied_parameters": "nbaccel.core.tied",
     "infer_auto_device_map": "nbaccel.core.offload",
     "init_empty_weights": "nbaccel.core.offload",
     "init_on_device": "nbaccel.core.offload",
@@ -30,7 +34,9 @@ _HOMES = {
     "notebook_launcher": "nbaccel.notebook.launcher",
     "plan": "nbaccel.session.planning",
     "remove_hooks": "nbaccel.core.offload",
+    "retie_parameters": "nbaccel.core.tied",
     "runs": "nbaccel.session.reopen",
+    "set_seed": "nbaccel.core.rng",
 }
 
 __all__ = list(_HOMES)

@@ -136,7 +136,7 @@ class DeepSpeed:
     overlap_comm: bool = False
     """Reduce gradients while backward computes: more memory, and a stream of its own."""
     communication_dtype: Literal["fp16", "bf16", "fp32"] | None = None
-    """What gradients are sent in."""
+    """What gradients are sent in; None: float32, as under the other strategies."""
     activation_checkpointing: bool = False
     """Blocks compute their activations again in backward instead of keeping them."""
     untested_optimizer: bool = False
@@ -185,7 +185,8 @@ def named(strategy: object) -> dict[str, Any]:
     if isinstance(strategy, DeepSpeed):
         return {"strategy": "deepspeed", "deepspeed": _mapping(strategy)}
     raise ConfigError(
-        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...) or DeepSpeed(...)"
+        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...) or "
+        "DeepSpeed(...)"
     )
 
 

@@ -1,0 +1,403 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in shards, in device memory, the host's, or on disk.
+
+The loop stays as it is: the engine is the module that is called, its step stands behind the user's optimizer,
+and where a window ends is told to it before each forward. DeepSpeed's own JSON can be given and is completed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nbaccel.core.blocks import find_blocks
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.checkpoint.modules import canonical_name
+from nbaccel.core.collectives import broadcast_module
+from nbaccel.core.materialise import materialise
+from nbaccel.core.nested import map_tensors
+from nbaccel.core.plan import Activations, Setting, choose, machine_for, size_of
+from nbaccel.core.precision import Precision
+from nbaccel.core.recompute import recompute_in_backward
+from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
+from nbaccel.core.world import World
+from nbaccel.core.zero.settings import settings
+from nbaccel.core.zero.state import ZeroModelState, ZeroOptimizerState, part_of, whole_state_dict, write_part
+from nbaccel.errors import ConfigError
+from nbaccel.parallel import DeepSpeed
+
+__all__ = ["Zero"]
+
+_ELEMENTWISE = (
+    *("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"),
+    *("Lion", "FusedAdam", "DeepSpeedCPUAdam", "FusedLion", "DeepSpeedCPULion"),
+)
+"""Optimizers that treat each number by itself; ZeRO gives them flat pieces, not the parameters' shapes."""
+
+
+@final
+class Zero(Strategy):
+    """One engine for the one model that is trained; other models are the same on all ranks.
+
+    Args:
+        accumulation, clipping: what was asked of the Accelerator, to compare the user's JSON with.
+    """
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        options: DeepSpeed,
+        precision: Precision,
+        accumulation: int,
+        clipping: float | None,
+    ) -> None:
+        self._world, self._options, self._precision = world, options, precision
+        self._accumulation, self._clipping = accumulation, clipping
+        self.handles_precision = options.stage != 0
+        self._deepspeed = _import(world)
+        self._engine: Any = None
+        self._names: list[dict[str, nn.Parameter]] = []
+        """The parameters of each group of the optimizer, by the names of the user's model."""
+
+    @property
+    def data_axis(self) -> DataAxis:
+        return DataAxis(rank=self._world.rank, size=self._world.size)
+
+    # Preparing ---------------------------------------------------------------------------------------
+
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        if module is self._engine:
+            return module, list(optimizers)
+        if not trainable(module):
+            materialise(module, module, self._world.device)
+            module = module.to(self._world.device) if place else module
+            broadcast_module(module, world=self._world)
+            return module, list(optimizers)
+        (optimizer,) = self._checked(optimizers)
+        stage = self._stage(module, optimizer)
+        known: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        size = size_of(module)
+        config = settings(
+            self._options,
+            stage=stage,
+            size=size,
+            num_processes=self._world.size,
+            precision=self._precision.kind,
+            accumulation=self._accumulation,
+            clipping=self._clipping,
+        )
+        _say_what_compiles(self._deepspeed, config, self._world)
+        groups = [[known.get(p) for p in group["params"]] for group in optimizer.param_groups]
+        if self._options.activation_checkpointing:
+            for block in find_blocks(module, "auto") or [module]:
+                recompute_in_backward(block)
+        exact = self._fill(module, optimizer, known, config, stage)
+        named = dict(module.named_parameters())
+        self._names = [
+            {canonical_name(module, name): named[name] for name in group if name is not None}
+            for group in groups
+        ]
+        self._engine, *_ = self._deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self._engine.set_gradient_accumulation_boundary(True)
+        if stage == 0:
+            return self._engine, [optimizer]
+        for name, part in exact.items():
+            write_part(named[name], part, None)
+        if self._precision.dtype is not None:
+            _compute_in(self._engine, self._precision.dtype)
+        return self._engine, [_ZeroStep(optimizer, self._engine)]
+
+    def _fill(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        known: Mapping[Tensor, str],
+        config: Mapping[str, Any],
+        stage: int,
+    ) -> dict[str, Tensor]:
+        """Rank 0's values, and values for what is on the meta device; in stage 3 block by block, each kept in
+        shards at once.
+
+        Returns the float32 values, by name, where DeepSpeed narrows parameters before it copies them: in stage 3
+        this rank's part, else the whole.
+        """
+        exact: dict[str, Tensor] = {}
+        done: set[int] = set()
+        for part in [*reversed(find_blocks(module, "auto")), module] if stage == 3 else [module]:
+            materialise(part, module, self._world.device)
+            names = {id(p): name for name, p in module.named_parameters()}
+            fresh = [p for p in part.parameters() if id(p) not in done]
+            done.update(map(id, fresh))
+            for parameter in fresh:
+                parameter.data = parameter.data.to(self._world.device).contiguous()
+                dist.broadcast(parameter.data, src=0)
+                if self._precision.dtype is not None and parameter.requires_grad and stage:
+                    exact[names[id(parameter)]] = self._kept(parameter.data, stage)
+            if stage == 3:
+                self._deepspeed.zero.Init(module=part, config_dict_or_path=dict(config))
+        module.to(self._world.device)
+        now = dict(module.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [now[known[p]] if p in known else p for p in group["params"]]
+        return exact
+
+    def _kept(self, value: Tensor, stage: int) -> Tensor:
+        return part_of(value, -(-value.numel() // self._world.size)).clone() if stage == 3 else value.clone()
+
+    def _checked(self, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        if self._engine is not None:
+            raise ConfigError(
+                "strategy 'deepspeed' trains one model: give both to one module, or use strategy 'fsdp'"
+            )
+        if len(optimizers) != 1:
+            raise ConfigError(
+                f"strategy 'deepspeed' needs the model with its one optimizer, prepare(model, optimizer); "
+                f"{len(optimizers)} came with it. A model that is not trained: prepare_model(model, "
+                "evaluation_mode=True)"
+            )
+        kind = type(optimizers[0]).__name__
+        if self._options.stage != 0 and kind not in _ELEMENTWISE and not self._options.untested_optimizer:
+            raise ConfigError(
+                f"{kind} cannot go with ZeRO, which gives an optimizer flat pieces of all parameters together: it may "
+                f"need their shapes. Use one that treats each number by itself ({', '.join(_ELEMENTWISE[:6])}…), "
+                "strategy 'fsdp', or DeepSpeed(untested_optimizer=True) if you know it does"
+            )
+        return optimizers
+
+    def _stage(self, module: nn.Module, optimizer: Optimizer) -> int:
+        """The stage asked for; "auto": the planner's, among ZeRO's."""
+        if self._options.stage != "auto":
+            return self._options.stage
+        kind = type(optimizer).__name__.lower()
+        setting = Setting(
+            num_processes=self._world.size,
+            optimizer={"adamw": "adamw", "adam": "adam", "sgd": "momentum"}.get(kind, "adamw"),
+            mixed_precision=self._precision.kind,
+            activations=Activations(),
+            device_type=self._world.device.type,
+        )
+        room = _free_bytes(self._world)
+        machine = machine_for("", device_type=self._world.device.type, device_bytes=room, host_bytes=room)
+        plan = choose(
+            size_of(module),
+            setting,
+            machine,
+            refuse=lambda one: "" if one.family == "zero" and not one.offload else "not a stage of ZeRO",
+        )
+        stage = 3 if plan.chosen is None else int(plan.chosen.spread.name[-1])
+        # every rank sees other free memory, and all must take the same stage
+        agreed = torch.tensor(stage)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        if self._world.is_main:
+            print(f"deepspeed: stage {int(agreed)} of ZeRO ({plan.why()})", flush=True)
+        return int(agreed)
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        if isinstance(optimizer, _ZeroStep):
+            return optimizer
+        held = {id(p) for named in self._names for p in named.values()}
+        if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
+            raise ConfigError(
+                "strategy 'deepspeed' needs model and optimizer together: prepare(model, optimizer)"
+            )
+        return optimizer
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        engine: Any = module
+        inner: nn.Module = engine.module if module is self._engine else module
+        return inner
+
+    # The loop ----------------------------------------------------------------------------------------
+
+    def set_sync(self, module: nn.Module, synchronize: bool) -> None:
+        if module is self._engine:
+            engine: Any = self._engine
+            engine.set_gradient_accumulation_boundary(synchronize)
+
+    @contextmanager
+    def _unsynchronized(self, module: nn.Module) -> Iterator[None]:
+        self.set_sync(module, False)
+        try:
+            yield
+        finally:
+            self.set_sync(module, True)
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return self._unsynchronized(module)
+
+    def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
+        self.set_sync(module, True)
+
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        if self._engine is None or not any(module is self._engine for module in modules):
+            loss.backward(**options)  # type: ignore[no-untyped-call]
+            return
+        if options.keys() - {"retain_graph"}:
+            raise ConfigError(f"backward({', '.join(options)}) cannot go with strategy 'deepspeed'")
+        self._engine.backward(loss, **options)
+
+    @torch.no_grad()
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        zero = self._zero
+        if zero is None:
+            scale_whole_gradients(modules, ratio)
+            return
+        for kept in zero.averaged_gradients.values():
+            for gradient in kept or ():
+                gradient.mul_(ratio)
+
+    def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
+        raise ConfigError(
+            "join_uneven_inputs cannot go with strategy 'deepspeed': every rank is needed in each step. Use a "
+            "prepared loader, which gives all ranks equally many batches, or strategy 'ddp'."
+        )
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        zero = self._zero
+        if zero is None:
+            return clip_local_norm(parameters, max_norm, norm_type)
+        if norm_type != 2.0:
+            raise ConfigError(
+                f"norm_type={norm_type} cannot go with ZeRO, which knows the 2-norm; leave it out"
+            )
+        if hasattr(zero, "_get_norm_groups"):  # stage 3
+            norms = zero._get_norm_groups()
+            norm = torch.linalg.vector_norm(torch.stack([torch.as_tensor(one) for one in norms]))
+        else:
+            norm = torch.as_tensor(zero.scaled_global_norm())
+        zero.clip_grad = max_norm  # for the step that follows; _ZeroStep takes it back
+        before: Tensor = norm.float().cpu() / float(zero.loss_scale)
+        return before
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer; None where it divides nothing."""
+        found = None if self._engine is None else self._engine.optimizer
+        return found if hasattr(found, "averaged_gradients") else None
+
+    # Saving ------------------------------------------------------------------------------------------
+
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
+        if module is not self._engine:
+            return module.state_dict()
+        return whole_state_dict(self.unwrap(module), keep=self._world.is_main or not rank_zero_only)
+
+    def model_state(self, module: nn.Module) -> Sharded:
+        zero = self._zero
+        inner = self.unwrap(module)
+        return ModelState(inner) if zero is None or module is not self._engine else ZeroModelState(inner)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        if isinstance(optimizer, _ZeroStep):
+            return ZeroOptimizerState(self._zero, self._names)
+        return OptimizerState(optimizer, [self.unwrap(module) for module in modules])
+
+
+@final
+class _ZeroStep(Optimizer):
+    """The user's optimizer, stepped by the engine."""
+
+    def __init__(self, optimizer: Optimizer, engine: Any) -> None:
+        # Not Optimizer.__init__: groups and state are the user's optimizer's.
+        self.optimizer, self._engine = optimizer, engine
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of the engine, which clears the gradients too."""
+        if closure is not None:
+            raise ConfigError("an optimizer's closure cannot go with strategy 'deepspeed'")
+        self._engine.step()
+        self._engine.optimizer.clip_grad = 0.0
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether fp16 gradients overflowed and DeepSpeed left the step out."""
+        return not self._engine.was_step_applied()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The engine has done it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise ConfigError("under ZeRO an optimizer's state is loaded by acc.load_state(folder)")
+
+    def __repr__(self) -> str:
+        return f"ZeRO({self.optimizer!r})"
+
+
+def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
+    """Floating-point inputs in the engine's type, outputs in float32, as under autocast."""
+
+    def narrow(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
+
+    def widen(_: nn.Module, args: Any, output: Any) -> Any:
+        return map_tensors(lambda t: t.float() if t.dtype == dtype else t, output)
+
+    engine.register_forward_pre_hook(narrow, with_kwargs=True)
+    engine.register_forward_hook(widen)
+
+
+def _import(world: World) -> Any:
+    if world.device.type == "cpu":
+        # Else DeepSpeed takes a GPU where there is one, whatever was asked.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"strategy 'deepspeed' needs pip install 'nbaccel[deepspeed]' ({error})") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _say_what_compiles(deepspeed: Any, config: Mapping[str, Any], world: World) -> None:
+    zero = config["zero_optimization"]
+    places = [zero.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")]
+    if "nvme" not in places:
+        return
+    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            "DeepSpeed's NVMe offload needs libaio and a compiler: apt-get install libaio-dev g++ ninja-build"
+        )
+    if world.is_main:
+        print("deepspeed: compiling async_io for NVMe offload, once (about a minute)", flush=True)
+
+
+def _free_bytes(world: World) -> int:
+    """What this rank can use."""
+    if world.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(world.device)[0])
+    with open("/proc/meminfo") as file:
+        found = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return found * 1024 // world.local_size

@@ -1,0 +1,139 @@
+"""From our options, and a file of the user's own, to the dict DeepSpeed is initialised with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbaccel.core.plan.memory import zero_buckets
+from nbaccel.core.plan.size import Size
+from nbaccel.errors import ConfigError
+from nbaccel.parallel import DeepSpeed
+
+__all__ = ["read_config", "settings"]
+
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu")
+"""Known to the loaders, not to DeepSpeed."""
+
+
+def settings(
+    options: DeepSpeed,
+    *,
+    stage: int,
+    size: Size,
+    num_processes: int,
+    precision: str,
+    accumulation: int,
+    clipping: float | None,
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    The loop decides where a window ends, so DeepSpeed is told of one micro-step, and of the boundary itself.
+
+    Raises:
+        ConfigError: the user's file asks for something else than the Accelerator.
+    """
+    buckets = zero_buckets(size, num_processes)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": options.overlap_comm,
+        "reduce_bucket_size": buckets.reduce,
+        "allgather_bucket_size": buckets.reduce,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": buckets.prefetch,
+            "stage3_max_live_parameters": buckets.live,
+            "stage3_max_reuse_distance": buckets.live,
+            "stage3_param_persistence_threshold": buckets.persistent,
+            "sub_group_size": buckets.sub_group,
+        }
+    for name, place in (
+        ("offload_optimizer", options.offload_optimizer),
+        ("offload_param", options.offload_param),
+    ):
+        if place is not None:
+            zero[name] = {"device": place}
+            if place == "nvme":
+                zero[name]["nvme_path"] = options.nvme_path
+                if name == "offload_param":
+                    zero[name]["buffer_size"] = max(size.largest_parameter, 10**6)
+    filled: dict[str, Any] = {
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0; the loop's clip_grad_norm_ sets it step by step
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16" and stage > 0},
+        "fp16": {"enabled": precision == "fp16" and stage > 0},
+        "zero_allow_untested_optimizer": True,  # which are refused is decided in the strategy
+        "zero_force_ds_cpu_optimizer": False,  # would compile one of its own
+    }
+    if precision != "no" and stage > 1:
+        # Micro-steps add up in float32, as elsewhere; stage 1 would take another optimizer for it.
+        filled["data_types"] = {"grad_accum_dtype": "fp32"}
+    sent = options.communication_dtype or ("fp32" if precision != "no" else None)
+    if sent is not None:
+        filled["communication_data_type"] = sent
+    given = {} if options.config is None else read_config(options.config)
+    _check(given, accumulation=accumulation, precision=precision, clipping=clipping, stage=stage)
+    for name in _OURS:
+        given.pop(name, None)
+    given.pop("gradient_accumulation_steps", None)
+    given.pop("gradient_clipping", None)
+    merged = _merge(filled, given)
+    merged["train_micro_batch_size_per_gpu"] = 1
+    return merged
+
+
+def read_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration from a JSON file or a dict.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if isinstance(config, Mapping):
+        return json.loads(json.dumps(config))  # type: ignore[no-any-return]
+    try:
+        found = json.loads(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the DeepSpeed configuration {config} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"the DeepSpeed configuration {config} holds no object")
+    return found
+
+
+def _check(
+    given: Mapping[str, Any], *, accumulation: int, precision: str, clipping: float | None, stage: int
+) -> None:
+    for name in ("optimizer", "scheduler"):
+        if name in given:
+            raise ConfigError(
+                f"the DeepSpeed configuration has {name!r}; make it in the script and give it to prepare(model, "
+                f"{name}), and take it out of the configuration"
+            )
+    asked = {
+        "gradient_accumulation_steps": (given.get("gradient_accumulation_steps"), accumulation),
+        "gradient_clipping": (given.get("gradient_clipping"), clipping),
+        "zero_optimization.stage": (given.get("zero_optimization", {}).get("stage"), stage),
+        "bf16.enabled": (given.get("bf16", {}).get("enabled"), precision == "bf16"),
+        "fp16.enabled": (given.get("fp16", {}).get("enabled"), precision == "fp16"),
+    }
+    for name, (value, ours) in asked.items():
+        if value not in (None, "auto") and value != ours and not (name == "gradient_clipping" and not value):
+            raise ConfigError(
+                f"{name} is {value!r} in the DeepSpeed configuration and {ours!r} for the Accelerator. Ask for it "
+                'in one place, or write "auto" in the configuration.'
+            )
+
+
+def _merge(ours: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` over `ours`; "auto" takes ours, and is left out where there is none."""
+    merged = dict(ours)
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            inner = ours.get(name)
+            merged[name] = _merge(inner if isinstance(inner, Mapping) else {}, value)
+        elif value != "auto":
+            merged[name] = value
+    return merged
