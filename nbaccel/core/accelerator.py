@@ -375,6 +375,8 @@ class Accelerator:
         **options: Any,
     ) -> ShardedLoader:
         """The loader divided over the ranks; `options` are those of `ShardedLoader`."""
+        if "slice_fn_for_dispatch" in options:
+            refused.refuse_parameters("prepare_data_loader", options)
         return self._preparing.loader(data_loader, device_placement, **options)
 
     def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
@@ -446,8 +448,11 @@ class Accelerator:
         self.strategy.sync_in_backward(model, [])
         yield
 
-    def autocast(self, *, enabled: bool = True, cache_enabled: bool = True) -> AbstractContextManager[Any]:
+    def autocast(
+        self, *, enabled: bool = True, cache_enabled: bool = True, **unknown: Any
+    ) -> AbstractContextManager[Any]:
         """A context that computes in the precision in force."""
+        refused.refuse_parameters("autocast", unknown)
         return self._precision.autocast(enabled=enabled, cache_enabled=cache_enabled)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
@@ -573,12 +578,14 @@ class Accelerator:
         values: Mapping[str, Any],
         step: int | None = None,
         reduce: Literal["mean", "sum"] | None = None,
-        **_: Any,
+        **unknown: Any,
     ) -> None:
         """Logs values at an optimizer step (the present one if None): to the trackers and the dashboard.
 
         With `reduce` they are first reduced over the ranks, and this is to be called on all of them.
         """
+        if unknown:
+            refused.refuse_parameters("log", unknown)
         self._log.log(values, step=self._loop.steps if step is None else step, reduction=reduce)
 
     def init_trackers(
@@ -615,6 +622,8 @@ class Accelerator:
 
     def profile(self, folder: str | Path | None = None, **options: Any) -> AbstractContextManager[Any]:
         """A torch profiler; each rank writes `trace-rank-N.json` to `folder` (or to the project's)."""
+        if "profile_handler" in options:
+            refused.refuse_parameters("profile", options)
         return profiled(folder or self.project_dir, self.process_index, options)
 
     # Saving and stopping -----------------------------------------------------------------------------
@@ -648,20 +657,34 @@ class Accelerator:
         """
         return self._knobs.value(name, default, low=low, high=high, step=self._loop.steps)
 
-    def save_state(self, output_dir: str | Path | None = None, *, asynchronous: bool = False) -> str:
+    def save_state(
+        self, output_dir: str | Path | None = None, *, asynchronous: bool = False, **unknown: Any
+    ) -> str:
         """Saves everything prepared and registered; returns the folder. Called on all ranks."""
+        refused.refuse_parameters("save_state", unknown)
         return str(self._saving.save(output_dir, asynchronous=asynchronous))
 
     def load_state(
-        self, input_dir: str | Path | None = None, *, strict: bool = True, allow_pickle: bool = False
+        self,
+        input_dir: str | Path | None = None,
+        *,
+        strict: bool = True,
+        allow_pickle: bool = False,
+        **unknown: Any,
     ) -> Loaded:
         """Loads a checkpoint, the newest complete one if no folder is given. Called on all ranks."""
+        refused.refuse_parameters("load_state", unknown)
         return self._saving.load(input_dir, strict=strict, allow_pickle=allow_pickle)
 
     def save_model(
-        self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "10GB"
+        self,
+        model: nn.Module,
+        save_directory: str | Path,
+        max_shard_size: int | str = "10GB",
+        **unknown: Any,
     ) -> list[Path]:
         """Writes the model's weights as safetensors in Hugging Face's layout. Called on all ranks."""
+        refused.refuse_parameters("save_model", unknown)
         state = self.strategy.full_state_dict(model, rank_zero_only=True)
         files = save_model(state, save_directory, world=self.world, max_shard_size=max_shard_size)
         self.wait_for_everyone()

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["ARGUMENTS", "ATTRIBUTES", "explain", "refuse_arguments"]
+__all__ = ["ARGUMENTS", "ATTRIBUTES", "PARAMETERS", "explain", "refuse_arguments", "refuse_parameters"]
 
 _LATER = "is not built yet; DDP is: leave it out"
 _MESH = "belongs to parallelisms that are not built yet; ranks are in process_index and num_processes"
@@ -56,6 +56,32 @@ ARGUMENTS: Mapping[str, str] = {
     "dynamo_backend": "is compile=True or a mode of torch.compile",
     "dynamo_plugin": "is compile=True or a mode of torch.compile",
 }
+
+
+PARAMETERS: Mapping[str, str] = {
+    "autocast_handler": "does not exist here; give enabled= and cache_enabled=",
+    "load_kwargs": "does not exist here; options are strict= and allow_pickle=",
+    "log_kwargs": "does not exist here; a tracker's own options go to its own object: "
+    "acc.get_tracker(name, unwrap=True)",
+    "profile_handler": "does not exist here; give the options of torch.profiler.profile by their names",
+    "safe_serialization": "is always so here: weights are written as safetensors",
+    "slice_fn_for_dispatch": "does not exist here; give shard= a function of (samples' indices, number of ranks)",
+}
+
+
+def refuse_parameters(method: str, unknown: Mapping[str, Any]) -> None:
+    """Raises for what the peer's method takes and ours does not; what asks for what is done anyway is taken.
+
+    Raises:
+        ConfigError: naming our way.
+        TypeError: nobody's method takes it.
+    """
+    for name, value in unknown.items():
+        if name == "safe_serialization" and value is True:
+            continue
+        if name in PARAMETERS:
+            raise ConfigError(f"accelerator.{method}(..., {name}=...) {PARAMETERS[name]}")
+        raise TypeError(f"accelerator.{method} takes no argument {name!r}")
 
 
 def explain(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -312,6 +313,36 @@ def test_names_when_the_peer_has_them_are_built_or_refused_by_name():
 def test_arguments_when_the_peers_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=name):
         Accelerator(cpu=True, **{name: 1})
+
+
+def test_parameters_of_methods_when_the_peers_are_taken_or_refused_by_name():
+    from accelerate import Accelerator as Theirs
+
+    acc = Accelerator(cpu=True)
+    positional = {
+        "save_model": (nn.Linear(1, 1), "nowhere"),
+        "log": ({},),
+        "prepare_data_loader": (DataLoader([1]),),
+    }
+    refused = []
+    for name, method in inspect.getmembers(Theirs, inspect.isfunction):
+        ours = getattr(Accelerator, name, None)
+        if name.startswith("_") or ours is None:
+            continue
+        for one in list(inspect.signature(inspect.unwrap(method)).parameters.values())[1:]:
+            if (
+                one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+                or one.name in inspect.signature(ours).parameters
+            ):
+                continue
+            with pytest.raises(ConfigError, match=one.name):
+                getattr(acc, name)(*positional.get(name, ()), **{one.name: False})
+            refused.append(one.name)
+    assert {"safe_serialization", "autocast_handler", "profile_handler"} <= set(refused)
+    with pytest.raises(ConfigError, match="log_kwargs"):  # which its signature hides
+        acc.log({}, log_kwargs={})
+    with pytest.raises(TypeError, match="log takes no argument 'redcue'"):
+        acc.log({}, redcue="mean")
 
 
 def test_arguments_when_misspelt_name_the_nearest():
