@@ -165,11 +165,11 @@ class _Placing:
         left = self._choose(left, self._devices, host[0])
         if len(host) > 1:
             left = self._choose(left, ["cpu"], "disk")
+        if sum(self._items[index].num_bytes for index in left) > self._free["disk"]:
+            raise self._too_small(left)
         said: dict[tuple[object, ...], str] = {}
         for index in left:
             item = self._items[index]
-            if item.num_bytes > self._free["disk"]:
-                raise self._too_small(left)
             if item.kind not in said:
                 said[item.kind] = "rows are read where they lie" if item.lookup else self._no_room(item)
             self._put(index, "disk", said[item.kind])
