@@ -84,19 +84,14 @@ class FullyShardedDataParallel(Strategy):
         if self._tensor is not None and self._tensor_mesh is not None:
             styles = styles_of(module, self._tensor, self._tensor_mesh.size())
             draw_alike(self._tensor_mesh)
-        before = dict(module.named_parameters(remove_duplicate=False))
         blocks = self._blocks(module)
         for part in [*reversed(blocks), module]:
-            self._shard(part, module, styles)
+            self._shard(part, module, styles, optimizers)
             give_back_memory()
         if self._options.activation_checkpointing:
             for block in blocks or [module]:
                 recompute_in_backward(block)
         self._prefetch(blocks)
-        after = dict(module.named_parameters(remove_duplicate=False))
-        self._replaced.update({before[name]: after[name] for name in before})
-        for optimizer in optimizers:
-            point_optimizer(optimizer, self._replaced)
         return module, list(optimizers)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
@@ -114,10 +109,17 @@ class FullyShardedDataParallel(Strategy):
             )
         return kept
 
-    def _shard(self, part: nn.Module, model: nn.Module, styles: Mapping[nn.Module, ParallelStyle]) -> None:
+    def _shard(
+        self,
+        part: nn.Module,
+        model: nn.Module,
+        styles: Mapping[nn.Module, ParallelStyle],
+        optimizers: Sequence[Optimizer],
+    ) -> None:
         """Gives `part` rank 0's values, in full for this moment only, then keeps this rank's shard."""
-        materialise(part, model, self._world.device)
         own = list(_outside_shards(part, set()))
+        old = [(one, name, p) for one in own for name, p in one._parameters.items() if p is not None]
+        materialise(part, model, self._world.device)
         share_values(own, self._world)
         if self._tensor_mesh is not None:
             divide(own, styles, model, self._tensor_mesh)
@@ -131,6 +133,10 @@ class FullyShardedDataParallel(Strategy):
             mp_policy=self._policy,
             offload_policy=offload,
         )
+        # Before the next part is made: an optimizer that holds the old parameters keeps their memory.
+        self._replaced.update({p: one._parameters[name] for one, name, p in old})
+        for optimizer in optimizers:
+            point_optimizer(optimizer, self._replaced)
 
     def _reshards(self, root: bool) -> bool | int | None:
         if self._options.reshard_after_forward is not None:
