@@ -184,7 +184,7 @@ def folder(view: View) -> str:
 # ── a row per rank ────────────────────────────────────────────────────────────────────────────────────
 
 
-_WIDTHS = {"rank": 112, "progress": 178, "latest": 116, "memory": 56, "device": 56, "step": 80}
+_WIDTHS = {"rank": 104, "progress": 178, "latest": 110, "memory": 56, "device": 56, "step": 80}
 
 
 def _columns(view: View) -> dict[str, str]:
@@ -211,7 +211,7 @@ def _captions(columns: Mapping[str, str]) -> str:
     names = {"rank": "rank", **columns}
     cells = "".join(_cell(escape(name), _WIDTHS[column]) for column, name in names.items())
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;height:16px;overflow:hidden;font-size:11px;{_MUTED}"
-    return f'<div style="{style}">{cells}<div style="flex:1 1 90px;{_ONE_LINE}">last output</div></div>'
+    return f'<div style="{style}">{cells}<div style="flex:1 1 70px;{_ONE_LINE}">last output</div></div>'
 
 
 def _row(row: Row, columns: Mapping[str, str]) -> str:
@@ -234,7 +234,7 @@ def _row(row: Row, columns: Mapping[str, str]) -> str:
     words = f'<span style="{_MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
     if row.age is not None and row.age >= _SILENT:
         words = f"no sign of life for {clock(row.age)} {words}"
-    cells.append(f'<div style="flex:1 1 90px;min-width:0;{_ONE_LINE}">{words}</div>')
+    cells.append(f'<div style="flex:1 1 70px;min-width:0;{_ONE_LINE}">{words}</div>')
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{_RULE}"
     return f'<div style="{style}">{"".join(cells)}</div>'
 
