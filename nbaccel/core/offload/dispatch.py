@@ -71,7 +71,7 @@ def match(model: nn.Module, stored: Mapping[str, Stored], where: str, *, strict:
     found = {key: next((n for n in group if n in stored), None) for key, group in names.items()}
     missing = [names[key][0] for key, name in found.items() if name is None]
     missing += [n for n, b in buffers.items() if b.is_meta and (n in kept or n not in stored)]
-    unexpected = [name for name in stored if name not in shapes]
+    unexpected = [name for name in stored if name not in shapes and name not in kept]
     wrong = [
         f"{name} is {stored[name].shape} there and {shape} in the model"
         for name, shape in shapes.items()

@@ -15,6 +15,7 @@ __all__ = ["Part", "group_tied", "human", "listed", "parts_of", "places_given"]
 
 # These use their children's weights without calling the children.
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 
 
@@ -40,6 +41,10 @@ class Part:
     """Per token (row of a matrix product)."""
     rows: int
     """Of an embedding table, of which a forward pass reads one per token; 0 for anything else."""
+    read_always: int
+    """Bytes of its parameters that every forward pass reads: all but tables of embeddings inside."""
+    read_per_token: int
+    """Bytes of the tables' rows."""
     ties: tuple[int, ...] = ()
     """Ids of parameters it shares with other parts."""
 
@@ -124,8 +129,8 @@ class _Walk:
 
     def _add(self, name: str, own: bool, module: nn.Module, below: list[tuple[str, nn.Module]]) -> None:
         parameters, buffers = [], []
-        num_bytes = buffer_bytes = flops = 0
-        rows = module.num_embeddings if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not own else 0
+        num_bytes = buffer_bytes = flops = always = per_token = 0
+        rows = module.num_embeddings if isinstance(module, _TABLES) and not own else 0
         seen: set[int] = set()
         for path, owner in below:
             prefix = f"{path}." if path else ""
@@ -140,9 +145,13 @@ class _Walk:
                 count = parameter.numel()
                 users = self._users.get(identity, 0)
                 self._users[identity] = users + 1
-                if not users:
-                    num_bytes += count * self._itemsize(prefix + key, parameter)
-                if not rows and parameter.dim() > 1 and not isinstance(owner, nn.Embedding):
+                size = 0 if users else count * self._itemsize(prefix + key, parameter)
+                num_bytes += size
+                if isinstance(owner, _TABLES) and count:
+                    per_token += size // owner.num_embeddings
+                else:
+                    always += size
+                if not rows and parameter.dim() > 1 and not isinstance(owner, _TABLES):
                     flops += 2 * count
             for key, buffer in owner._buffers.items():
                 if buffer is not None:
@@ -160,6 +169,8 @@ class _Walk:
                     buffer_bytes,
                     flops,
                     rows,
+                    always,
+                    per_token,
                 )
             )
 

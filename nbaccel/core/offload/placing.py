@@ -171,7 +171,7 @@ class _Placing:
         for index in left:
             item = self._items[index]
             if item.kind not in said:
-                said[item.kind] = "rows are read where they lie" if item.lookup else self._no_room(item)
+                said[item.kind] = self._why_on_disk(item)
             self._put(index, "disk", said[item.kind])
 
     def total_seconds(self) -> float:
@@ -245,7 +245,9 @@ class _Placing:
         self._free[place] -= self._needs(self._items[index], place)
         self.places[index], self.whys[index] = place, why
 
-    def _no_room(self, item: Item) -> str:
+    def _why_on_disk(self, item: Item) -> str:
+        if item.lookup or (self._devices == ["cpu"] and 2 * item.read < item.num_bytes):
+            return "rows are read where they lie"
         where = [place for place in dict.fromkeys((*self._devices, "cpu")) if self._limits[place]]
         left = ", ".join(f"{place} has {human(max(0, self._free[place]))} left" for place in where)
         return f"needs {human(item.num_bytes)}; {left}" if left else "the only place"

@@ -139,13 +139,12 @@ def items_of(parts: Sequence[Part], tokens: int) -> list[Item]:
 
 def _together(first: Item, members: Sequence[Part], tokens: int) -> Item:
     num_bytes, lookup = sum(p.num_bytes for p in members), all(p.rows for p in members)
-    rows = max(p.rows for p in members)
     return Item(
         first.parts,
         num_bytes,
         sum(p.buffer_bytes for p in members),
         sum(p.flops for p in members),
-        min(num_bytes, tokens * num_bytes // rows) if lookup else num_bytes,
+        min(num_bytes, tokens * sum(p.read_per_token for p in members)) if lookup else num_bytes,
         lookup,
         first.name,
     )
@@ -160,9 +159,9 @@ def pass_seconds(item: Item, place: str, device: str, machine: Machine, tokens: 
     if place == device:
         return run
     bandwidth = machine.disk if place == "disk" else math.inf
-    if device != "cpu":
-        bandwidth = min(bandwidth, speed.transfer)
-    return max(run, item.read / bandwidth)
+    if device == "cpu":  # mapped: what is not read does not travel
+        return max(run, item.read / bandwidth)
+    return max(run, item.num_bytes / min(bandwidth, speed.transfer))
 
 
 def spread(
