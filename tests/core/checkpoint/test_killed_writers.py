@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from training import Counter
 
 from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState, next_folder
@@ -24,8 +25,10 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"])
 
 
-def state() -> tuple[nn.Module, torch.optim.Optimizer, Counter, Contents]:
+def state(shards: bool = False) -> tuple[nn.Module, torch.optim.Optimizer, Counter, Contents]:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    if shards:
+        fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -53,11 +56,12 @@ def write_for_ever(
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
         os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     world = join()
-    model, optimizer, counter, contents = state()
+    model, optimizer, counter, contents = state(way == "shards")
     checkpoints = Checkpoints(world=world)
     for step in range(start, start + 10_000):
         for tensor in tensors(model, optimizer):
-            tensor.detach().fill_(step)
+            with torch.no_grad():
+                tensor.fill_(step)
         counter.value = step
         target = Path(folder, "c")
         if way != "same folder":
@@ -118,6 +122,7 @@ def load_newest(folder: Path, way: str) -> int:
         (15, 1, "background"),
         (5, 2, "numbered"),
         (5, 2, "background"),
+        (3, 2, "shards"),
     ],
 )
 def test_newest_checkpoint_is_complete_after_sigkill(

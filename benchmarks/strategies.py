@@ -1,0 +1,192 @@
+"""FSDP2 here and in Hugging Face accelerate: the same Llama, the same steps, in turns.
+
+    python benchmarks/strategies.py                  2 ranks on the CPU
+    python benchmarks/strategies.py --device cuda    one rank per GPU, bf16
+
+Step time is the median of a launch's steps, memory the peak of its fullest rank above what it had before
+the model was made (anonymous memory on the CPU, allocated memory on a GPU). Launches alternate, and the
+ratios printed are medians over the rounds: they hold on a busy machine, single times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+WARM = 3
+
+
+def build(device: str) -> Any:
+    import transformers
+
+    large = device == "cuda"
+    config: Any = transformers.LlamaConfig(
+        vocab_size=8192 if large else 1024,
+        hidden_size=2048 if large else 320,
+        intermediate_size=5632 if large else 864,
+        num_hidden_layers=16 if large else 8,
+        num_attention_heads=16 if large else 8,
+        num_key_value_heads=8 if large else 4,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def accelerator(name: str, device: str) -> Any:
+    precision = "bf16" if device == "cuda" else "no"
+    if name == "nbaccel":
+        import nbaccel
+
+        strategy = nbaccel.FSDP(wrap="LlamaDecoderLayer")
+        return nbaccel.Accelerator(strategy=strategy, mixed_precision=precision, cpu=device == "cpu")
+    import accelerate
+
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+    )
+    return accelerate.Accelerator(fsdp_plugin=plugin, mixed_precision=precision, cpu=device == "cpu")
+
+
+class Memory:
+    """The peak, in bytes, above what was in use when it was made."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._before = self._now()
+        self._peak, self._done = 0, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._cuda and not self._done.wait(0.002):
+            self._peak = max(self._peak, self._now())
+
+    def _now(self) -> int:
+        import torch
+
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+        raise OSError("no RssAnon in /proc/self/status")
+
+    def above(self) -> int:
+        self._done.set()
+        return (self._now() if self._cuda else self._peak) - self._before
+
+
+def warm_up() -> None:
+    """Modules that either side imports in its first step are no part of what a model takes."""
+    import torch
+
+    for module in (
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch.distributed.checkpoint",
+    ):
+        importlib.import_module(module)
+    model = build("cpu")
+    model(torch.zeros(1, 4, dtype=torch.int64), labels=torch.zeros(1, 4, dtype=torch.int64)).loss.backward()
+    torch.optim.AdamW(model.parameters()).step()
+
+
+def work(name: str, device: str, steps: int, out: str) -> None:
+    """One rank of one launch."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    acc = accelerator(name, device)
+    torch.manual_seed(0)
+    warm_up()
+    memory = Memory(device)
+    model = build(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimizer = acc.prepare(model, optimizer)
+    size = (8, 1024) if device == "cuda" else (2, 64)
+    tokens = torch.randint(1024, size, generator=torch.Generator().manual_seed(1)).to(acc.device)
+    times = []
+    for _ in range(WARM + steps):
+        started = time.perf_counter()
+        loss = model(tokens, labels=tokens).loss
+        acc.backward(loss)
+        acc.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        last = loss.item()
+        times.append(time.perf_counter() - started)
+    answer = {"step": statistics.median(times[WARM:]), "memory": memory.above(), "loss": last}
+    Path(f"{out}{os.environ['RANK']}").write_text(json.dumps(answer))
+    dist.destroy_process_group()
+
+
+def launch(name: str, device: str, ranks: int, steps: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder, "rank"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [str(Path(__file__).resolve()), "--worker", name, "--device", device]
+        command += ["--steps", str(steps), "--out", out]
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        if device == "cpu" and name == "accelerate":
+            environment["ACCELERATE_USE_CPU"] = "true"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        answers = [Path(f"{out}{rank}") for rank in range(ranks)]
+        if not all(one.exists() for one in answers):
+            raise SystemExit(f"{name} failed:\n{done.stderr[-4000:]}")
+        told = [json.loads(one.read_text()) for one in answers]
+    return {
+        "step": max(one["step"] for one in told),
+        "memory": max(one["memory"] for one in told),
+        "loss": told[0]["loss"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        work(asked.worker, asked.device, asked.steps, asked.out)
+        return
+    ratios: dict[str, list[float]] = {"step": [], "memory": []}
+    for number in range(asked.rounds):
+        ours = launch("nbaccel", asked.device, asked.ranks, asked.steps)
+        theirs = launch("accelerate", asked.device, asked.ranks, asked.steps)
+        for name, listed in ratios.items():
+            listed.append(ours[name] / theirs[name])
+        print(
+            f"round {number}: step {ours['step'] * 1e3:.1f} and {theirs['step'] * 1e3:.1f} ms, peak "
+            f"{ours['memory'] / 2**20:.0f} and {theirs['memory'] / 2**20:.0f} MiB, loss {ours['loss']:.5f} and "
+            f"{theirs['loss']:.5f} (ours, accelerate)",
+            flush=True,
+        )
+    for name, listed in ratios.items():
+        print(
+            f"{name}: {statistics.median(listed):.3f} of accelerate's (each: {[round(r, 3) for r in listed]})"
+        )
+
+
+if __name__ == "__main__":
+    main()
