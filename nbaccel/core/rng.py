@@ -16,7 +16,7 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["GeneratorName", "RngState", "get_states", "set_seed", "set_states", "synchronize_rng_states"]
 
-GeneratorName = Literal["torch", "cuda", "xpu", "mps", "numpy", "python", "generator"]
+GeneratorName = Literal["torch", "cuda", "xpu", "xla", "mps", "numpy", "python", "generator"]
 
 
 def set_seed(seed: int, *, rank: int = 0, device_specific: bool = False, deterministic: bool = False) -> None:
@@ -38,6 +38,8 @@ def set_seed(seed: int, *, rank: int = 0, device_specific: bool = False, determi
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # the CPU's and every accelerator's
+    if (xla := sys.modules.get("torch_xla")) is not None and xla._XLAC._xla_runtime_is_initialized():
+        xla.manual_seed(seed)  # but not XLA's
     if deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -53,6 +55,8 @@ def get_states(device: torch.device) -> dict[str, Any]:
         states["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "xpu":
         states["xpu"] = torch.xpu.get_rng_state(device)
+    elif device.type == "xla":
+        states["xla"] = int(sys.modules["torch_xla.core.xla_model"].get_rng_state())
     elif device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
@@ -72,6 +76,8 @@ def set_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
     if "xpu" in states and device.type == "xpu":
         torch.xpu.set_rng_state(states["xpu"].cpu(), device)
+    if "xla" in states and device.type == "xla":
+        sys.modules["torch_xla.core.xla_model"].set_rng_state(states["xla"])
     if "mps" in states and device.type == "mps":
         torch.mps.set_rng_state(states["mps"].cpu())
 

@@ -1,6 +1,6 @@
 """What the training core asks of a TPU's runtime, which the rank's process has set up before.
 
-torch_xla's device is "xla:0" in every rank; TorchTPU's is "tpu". Where torch_xla makes ranks of threads (two
+Where torch_xla makes ranks of threads (two
 cores of a v2 or v3 chip, its CPU device), environment variables cannot tell them apart and the runtime does.
 """
 
@@ -17,13 +17,11 @@ import torch
 if TYPE_CHECKING:
     from nbaccel.core.world import Environment
 
-__all__ = ["as_this_replica", "device", "is_present", "is_spmd"]
+__all__ = ["as_this_replica", "device", "is_present"]
 
 
 def is_present() -> bool:
     """Whether the launch has made this process a rank on a TPU."""
-    if hasattr(torch, "tpu") and "torch_tpu" in sys.modules:
-        return True
     return "torch_xla" in sys.modules and os.environ.get("PJRT_DEVICE", "").upper() == "TPU"
 
 
@@ -31,23 +29,16 @@ def device() -> torch.device:
     """This rank's device; opens it if nobody has.
 
     Raises:
-        ImportError: no runtime is installed.
+        ImportError: torch_xla is not installed.
     """
-    if "torch_tpu" in sys.modules:
-        return torch.device("tpu")
     found: torch.device = importlib.import_module("torch_xla").device()
     return found
-
-
-def is_spmd() -> bool:
-    """Whether this one process drives all XLA devices as one."""
-    return "torch_xla" in sys.modules and bool(_runtime().is_spmd())
 
 
 def as_this_replica(environment: Environment) -> Environment:
     """`environment`, with the rank of the calling thread where several are threads of this process."""
     xla = sys.modules.get("torch_xla")
-    if xla is None or not xla._XLAC._xla_runtime_is_initialized() or is_spmd():
+    if xla is None or not xla._XLAC._xla_runtime_is_initialized():
         return environment
     runtime = _runtime()
     replicas = runtime.addressable_device_count()

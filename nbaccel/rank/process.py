@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = [
     "become_subreaper",
@@ -127,6 +128,9 @@ def device_files() -> list[str]:
 
 def unclean() -> str | None:
     """Why forking this process is unsafe now: a second thread, an open accelerator. None when it is safe."""
+    native: Any = getattr(sys.modules.get("torch_xla"), "_XLAC", None)
+    if native is not None and native._xla_runtime_is_initialized():  # named before the threads it has
+        return "it initialised XLA"
     try:
         num_threads = len(os.listdir("/proc/self/task"))
     except OSError:

@@ -122,7 +122,7 @@ class _Rank:
         _here.index = self._index
         spec, place, port = self._spec, self._place, self._port
         try:
-            tpu.use(spec, self._device, place.rank)
+            tpu.use(self._device, place.rank)
             with self.alone:
                 renew = rendezvous.install(
                     Channel.from_fd(place.fds[3]), spec, place.rank, here=self._is_here

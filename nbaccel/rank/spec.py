@@ -43,8 +43,6 @@ class RunSpec:
     """Kind of device: "cpu", "cuda", "xpu", "mps" or "tpu"; a rank's index is its local rank."""
     replicas: int = 1
     """Ranks in each process. More than one are threads of it, as torch_xla's runtime has them."""
-    tpu_runtime: str | None = None
-    """What drives a TPU: "torch_xla" or "torch_tpu"."""
     threads: int
     """Threads each rank computes with."""
     environ: Mapping[str, str]

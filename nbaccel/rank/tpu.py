@@ -1,8 +1,7 @@
 """The TPU runtime in a rank's process: told its place before it opens a chip.
 
 torch_xla: what `torch_xla.launch` does in each process it makes (torch_xla 2.9 `_internal/pjrt.py`), for its
-processes cannot be ours: they are made by an executor, give nothing back and end with it. TorchTPU takes its
-place from variables that the run's own process has set (`engines.tpu`).
+processes cannot be ours: they are made by an executor, give nothing back and end with it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from nbaccel.config import RunConfig
 from nbaccel.rank.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -29,15 +27,8 @@ def set_up(spec: RunSpec, process: int) -> list[torch.device]:
     Raises:
         RuntimeError: the runtime has another number of devices than were planned, or numbers them otherwise.
     """
-    if spec.tpu_runtime == "torch_tpu":
-        importlib.import_module("torch_tpu")
-        return [current_device(spec)]
-    os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", _cache_folder())
-    xla = importlib.import_module("torch_xla")
-    runtime = importlib.import_module("torch_xla.runtime")
-    if RunConfig.from_json(spec.config).xla_spmd:
-        runtime.use_spmd()
-        return [xla.device()]
+    if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":  # the CPU's programs cannot be read back
+        os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", _cache_folder())
     pjrt = importlib.import_module("torch_xla._internal.pjrt")
     processes = spec.num_processes // spec.replicas
     if spec.num_processes == 1:
@@ -54,19 +45,16 @@ def set_up(spec: RunSpec, process: int) -> list[torch.device]:
     return [_device(name) for name in devices[: spec.replicas]]
 
 
-def use(spec: RunSpec, device: torch.device, rank: int) -> None:
+def use(device: torch.device, rank: int) -> None:
     """Let the calling thread, which is this rank, compute on this device.
 
     Raises:
         RuntimeError: the runtime calls it another rank.
     """
-    if spec.tpu_runtime == "torch_tpu":
-        return
     xla: Any = importlib.import_module("torch_xla")
     runtime = importlib.import_module("torch_xla.runtime")
-    if not runtime.is_spmd():
-        xla._XLAC._xla_set_default_device(str(device))
-        runtime._init_world_size_ordinal()
+    xla._XLAC._xla_set_default_device(str(device))
+    runtime._init_world_size_ordinal()
     found = runtime.global_ordinal()
     if found != rank:
         raise RuntimeError(
@@ -75,10 +63,8 @@ def use(spec: RunSpec, device: torch.device, rank: int) -> None:
         )
 
 
-def current_device(spec: RunSpec) -> torch.device:
+def current_device() -> torch.device:
     """The device of the calling thread."""
-    if spec.tpu_runtime == "torch_tpu":
-        return _device("tpu")
     found: torch.device = importlib.import_module("torch_xla").device()
     return found
 

@@ -213,7 +213,7 @@ def _set_device(spec: RunSpec, rank: int) -> None:
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(rank)
     elif spec.device == "tpu":
-        tpu.use(spec, tpu.set_up(spec, process=rank)[0], rank)
+        tpu.use(tpu.set_up(spec, process=rank)[0], rank)
 
 
 def join_session(
@@ -236,7 +236,7 @@ def join_session(
         rank=place.rank,
         local_rank=place.rank,
         world_size=spec.num_processes,
-        device=tpu.current_device(spec)
+        device=tpu.current_device()
         if spec.device == "tpu"
         else torch.device(spec.device, *([place.rank] if spec.device in ("cuda", "xpu") else [])),
         dist=torch.distributed,

@@ -157,7 +157,6 @@ def make_spec(
         num_processes=plan.num_processes,
         device=plan.device,
         replicas=plan.replicas,
-        tpu_runtime=plan.runtime,
         threads=plan.threads,
         environ=environ,
         variables={k: v for k, v in {**_for_peers(config), **plan.variables}.items() if k not in env},

@@ -2,8 +2,8 @@
 
 Pure functions of what is asked and what is here; no runtime is asked, because asking one takes the chips. On
 v2 and v3 a chip has two cores, which are two threads of one process; from v4 on a chip is one device and gets a
-process of its own. Sources: torch_xla 2.9 `_internal/tpu.py` and `_internal/pjrt.py` (topology, variables),
-TorchTPU 0.2 `set_tpu_launch_env`. Recorded machines are in the tests; none of it was run on chips.
+process of its own. Sources: torch_xla 2.9 `_internal/tpu.py` and `_internal/pjrt.py` (topology, variables).
+Recorded machines are in the tests; none of it was run on chips.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 from nbaccel.config import RunConfig, TpuRuntime
 from nbaccel.errors import ConfigError
-from nbaccel.session.accelerators import Accelerators
 from nbaccel.session.environment import Environment
 
-__all__ = ["TpuPlan", "plan_tpu", "runtime_here"]
+__all__ = ["TpuPlan", "plan_tpu"]
 
 # Each makes a process believe it is a certain one of others, or alone: right in the kernel, wrong in ranks.
 _OF_ONE_PROCESS = (
@@ -55,25 +54,6 @@ class TpuPlan:
         return self.processes * self.replicas
 
 
-def runtime_here(config: RunConfig, there: Accelerators) -> TpuRuntime | None:
-    """The runtime the ranks would use: the one asked, else TorchTPU, else torch_xla; None without any.
-
-    Raises:
-        ConfigError: the one asked is not installed.
-    """
-    installed: tuple[TpuRuntime, ...] = there.tpu_runtimes
-    wanted = config.tpu_runtime
-    if wanted is None:
-        return installed[0] if installed else None
-    if wanted not in installed:
-        extra = "xla" if wanted == "torch_xla" else "tpu"
-        raise ConfigError(
-            f"tpu_runtime={wanted!r} is not installed: pip install 'nbaccel[{extra}]'"
-            + (f", or leave it out to use {installed[0]}" if installed else "")
-        )
-    return wanted
-
-
 def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
     """The launch on TPU that `config` asks for.
 
@@ -81,13 +61,12 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
         ConfigError: it cannot be done here; the message names the number that fits.
     """
     there, variables = environment.accelerators, environment.variables
-    runtime = runtime_here(config, there)
-    if runtime is None:
+    if "torch_xla" not in there.tpu_runtimes:
         raise ConfigError(
-            "device='tpu' needs a runtime: pip install 'nbaccel[xla]' (torch_xla, with torch 2.9) or "
-            "'nbaccel[tpu]' (TorchTPU)"
+            "device='tpu' needs a runtime: pip install 'nbaccel[xla]' (torch_xla, with torch 2.9; TorchTPU is not "
+            "built yet)"
         )
-    if runtime == "torch_xla" and variables.get("PJRT_DEVICE", "").upper() == "CPU":
+    if variables.get("PJRT_DEVICE", "").upper() == "CPU":
         return _on_cpu(config, environment)
     if not there.tpu_chips:
         raise ConfigError(
@@ -101,31 +80,23 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
             f"this kernel itself holds the TPU chips (opened{by}), and a chip serves one process. They come "
             "back when the kernel restarts: use the device only inside the function that is launched."
         )
-    return _on_chips(config, environment, runtime)
+    return _on_chips(config, environment)
 
 
-def _on_chips(config: RunConfig, environment: Environment, runtime: TpuRuntime) -> TpuPlan:
+def _on_chips(config: RunConfig, environment: Environment) -> TpuPlan:
     there, variables = environment.accelerators, environment.variables
     chips, two_cores = there.tpu_chips, there.tpu_kind == "v2/v3"
     name = f"TPU {there.tpu_kind}".strip()
-    if config.xla_spmd:
-        _require_torch_xla(runtime)
-        _require_number(config, 1, f"xla_spmd=True runs one process over all {chips} chips")
-        kept, unset = _for_ranks(variables)
-        kept = {**kept, "PJRT_DEVICE": "TPU"}
-        why = f"ranks: one, for SPMD over {chips} chips"
-        return TpuPlan(runtime=runtime, name=name, processes=1, variables=kept, unset=unset, why=why)
-    replicas = 2 if two_cores and runtime == "torch_xla" else 1
+    replicas = 2 if two_cores else 1
     ranks = chips * replicas
     said = f"{chips} {name} chips" if chips > 1 else f"one {name} chip"
     fits = f"there {'are' if chips > 1 else 'is'} {said}" + (" with two cores each" if replicas > 1 else "")
     _require_number(config, ranks, f"{fits}, and the runtime takes all of them")
     kept, unset = _for_ranks(variables)
-    if runtime == "torch_xla":
-        kept = {**kept, "PJRT_DEVICE": "TPU"}
+    kept["PJRT_DEVICE"] = "TPU"
     note = f"This TPU has one chip, so one rank runs ({name})."
     return TpuPlan(
-        runtime=runtime,
+        runtime="torch_xla",
         name=name,
         processes=chips,
         replicas=replicas,
@@ -142,16 +113,12 @@ def _on_cpu(config: RunConfig, environment: Environment) -> TpuPlan:
     told = variables.get("CPU_NUM_DEVICES", "")
     number = int(told) if told.isdigit() and int(told) > 0 else None
     asked = config.num_processes
-    if config.xla_spmd:
-        _require_number(config, 1, "xla_spmd=True runs one process over all devices")
-        replicas, devices = 1, number or 1
-    else:
-        if number is not None:
-            _require_number(config, number, f"CPU_NUM_DEVICES={number}")
-        replicas = devices = number or asked or 1
+    if number is not None:
+        _require_number(config, number, f"CPU_NUM_DEVICES={number}")
+    replicas = number or asked or 1
     # A computation that waits for other replicas holds a thread of the pool.
-    pool = max(devices, environment.resources.cores)
-    kept = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "XLA_THREAD_POOL_SIZE": str(pool)}
+    pool = max(replicas, environment.resources.cores)
+    kept = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(replicas), "XLA_THREAD_POOL_SIZE": str(pool)}
     unset = tuple(name for name in _OF_ONE_PROCESS if name in variables)
     return TpuPlan(
         runtime="torch_xla",
@@ -184,11 +151,6 @@ def _require_number(config: RunConfig, fits: int, why: str) -> None:
         f"num_processes={config.num_processes}{place} does not fit: {why}. "
         f"Paste num_processes={fits}, or leave it out."
     )
-
-
-def _require_torch_xla(runtime: TpuRuntime) -> None:
-    if runtime != "torch_xla":
-        raise ConfigError("xla_spmd=True is torch_xla's; paste tpu_runtime='torch_xla' too, or leave it out")
 
 
 def _require_one_host(variables: Mapping[str, str]) -> None:

@@ -55,13 +55,8 @@ MACHINES = {
     "v4-8 vm": Case(host(4, "v4", {"TPU_SKIP_MDS_QUERY": "1"}), 4, variables={"TPU_WORKER_ID": "0"}),
     "v5p-8 vm": Case(host(4, "v5p"), 4),
     "v6e-4 vm": Case(host(4, "v6e"), 4),
-    "v6e-1 vm with TorchTPU": Case(host(1, "v6e", tpu_runtimes=(TORCH_TPU,)), 1, runtime=TORCH_TPU),
-    "v6e-8 vm with both": Case(host(8, "v6e", tpu_runtimes=(TORCH_TPU, XLA)), 8, runtime=TORCH_TPU),
-    "v6e-8 vm with both, torch_xla asked": Case(
-        host(8, "v6e", tpu_runtimes=(TORCH_TPU, XLA)), 8, config=RunConfig(tpu_runtime="torch_xla")
-    ),
+    "v6e-8 vm with both runtimes": Case(host(8, "v6e", tpu_runtimes=(XLA, TORCH_TPU)), 8),
     "kernel that used a chip before": Case(host(4, "v4", USED), 4, unset=frozenset(USED) - {"PJRT_DEVICE"}),
-    "v5e-8 as one SPMD process": Case(host(8, "v5e"), 1, config=RunConfig(xla_spmd=True)),
     "the number that fits": Case(host(8, "v5e"), 8, config=RunConfig(num_processes=8)),
 }
 
@@ -90,7 +85,6 @@ def test_one_chip_is_said() -> None:
         ({"num_processes": 8}, host(1, "v5e"), 1, "one TPU v5e chip"),
         ({"num_processes": 4}, host(8, "v5e"), 8, "8 TPU v5e chips"),
         ({"num_processes": 4}, host(4, "v2/v3"), 8, "4 TPU v2/v3 chips with two cores each"),
-        ({"num_processes": 8, "xla_spmd": True}, host(8, "v5e"), 1, "one process over all 8 chips"),
         ({"num_processes": 2, "device": "tpu"}, host(0, "", {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}), 4, "=4"),
     ],
 )  # fmt: skip
@@ -120,8 +114,7 @@ def test_kernel_that_holds_the_chips_is_named() -> None:
     [
         ({"device": "tpu"}, host(8, "v5e", tpu_runtimes=()), r"nbaccel\[xla\]"),
         ({"device": "tpu"}, host(0, ""), "no TPU chip was found"),
-        ({"tpu_runtime": "torch_tpu"}, host(8, "v5e"), r"not installed: pip install 'nbaccel\[tpu\]'"),
-        ({"xla_spmd": True}, host(8, "v6e", tpu_runtimes=(TORCH_TPU,)), "xla_spmd=True is torch_xla's"),
+        ({"device": "tpu"}, host(8, "v6e", tpu_runtimes=(TORCH_TPU,)), "TorchTPU is not built yet"),
         ({}, host(4, "v4", {"TPU_WORKER_HOSTNAMES": "a,b"}), "one host of a slice of 2"),
         ({"devices": (0,)}, host(4, "v4"), "Leave devices out"),
     ],
@@ -148,3 +141,9 @@ def test_chips_are_told_by_their_pci_ids(tmp_path: Path) -> None:
         (folder / "device").write_text(f"{device}\n")
     found = read_accelerators(tmp_path, system="linux", machine="x86_64")
     assert (found.tpu_chips, found.tpu_kind, found.tpu_held) == (2, "v5e", False)
+
+
+@pytest.mark.parametrize("asked", [{"tpu_runtime": "torch_tpu"}, {"xla_spmd": True}])
+def test_what_is_not_built_is_refused_by_name(asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not built yet"):
+        RunConfig.from_mapping(asked)

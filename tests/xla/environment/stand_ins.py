@@ -66,12 +66,9 @@ def build(target: Path, symbols: dict[str, set[str]]) -> None:
         code, script = Path(folder, "stand_in.c"), Path(folder, "versions.map")
         code.write_text("".join(f"long {name}(void) {{ return -1; }}\n" for name in names) or "int _none;\n")
         script.write_text("\n".join(versions))
-        options = [f"-Wl,--version-script={script}"] if versions else []
-        subprocess.run(
-            ["gcc", "-shared", "-fPIC", "-w", "-fno-builtin", *options, f"-Wl,-soname,{target.name}"]
-            + ["-o", str(target), str(code)],
-            check=True,
-        )
+        options = [f"-Wl,-soname,{target.name}", *([f"-Wl,--version-script={script}"] if versions else [])]
+        command = ["gcc", "-shared", "-fPIC", "-w", "-fno-builtin", *options, "-o", str(target), str(code)]
+        subprocess.run(command, check=True)
 
 
 def main() -> None:
