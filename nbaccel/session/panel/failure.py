@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from nbaccel.session.panel.ansi import plain
 from nbaccel.session.panel.reading import shown_state
 from nbaccel.session.report import CellLabel, explain_exit, render, user_place, waited_in
 from nbaccel.session.results import rank_ranges
@@ -90,4 +91,4 @@ def _how_it_ended(failure: Failure) -> str:
 
 
 def _last_line(message: str, type_name: str) -> str:
-    return message.splitlines()[-1] if message else type_name
+    return plain(message.splitlines()[-1]) if message else type_name

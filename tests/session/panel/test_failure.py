@@ -48,6 +48,12 @@ def test_ranks_that_failed_the_same_way_are_told_once() -> None:
     assert sum("Traceback" in line for line in told["lines"]) == 1
 
 
+def test_colours_of_a_message_do_not_run_into_what_follows() -> None:
+    error = ExceptionInfo("ValueError", "ValueError: \x1b[31mbad", ERROR.frames)
+    state = state_of(1, Raised(rank=0, time=5.0, call=0, info=error))
+    assert headline(state, lambda _: None) == "rank 0 of 1 failed: ValueError: bad (at train.py:12)"
+
+
 def test_killed_rank_is_the_cause_though_its_peers_told_first() -> None:
     state = state_of(
         2, Raised(rank=0, time=5.00, call=0, info=BROKEN), Died(rank=1, time=5.02, exitcode=-9, detail="OOM")
