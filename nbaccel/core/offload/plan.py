@@ -127,9 +127,7 @@ def items_of(parts: Sequence[Part], tokens: int) -> list[Item]:
             first.num_bytes,
             first.buffer_bytes,
             first.flops,
-            first.num_bytes
-            if not first.rows
-            else min(first.num_bytes, tokens * first.num_bytes // first.rows),
+            min(first.num_bytes, first.read_always + tokens * first.read_per_token),
             bool(first.rows),
             first.name or ", ".join(first.keys[:3]) or "the model",
         )
