@@ -225,9 +225,21 @@ class Page:
             time.sleep(0.05)
 
     def save(self) -> None:
+        """Save the notebook, and wait until it is written, or is found to be as it was."""
+        before, end = self.path.stat().st_mtime_ns, time.monotonic() + 10
         self.page.keyboard.press("Escape")
         self.page.keyboard.press("Control+s")
-        self.page.wait_for_timeout(700)
+        while self.path.stat().st_mtime_ns == before and time.monotonic() < end:
+            self.page.wait_for_timeout(50)
+        while not self._is_whole():
+            assert time.monotonic() < end + 20, "the notebook is not written"
+            self.page.wait_for_timeout(50)
+
+    def _is_whole(self) -> bool:
+        try:
+            return bool(json.loads(self.path.read_text()))
+        except ValueError:
+            return False  # it is being written
 
     def shot(self, path: Path | str, index: int | None = None) -> None:
         target = self.page if index is None else self.cell(index)
