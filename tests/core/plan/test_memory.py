@@ -1,0 +1,107 @@
+"""What the planner says a rank takes is what real ranks take at their peak."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_ranks
+
+from nbaccel import DeepSpeed
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def measured(strategies: dict[str, object]) -> dict[str, tuple[int, int]]:
+    """Planned and measured peak bytes of a step on this rank, by model and strategy."""
+    import ctypes
+    import warnings
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from nbaccel.core import Accelerator
+    from nbaccel.core.plan import Setting, size_of, spreads, trace_step, training_memory
+
+    warnings.simplefilter("ignore")
+    # freed tensors go back to the kernel at once, so that resident memory is what is held
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+            self.down = nn.Linear(4 * width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+    class Model(nn.Module):
+        def __init__(self, width: int, depth: int, words: int) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(words, width)
+            self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+            self.head = nn.Linear(width, words, bias=False)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(tokens)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    def read(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    def reset() -> int:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        return read("VmRSS")
+
+    def peak(strategy: object, model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> int:
+        acc = Accelerator(cpu=True, strategy=strategy)
+        before = read("VmRSS") - sum(p.nbytes for p in model.parameters())
+        model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters()))
+        for step in range(steps):
+            if step == steps - 1:
+                reset()
+            output = model(tokens)
+            acc.backward(output.mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            del output
+        found = read("VmHWM") - before
+        acc.free_memory()
+        return found
+
+    kinds = {
+        "deep": (lambda: Model(384, 10, 512), torch.randint(512, (4, 64))),
+        "wide vocabulary": (lambda: Model(256, 4, 16000), torch.randint(16000, (2, 64))),
+    }
+    found: dict[str, tuple[int, int]] = {}
+    for strategy in strategies.values():
+        peak(strategy, Model(32, 2, 64), torch.randint(64, (2, 8)))  # imports, and buffers of the group
+    for kind, (make, tokens) in kinds.items():
+        seen = trace_step(make(), tokens)
+        setting = Setting(num_processes=torch.distributed.get_world_size(), activations=seen)
+        for name, strategy in strategies.items():
+            torch.manual_seed(0)
+            model = make()
+            (spread,) = (one for one in spreads(setting) if one.name == name)
+            planned = training_memory(size_of(model), spread, setting).total
+            found[f"{kind}, {name}"] = (planned, peak(strategy, model, tokens))
+            del model
+    return found
+
+
+@pytest.mark.parametrize("families", [{"ddp": "ddp", "fsdp": "fsdp"}, "zero"], ids=["torch", "zero"])
+def test_planned_memory_is_the_measured_peak(families: object) -> None:
+    strategies = families
+    if families == "zero":
+        pytest.importorskip("deepspeed")
+        strategies = {
+            "zero-1": DeepSpeed(stage=1),
+            "zero-2": DeepSpeed(stage=2),
+            "zero-3": DeepSpeed(stage=3),
+        }
+    found = run_ranks(measured, strategies, num_processes=2, deadline=300)[0]
+    ratios = {name: planned / peak for name, (planned, peak) in found.items()}
+    assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), (ratios, found)
