@@ -11,7 +11,7 @@ from typing import Any, Literal
 from nbaccel.config import Device, Precision, StartMethod
 from nbaccel.errors import ConfigError
 from nbaccel.notebook.front import Dashboard, build_front
-from nbaccel.notebook.kernel import cell_label, cell_source
+from nbaccel.notebook.kernel import cell_label, cell_source, culprit
 from nbaccel.notebook.session import Session
 from nbaccel.parallel import StrategyLike
 from nbaccel.session.facts import run_facts
@@ -70,7 +70,7 @@ def notebook_launcher(
         return _run_in(session, function, tuple(args), kwargs, options)
     if inline:
         return _run_inline(make_task(function, tuple(args), kwargs), options)
-    request = make_request(function, tuple(args), kwargs, **options)
+    request = make_request(function, tuple(args), kwargs, opened_by=str(culprit() or ""), **options)
     if request.plan.in_place:
         with asked_here(request.config):
             return Results([request.task.function(*request.task.args, **request.task.kwargs)])
@@ -117,7 +117,7 @@ def launch(
     """Run `function(*args, **kwargs)` on `num_processes` ranks and return a `Run` at once.
 
     Args:
-        device: "cpu", "cuda", "xpu" or "mps"; "auto" (the same as None) is the accelerators there are.
+        device: "cpu", "cuda", "xpu", "mps" or "tpu"; "auto" (the same as None) is the accelerators there are.
         devices: which accelerators, by index ([4, 5]), or "free" for the least used ones.
         strategy: how an `Accelerator` in the function spreads the model: "ddp", "fsdp", FSDP(...), …; see
             docs/strategies.md.
@@ -149,6 +149,7 @@ def launch(
         function,
         args,
         kwargs,
+        opened_by=str(culprit() or ""),
         num_processes=num_processes,
         mixed_precision=mixed_precision,
         device=device,

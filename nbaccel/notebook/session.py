@@ -142,6 +142,11 @@ class Session:
 
         Raises: as `run`.
         """
+        if self._plan.replicas > 1:
+            raise ConfigError(
+                "cells cannot run on ranks that are threads of one process (TPU v2 and v3, XLA's CPU device): they "
+                "share one namespace. Call a function: session.run(f), or notebook_launcher(f, session=session)"
+            )
         filename, number = running_cell() or (None, 1)
         cell = shell.Cell(source=source, filename=filename, number=number, first_line=first_line)
         task = _task(shell.run_cell, (cell, dict(definitions or {})), {}, "cell")

@@ -120,9 +120,13 @@ def make_request(
     env: Mapping[str, str] | None = None,
     name: str | None = None,
     folder: str | Path | bool | None = None,
+    opened_by: str = "",
     **options: Any,
 ) -> Request:
     """Everything that can be found wrong before a process starts is found here.
+
+    Args:
+        opened_by: what in this process first opened an accelerator, for messages.
 
     Raises:
         ConfigError: something asked cannot be done.
@@ -141,7 +145,7 @@ def make_request(
     combined = combine(*layers)
     for_ranks = {key: str(value) for key, value in (env or {}).items()}
     environment = probe()
-    environment = replace(environment, variables={**environment.variables, **for_ranks})
+    environment = replace(environment, variables={**environment.variables, **for_ranks}, opened_by=opened_by)
     return Request(
         task=task,
         config=combined,
