@@ -4,8 +4,9 @@
     python benchmarks/strategies.py --device cuda    one rank per GPU, bf16
 
 Step time is the median of a launch's steps, memory the peak of its fullest rank above what it had before
-the model was made (anonymous memory on the CPU, allocated memory on a GPU). Launches alternate, and the
-ratios printed are medians over the rounds: they hold on a busy machine, single times do not.
+the model was made: allocated memory on a GPU; on the CPU anonymous memory, in a launch of its own. Launches
+alternate, and the ratios printed are medians over the rounds: they hold on a busy machine, single times do
+not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 WARM = 3
+_LEAN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""Freed memory goes back to the system at once, slowly: what is measured is what is in use."""
 
 
 def build(device: str) -> Any:
@@ -133,7 +136,7 @@ def work(name: str, device: str, steps: int, out: str) -> None:
     dist.destroy_process_group()
 
 
-def launch(name: str, device: str, ranks: int, steps: int) -> dict[str, float]:
+def launch(name: str, device: str, ranks: int, steps: int, *, lean: bool = False) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder, "rank"))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -142,6 +145,8 @@ def launch(name: str, device: str, ranks: int, steps: int) -> dict[str, float]:
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        if lean:
+            environment |= _LEAN
         if device == "cpu" and name == "accelerate":
             environment["ACCELERATE_USE_CPU"] = "true"
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -174,6 +179,9 @@ def main() -> None:
     for number in range(asked.rounds):
         ours = launch("nbaccel", asked.device, asked.ranks, asked.steps)
         theirs = launch("accelerate", asked.device, asked.ranks, asked.steps)
+        if asked.device == "cpu":
+            for name, told in (("nbaccel", ours), ("accelerate", theirs)):
+                told["memory"] = launch(name, asked.device, asked.ranks, 1, lean=True)["memory"]
         for name, listed in ratios.items():
             listed.append(ours[name] / theirs[name])
         print(
