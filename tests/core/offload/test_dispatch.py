@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import shutil
@@ -144,6 +145,7 @@ def test_pickled_and_copied_model_is_plain_and_real(kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_removing_the_hooks_restores_the_plain_model(kind: str, tmp_path: Path) -> None:
+    gc.collect()  # models of other tests, and their threads
     threads = threading.active_count()
     loaded, inputs, wanted = streamed(tmp_path, kind)
     answer(loaded, inputs)
@@ -155,7 +157,7 @@ def test_removing_the_hooks_restores_the_plain_model(kind: str, tmp_path: Path) 
     assert torch.equal(answer(plain, inputs), wanted)
     plain.float()
     assert next(plain.parameters()).dtype == torch.float32
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert remove_hooks(plain) is plain
 
 
