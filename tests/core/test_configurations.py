@@ -17,6 +17,7 @@ CONFIGURATIONS = {
     "ddp bf16": (2, {"mixed_precision": "bf16"}),
     "accumulation": (2, {"gradient_accumulation_steps": 4}),
     "fsdp": (2, {"strategy": "fsdp", "fsdp": {"wrap": ["Linear"]}}),
+    "zero-3": (2, {"strategy": "deepspeed", "deepspeed": {"stage": 3}}),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
@@ -314,6 +315,9 @@ class _ZeroStep(Optimizer):
     def __init__(self, optimizer: Optimizer, engine: Any) -> None:
         # Not Optimizer.__init__: groups and state are the user's optimizer's.
         self.optimizer, self._engine = optimizer, engine
+        # Its own: stage 3 steps the user's optimizer once for each sub-group.
+        self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -331,8 +335,12 @@ class _ZeroStep(Optimizer):
         """One step of the engine, which clears the gradients too."""
         if closure is not None:
             raise ConfigError("an optimizer's closure cannot go with strategy 'deepspeed'")
+        for hook in self._optimizer_step_pre_hooks.values():
+            hook(self, (), {})
         self._engine.step()
         self._engine.optimizer.clip_grad = 0.0
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (), {})
 
     @property
     def step_was_skipped(self) -> bool:
