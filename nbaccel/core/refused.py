@@ -10,14 +10,14 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["ARGUMENTS", "ATTRIBUTES", "PARAMETERS", "explain", "refuse_arguments", "refuse_parameters"]
 
-_LATER = "is not built yet; DDP is: leave it out"
+_DEEPSPEED = "is strategy=DeepSpeed(...)"
 _MESH = "belongs to parallelisms that are not built yet; ranks are in process_index and num_processes"
 
 ATTRIBUTES: Mapping[str, str] = {
     "context_parallel_rank": _MESH,
     "data_parallel_rank": "is acc.strategy.data_axis.rank here",
     "data_parallel_shard_rank": _MESH,
-    "deepspeed_plugin": "does not exist here; DeepSpeed is not built yet",
+    "deepspeed_plugin": "does not exist here; what was asked is acc.config.deepspeed",
     "deepspeed_ulysses_dl_adapter": "does not exist here; sequence parallelism is not built yet",
     "fp8_backend": "does not exist here; fp8 is not built yet",
     "is_composable_parallelism_enabled": _MESH,
@@ -37,13 +37,13 @@ ATTRIBUTES: Mapping[str, str] = {
     "torch_device_mesh": _MESH,
     "use_seedable_sampler": "is always so here: orders come from (seed, epoch)",
     "use_stateful_dataloader": "is always so here: every prepared loader has state_dict",
-    "verify_device_map": "does not exist here; models larger than a device are not built yet",
+    "verify_device_map": "does not exist here; dispatch_model(model, ...) says what does not fit",
 }
 
 ARGUMENTS: Mapping[str, str] = {
     "dataloader_config": "is split_batches=, even_batches=, dispatch_batches=, shard= of the Accelerator itself",
-    "deepspeed_plugin": _LATER,
-    "deepspeed_plugins": _LATER,
+    "deepspeed_plugin": _DEEPSPEED,
+    "deepspeed_plugins": _DEEPSPEED,
     "fsdp_plugin": "is strategy=FSDP(...); see docs/strategies.md",
     "torch_tp_plugin": "is strategy=TensorParallel(...) or FSDP(tensor_parallel=TensorParallel(...))",
     "megatron_lm_plugin": "is not supported; DDP is",
