@@ -109,6 +109,11 @@ class Session:
             raise ConfigError(
                 "this process already is a rank (RANK and WORLD_SIZE are set): a session starts its own"
             )
+        if self._plan.replicas > 1:
+            raise ConfigError(
+                f"these {self._plan.num_processes} ranks would be threads of one process (TPU v2 and v3, XLA's CPU "
+                "device), and a session of such is not built. Use notebook_launcher, or one rank."
+            )
         for note in self._plan.notes:
             _say(note)
         self._relay = self._start()
@@ -142,11 +147,6 @@ class Session:
 
         Raises: as `run`.
         """
-        if self._plan.replicas > 1:
-            raise ConfigError(
-                "cells cannot run on ranks that are threads of one process (TPU v2 and v3, XLA's CPU device): they "
-                "share one namespace. Call a function: session.run(f), or notebook_launcher(f, session=session)"
-            )
         filename, number = running_cell() or (None, 1)
         cell = shell.Cell(source=source, filename=filename, number=number, first_line=first_line)
         task = _task(shell.run_cell, (cell, dict(definitions or {})), {}, "cell")
