@@ -307,6 +307,16 @@ def test_read_only_offload_folder_is_named(tmp_path: Path) -> None:
     assert torch.equal(answer(model, inputs), wanted)
 
 
+def test_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, wanted = made("mlp")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"KB are needed and 1\.0 KB are free"):
+        disk_offload(model, tmp_path, "cpu")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(answer(model, inputs), wanted)
+
+
 def test_disk_without_a_folder_to_write_to_is_refused() -> None:
     model, _, _ = made("mlp")
     with pytest.raises(ConfigError, match="give an offload_folder"):
