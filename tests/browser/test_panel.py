@@ -82,7 +82,7 @@ def asked():
     return word
 notebook_launcher(asked, num_processes=2)
 """,
-    LATER: "run = launch(train, 200, num_processes=2)",
+    LATER: "run = launch(train, 400, num_processes=2)",
     AGAIN: "last_run().show()",
     LISTED: "print(runs()[0].name); print(run.report())",
     KNOB: """
@@ -345,7 +345,7 @@ def test_knob_turns_on_all_ranks_at_the_same_step(book: Page) -> None:
 
 def test_page_closed_in_mid_run_finds_the_run_again(book: Page, lab: Lab, open_page: Any) -> None:
     book.run(LATER)
-    wait_for(lambda: "/200" in book.output(LATER).inner_text(), 20, "a bar")
+    wait_for(lambda: "/400" in book.output(LATER).inner_text(), 20, "a bar")
     book.save()
     book.page.goto("about:blank")
     time.sleep(1)
@@ -353,10 +353,10 @@ def test_page_closed_in_mid_run_finds_the_run_again(book: Page, lab: Lab, open_p
     book.run(AGAIN)
     output = book.output(AGAIN)
     first = wait_for(
-        lambda: "/200" in output.inner_text() and output.inner_text(), 20, "the run, shown again"
+        lambda: "/400" in output.inner_text() and output.inner_text(), 20, "the run, shown again"
     )
     wait_for(lambda: output.inner_text() != first, 20, "and it goes on")
-    wait_for(lambda: output.inner_text().count("200/200") == 2, 20, "its end")
+    wait_for(lambda: output.inner_text().count("400/400") == 2, 60, "its end")
     book.run(LISTED)
     text = book.output(LISTED).inner_text()
     assert text.startswith("train")
