@@ -13,6 +13,8 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # JupyterLab refuses to run as root (containers) unless told.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
+# Two workers: much of the suite waits for processes. A file's tests stay together, with what they share.
+PARALLEL := -n 2 --dist loadfile
 SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ lab: $(VENV)/.nbaccel-demo  ## open JupyterLab on the quickstart
 	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. $(LAB_OPTIONS) notebooks/quickstart.ipynb
 
 test: lint chromium  ## lint, types, unit, integration, a browser, notebooks with their stored outputs
-	$(PY) -m pytest tests notebooks $(NBVAL)
+	$(PY) -m pytest tests notebooks $(NBVAL) $(PARALLEL)
 
 test-browser: $(VENV)/.nbaccel-test chromium  ## the panel in a real JupyterLab; screenshots under build/
 	@mkdir -p build/screenshots
