@@ -38,9 +38,7 @@ def byte_count(text: int | str, *, of: str = "max_shard_size") -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
-        raise ConfigError(
-            f"{of} is {text!r}; write it like '5GB' or '500MiB', or as a number of bytes"
-        )
+        raise ConfigError(f"{of} is {text!r}; write it like '5GB' or '500MiB', or as a number of bytes")
     unit = match[2].upper()
     return int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
 
