@@ -141,14 +141,16 @@ class Port:
         self._replies: dict[str, Any] = {}
         self._requests: list[Request] = []
         self._comms: deque[Request] = deque()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._watched = False  # whether a thread waits at the channel, for all
 
     def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
         self._channel.send(event, fds)
 
     def requests(self) -> list[Request]:
-        with self._lock:
-            self._read()
+        with self._changed:
+            if not self._watched:
+                self._read()
             found, self._requests = self._requests, []
         return found
 
@@ -161,16 +163,33 @@ class Port:
         return self._wait(lambda: bool(self._comms), self._comms.popleft)
 
     def _wait(self, there: Callable[[], bool], take: Callable[[], _Found]) -> _Found:
-        poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
-        while True:
-            with self._lock:
-                self._read()
+        """One of the threads that wait does so at the channel, and sorts what comes for the others too."""
+        with self._changed:
+            while True:
+                if self._watched:
+                    self._changed.wait()
+                else:
+                    self._read()
                 if there():
                     return take()
-            if self._channel.eof:
-                raise ChannelClosed("the notebook is gone")
-            poll.poll(200)  # not for ever: another thread may have read it
+                if self._channel.eof:
+                    raise ChannelClosed("the notebook is gone")
+                if not self._watched:
+                    self._watch()
+
+    def _watch(self) -> None:
+        """Until something comes, without the lock."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        self._watched = True
+        self._changed.release()
+        try:
+            poll.poll()
+        finally:
+            self._changed.acquire()
+            self._watched = False
+            self._read()
+            self._changed.notify_all()
 
     def _read(self) -> None:
         """Sort what has arrived by who it is for."""

@@ -126,7 +126,7 @@ def test_gpus_when_the_device_file_is_shut_are_left_out(tmp_path: Path) -> None:
     }
     write(tmp_path, files)
     (tmp_path / "dev/nvidia0").chmod(0o600)
-    for folder in [tmp_path, *tmp_path.parents[:2]]:
+    for folder in [tmp_path, *tmp_path.parents[:3]]:
         folder.chmod(0o755)
     code = """
 import os, sys
