@@ -34,7 +34,8 @@ lab: $(VENV)/.nbaccel-demo  ## open JupyterLab on the quickstart
 	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. $(LAB_OPTIONS) notebooks/quickstart.ipynb
 
 test: lint chromium  ## lint, types, unit, integration, a browser, notebooks with their stored outputs
-	$(PY) -m pytest tests notebooks $(NBVAL) $(PARALLEL)
+	$(PY) -m pytest tests notebooks $(NBVAL) $(PARALLEL) -m "not alone"
+	$(PY) -m pytest tests -m alone
 
 test-browser: $(VENV)/.nbaccel-test chromium  ## the panel in a real JupyterLab; screenshots under build/
 	@mkdir -p build/screenshots

@@ -270,7 +270,8 @@ def test_sigterm_ends_a_wait_for_hosts_at_once(nbaccel: Command):
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: _listens(int(str(ask[-1]).rpartition(":")[2])), 40, "the store")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 143
+        # before the handler is there the signal itself ends it, which a shell calls 143 too
+        assert process.wait(15) in (143, -signal.SIGTERM)
 
 
 def _listens(port: int) -> bool:

@@ -131,6 +131,7 @@ def _check(seen, slow_rank):
         assert sum(wall) == pytest.approx(sum(row[3] for row in rows), rel=0.05)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("data", "slow_rank", "communication"),
     [(True, None, False), (False, "both", False), (False, None, True), (False, 1, False), (True, 1, True)],

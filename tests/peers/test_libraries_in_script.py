@@ -65,7 +65,7 @@ def test_script_trains_with_accelerate_when_run_by_python(tmp_path: Path) -> Non
         [sys.executable, str(path)], capture_output=True, text=True, timeout=170, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if "get_accelerator" not in line]  # DeepSpeed's word
     assert sorted(lines[:-1]) == ["[rank 0] saw 4", "[rank 1] saw 4"]
     assert lines[-1] == "DONE torch.Size([1, 1])"
     assert "monitor_interval" in done.stderr  # the one warning about what has no meaning here

@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 from nbaccel import DeepSpeed
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 def measured(strategies: dict[str, object]) -> dict[str, tuple[int, int]]:
@@ -97,11 +97,7 @@ def test_planned_memory_is_the_measured_peak(families: object) -> None:
     strategies = families
     if families == "zero":
         pytest.importorskip("deepspeed")
-        strategies = {
-            "zero-1": DeepSpeed(stage=1),
-            "zero-2": DeepSpeed(stage=2),
-            "zero-3": DeepSpeed(stage=3),
-        }
+        strategies = {"zero-2": DeepSpeed(stage=2)}
     found = run_ranks(measured, strategies, num_processes=2, deadline=300)[0]
     ratios = {name: planned / peak for name, (planned, peak) in found.items()}
     assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), (ratios, found)
