@@ -56,7 +56,7 @@ def measured(strategies: dict[str, object]) -> dict[str, tuple[int, int]]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         return read("VmRSS")
 
-    def peak(strategy: object, model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> int:
+    def peak(strategy: object, model: nn.Module, tokens: torch.Tensor, steps: int = 3) -> int:
         acc = Accelerator(cpu=True, strategy=strategy)
         before = read("VmRSS") - sum(p.nbytes for p in model.parameters())
         model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters()))
