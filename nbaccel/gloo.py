@@ -11,14 +11,17 @@ A worker that is just dropping the last collective's tensors needs the interpret
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
 
-__all__ = ["keep_groups", "settle"]
+__all__ = ["keep_groups", "let_go", "settle"]
 
 # Between the end of a collective and its worker's last use of the lock lie microseconds.
 _LATER = 2.0
+_kept: list[tuple[Any, float | None]] = []
+"""Groups of this process, and when each was first found destroyed."""
 
 
 def keep_groups() -> None:
@@ -33,18 +36,41 @@ def keep_groups() -> None:
     original = getattr(c10d, "_new_process_group_helper", None)
     if original is None or getattr(original, "keeps_groups", False):
         return
-    kept: list[tuple[Any, float | None]] = []  # and when it was first found destroyed
 
     def make(*args: Any, **options: Any) -> Any:
-        now, alive = time.monotonic(), c10d._world.pg_map
-        ended = [(group, None if group in alive else since or now) for group, since in kept]
-        kept[:] = [(group, since) for group, since in ended if since is None or now - since < _LATER]
+        _forget(_LATER)
         made = original(*args, **options)
-        kept.append((made[0] if isinstance(made, tuple) else made, None))
+        _kept.append((made[0] if isinstance(made, tuple) else made, None))
         return made
 
     make.keeps_groups = True  # type: ignore[attr-defined]
     c10d._new_process_group_helper = make
+
+
+def let_go(name: str) -> None:
+    """Free the destroyed groups of this name now: their connections close, and a rank that waits there for
+    this one gets an error. To be called where no collective of theirs is under way.
+
+    Groups destroyed beside them are kept for good: one may be under way there, which freeing would wait for.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    settle()
+    alive = c10d._world.pg_map
+    _kept[:] = [
+        (group, since if group in alive else math.inf)
+        for group, since in _kept
+        if group in alive or group.group_name != name
+    ]
+
+
+def _forget(after: float) -> None:
+    """Free the groups that were found destroyed `after` seconds ago or earlier."""
+    import torch.distributed.distributed_c10d as c10d
+
+    now, alive = time.monotonic(), c10d._world.pg_map
+    ended = [(group, None if group in alive else since or now) for group, since in _kept]
+    _kept[:] = [(group, since) for group, since in ended if since is None or now - since < after]
 
 
 def settle(timeout: float = 1.0) -> None:

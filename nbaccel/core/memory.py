@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nbaccel import gloo
 from nbaccel.core.frames import exchange_objects
 from nbaccel.core.world import join
 from nbaccel.errors import ConfigError
@@ -96,5 +97,7 @@ def _start_over() -> None:
         store = dist.distributed_c10d.PrefixStore(
             "after-out-of-memory", dist.distributed_c10d._get_default_store()
         )
+        name = dist.distributed_c10d._get_default_group().group_name
         dist.destroy_process_group()
+        gloo.let_go(name)  # this is what frees the others
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from nbaccel import notebook_launcher
 from nbaccel.core import Accelerator, find_executable_batch_size
 from nbaccel.errors import ConfigError
 
@@ -39,6 +40,11 @@ def _search(where):
 @pytest.mark.parametrize("where", ["in the loop", "at the end"])
 def test_batch_size_when_one_rank_runs_out_all_halve(where):
     assert run_ranks(_search, where, num_processes=3) == [([32, 16, 8], (8, [8, 8, 8]))] * 3
+
+
+def test_batch_size_when_launched_all_halve():
+    found = notebook_launcher(_search, ("in the loop",), num_processes=2, device="cpu", max_time=60)
+    assert list(found) == [([32, 16, 8], (8, [12, 12]))] * 2
 
 
 def test_batch_size_when_alone():
