@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, named, read_options
 
 __all__ = ["RUN_CONFIG_VARIABLE", "Device", "Precision", "RunConfig", "combine", "duration_seconds"]
@@ -58,19 +59,21 @@ _DDP_OPTIONS = (
     "power_sgd_rank",
     "power_sgd_start",
 )
-_PARALLEL = {"fsdp": FSDP, "tensor_parallel": TensorParallel, "deepspeed": DeepSpeed}
+_OPTIONS: dict[str, type] = {
+    "fsdp": FSDP,
+    "tensor_parallel": TensorParallel,
+    "deepspeed": DeepSpeed,
+    "fp8": FP8Options,
+}
 _TEXTS = ("project_dir", "stop_after", "resume")
 # Known to be wanted, not built yet: refused by name rather than ignored.
 _LATER: dict[str, dict[str, str]] = {
-    "tpu_runtime": {"torch_tpu": "TorchTPU is not built yet; use 'torch_xla'"},
-    "mixed_precision": {"fp8": "fp8 is not built yet; use 'bf16'"},
 }
 _LATER_KEYS = {
     "xla_spmd": "XLA's SPMD mode is not built yet; leave it out for a rank on each device",
     "context_parallel": "context parallelism is not built yet; leave it out",
     "pipeline": "pipeline schedules are not built yet; leave it out",
     "megatron": "Megatron-LM is not built yet; leave it out and use strategy 'ddp'",
-    "fp8": "fp8 is not built yet; leave it out and use mixed_precision 'bf16'",
 }
 
 
@@ -105,6 +108,8 @@ class RunConfig:
     loss_weighting: Literal["samples", "equal"] | None = None
     """Whether micro-steps and ranks count by their samples or alike."""
     scheduler_steps: Literal["one", "per_rank"] | None = None
+    fp8: Mapping[str, Any] | None = None
+    """Options of mixed_precision "fp8", by the names of `FP8Options`."""
     """Scheduler steps per optimizer step."""
     step_scheduler_with_optimizer: bool | None = None
     """False when the loop steps the scheduler on its own account."""
@@ -183,7 +188,7 @@ class RunConfig:
                 raise ConfigError(
                     f"{self._where('ddp')} has no option {name!r}{_nearest(name, _DDP_OPTIONS)}"
                 )
-        for name, kind in _PARALLEL.items():
+        for name, kind in _OPTIONS.items():
             options = getattr(self, name)
             self._require(name, isinstance(options, Mapping), "options by name, as in {size: 2}")
             if options is not None:

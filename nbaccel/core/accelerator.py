@@ -18,7 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from nbaccel.core import collectives, processes, refused
 from nbaccel.core.accumulate import LossWeighting
-from nbaccel.core.assembly import asked_config, choose_strategy, ddp_options, make_control, split_trackers
+from nbaccel.core.assembly import (
+    asked_config,
+    choose_strategy,
+    ddp_options,
+    fp8_options,
+    make_control,
+    split_trackers,
+)
 from nbaccel.core.checkpoint import Loaded
 from nbaccel.core.communicator import Communicator
 from nbaccel.core.data import Shard, ShardedLoader
@@ -38,6 +45,7 @@ from nbaccel.core.trackers import Logbook, Tracker
 from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
 from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
+from nbaccel.fp8 import FP8Options
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import StrategyLike
 from nbaccel.wire import events
@@ -54,7 +62,7 @@ class Accelerator:
     Every argument left None takes what the launch, the YAML file or the environment asked.
 
     Args:
-        mixed_precision: "no", "bf16", "fp16" or "auto".
+        mixed_precision: "no", "bf16", "fp16", "fp8" or "auto".
         gradient_accumulation_steps: micro-steps per optimizer step.
         cpu: compute on the CPU although there is an accelerator.
         device_placement: move models and batches to the device.
@@ -64,6 +72,7 @@ class Accelerator:
         gradient_clipping: what `step` and `clip_grad_norm_` clip to when the loop names no norm.
         loss_weighting: "samples": unequal batches count by their samples; "equal": each micro-step alike.
         scheduler_steps: scheduler steps per optimizer step: "one", or one "per_rank" as in scripts whose
+        fp8: options of "fp8".
             schedule was written for that.
         step_scheduler_with_optimizer: False when the loop steps the scheduler on its own account.
         split_batches, even_batches, dispatch_batches, shard, per_sample_seed: see `ShardedLoader`.
@@ -97,6 +106,7 @@ class Accelerator:
         loss_weighting: LossWeighting | None = None,
         scheduler_steps: Literal["one", "per_rank"] | None = None,
         step_scheduler_with_optimizer: bool | None = None,
+        fp8: FP8Options | None = None,
         split_batches: bool | None = None,
         even_batches: bool | None = None,
         dispatch_batches: bool | None = None,
@@ -147,7 +157,11 @@ class Accelerator:
         self.world = world = join(config, environment)
         hardware = probe_hardware(world.device)
         self._precision = choose_precision(
-            config.mixed_precision, hardware, scaler=scaler, speak=world.is_main
+            config.mixed_precision,
+            hardware,
+            scaler=scaler,
+            fp8=fp8_options(config, fp8),
+            speak=world.is_main,
         )
         if config.seed is not None:
             set_seed(config.seed)
@@ -265,7 +279,7 @@ class Accelerator:
 
     @property
     def mixed_precision(self) -> str:
-        """The precision in force: "no", "fp16" or "bf16"."""
+        """The precision in force: "no", "fp16", "bf16" or "fp8"."""
         return self._precision.kind
 
     @property
@@ -294,6 +308,11 @@ class Accelerator:
         return bool(self._loader_options["dispatch"])
 
     def print(self, *args: Any, **kwargs: Any) -> None:
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """What the prepared optimizers step, in the order they were prepared."""
+        return tuple(self._saving.optimizers)
+
         """Prints on each machine's first rank only."""
         if self.is_local_main_process:
             print(*args, **kwargs)

@@ -16,10 +16,11 @@ from nbaccel.core.strategies.single import Single
 from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, read_options
 from nbaccel.wire import events
 
-__all__ = ["asked_config", "choose_strategy", "ddp_options", "make_control", "split_trackers"]
+__all__ = ["asked_config", "choose_strategy", "ddp_options", "fp8_options", "make_control", "split_trackers"]
 
 _PLACE = "Accelerator(...)"
 _OPTIONS_OF = {"fsdp": ("fsdp",), "tensor_parallel": ("tensor_parallel", "fsdp"), "deepspeed": ("deepspeed",)}
@@ -66,6 +67,7 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         if name not in (None, "auto", "xla", "ddp", "single"):
             raise ConfigError(f"strategy={name!r} cannot run on XLA devices; use 'xla', or leave it out")
         return XLA(world)
+    _check_fp8(config, precision)
     if name == "xla":
         raise ConfigError("strategy='xla' needs XLA devices: launch with device='tpu'")
     if world.size == 1:
@@ -135,6 +137,18 @@ def ddp_options(config: RunConfig, given: DDPOptions | None) -> DDPOptions:
     asked = DDPOptions(**config.ddp) if config.ddp is not None else None
     if given is not None and asked is not None and given != asked:
         place = config.sources.get("ddp", "the launch")
+def _check_fp8(config: RunConfig, precision: Precision) -> None:
+    if precision.kind == "fp8" and (config.strategy == "deepspeed" or _divides(config)):
+        raise ConfigError(
+            "mixed_precision='fp8' goes with one process, strategy 'ddp' and 'fsdp', not with DeepSpeed nor tensor "
+            "parallelism; use 'bf16', or one of those"
+        )
+
+
+def _divides(config: RunConfig) -> bool:
+    return config.strategy == "tensor_parallel" or config.tensor_parallel is not None
+
+
         raise ConfigError(
             f"ddp is asked twice: {asked} by {place} and {given} by {_PLACE}. Ask for it in one place."
         )
@@ -150,6 +164,27 @@ def make_control(config: RunConfig, world: World, knobs: Knobs, precision: str) 
         every = duration_seconds(config.save_every, what="save_every")
     after = None if config.stop_after is None else duration_seconds(config.stop_after, what="stop_after")
     if not events.active() and every is None and after is None:
+def fp8_options(config: RunConfig, given: FP8Options | None) -> FP8Options | None:
+    """The options of "fp8": the Accelerator's argument, or what the launch asked.
+
+    Raises:
+        ConfigError: both, and they differ; or another precision was asked, which would ignore them.
+    """
+    asked = None if config.fp8 is None else read_options(FP8Options, config.fp8, "fp8")
+    if given is not None and asked is not None and given != asked:
+        place = config.sources.get("fp8", "the launch")
+        raise ConfigError(
+            f"fp8 is asked twice: {asked} by {place} and {given} by {_PLACE}. Ask for it in one place."
+        )
+    options = given or asked
+    if options is not None and config.mixed_precision != "fp8":
+        raise ConfigError(
+            f"fp8 holds options of mixed_precision='fp8', but mixed_precision is {config.mixed_precision!r}; ask for "
+            "'fp8' too, or leave fp8 out"
+        )
+    return options
+
+
         return None
     agreed = f"mixed_precision={precision}, accumulation={config.gradient_accumulation_steps or 1}"
     saves = config.project_dir is not None and (every or after or config.resume) is not None

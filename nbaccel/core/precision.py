@@ -13,10 +13,11 @@ from typing import Any, Literal, final
 import torch
 
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 
 __all__ = ["Hardware", "Precision", "ScalerOptions", "choose_precision", "probe_hardware"]
 
-Kind = Literal["no", "fp16", "bf16"]
+Kind = Literal["no", "fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Hardware:
     device_type: str
     bf16: bool
     fp16: bool
+    fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +51,15 @@ class Precision:
     why: str
     """One line: what was chosen and why."""
     scaler: ScalerOptions = ScalerOptions()
+    fp8: FP8Options | None = None
+    """How linear layers multiply in float8; None: not at all. What is not float8 is bf16."""
+    emulates_fp8: bool = False
+    """Whether the device has no float8 instructions."""
 
     @property
     def dtype(self) -> torch.dtype | None:
         """What autocast computes in; None for float32 as it is."""
-        return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[self.kind]
+        return {"no": None, "fp16": torch.float16}.get(self.kind, torch.bfloat16)
 
     def autocast(self, *, enabled: bool = True, cache_enabled: bool = True) -> AbstractContextManager[Any]:
         """A fresh context in which operations compute in this precision."""
@@ -81,7 +87,8 @@ def probe_hardware(device: torch.device) -> Hardware:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware(name=name, device_type="cuda", bf16=bf16, fp16=(major, minor) >= (5, 3))
+        fp16, fp8 = (major, minor) >= (5, 3), (major, minor) >= (8, 9)
+        return Hardware(name=name, device_type="cuda", bf16=bf16, fp16=fp16, fp8=fp8)
     if device.type == "cpu":
         flags = _cpu_flags()
         bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
@@ -105,12 +112,18 @@ def _cpu_flags() -> set[str]:
 
 
 def choose_precision(
-    asked: str | None, hardware: Hardware, *, scaler: ScalerOptions | None = None, speak: bool = True
+    asked: str | None,
+    hardware: Hardware,
+    *,
+    scaler: ScalerOptions | None = None,
+    fp8: FP8Options | None = None,
+    speak: bool = True,
 ) -> Precision:
     """The precision in force for what was asked ("no" when nothing was).
 
     Args:
-        speak: print what "auto" chose, warn where bf16 is emulated: on rank 0 only.
+        fp8: options of "fp8".
+        speak: print what "auto" chose, warn where bf16 or fp8 is emulated: on rank 0 only.
 
     Raises:
         ConfigError: not supported; the message names what is.
@@ -120,28 +133,44 @@ def choose_precision(
         print(f"mixed_precision='auto': {why}", flush=True)
     if speak and asked == "bf16" and not hardware.bf16:
         instead = "'fp16'" if hardware.fp16 and hardware.device_type != "cpu" else "'no' (float32)"
-        warnings.warn(
-            f"mixed_precision='bf16' is emulated here: {hardware.name} has no bf16 instructions, so it is "
-            f"slower than {instead}. It computes what bf16 hardware would.",
-            stacklevel=3,
-        )
-    return Precision(kind=kind, device_type=hardware.device_type, why=why, scaler=scaler or ScalerOptions())
+        _warn_emulated("bf16", hardware, instead)
+    if speak and asked == "fp8" and not hardware.fp8:
+        _warn_emulated("fp8", hardware, "'bf16'")
+    return Precision(
+        kind=kind,
+        device_type=hardware.device_type,
+        why=why,
+        scaler=scaler or ScalerOptions(),
+        fp8=(fp8 or FP8Options()) if kind == "fp8" else None,
+        emulates_fp8=not hardware.fp8,
+    )
+
+
+def _warn_emulated(kind: str, hardware: Hardware, instead: str) -> None:
+    warnings.warn(
+        f"mixed_precision={kind!r} is emulated here: {hardware.name} has no {kind} instructions, so it is "
+        f"slower than {instead}. It computes what {kind} hardware would.",
+        stacklevel=4,
+    )
 
 
 def _choose(asked: str, hardware: Hardware) -> tuple[Kind, str]:
-    supported: Mapping[str, bool] = {"no": True, "bf16": True, "fp16": hardware.device_type != "xla"}
+    supported: Mapping[str, bool] = {
+        "no": True,
+        "bf16": True,
+        "fp16": hardware.device_type != "xla",
+        "fp8": hardware.device_type in ("cpu", "cuda"),
+    }
     if asked == "auto":
         if hardware.bf16:
             return "bf16", f"bf16, which {hardware.name} computes in hardware"
         if hardware.fp16:
             return "fp16", f"fp16, because {hardware.name} has fp16 but no bf16 instructions"
         return "no", f"float32, because {hardware.name} has neither bf16 nor fp16 instructions"
-    if asked == "fp8":
-        raise ConfigError("mixed_precision='fp8' is not built yet; use 'bf16'")
     if not supported.get(asked, False):
         known = ", ".join(repr(name) for name, good in supported.items() if good)
         raise ConfigError(
             f"mixed_precision={asked!r} is not supported on {hardware.name}; use {known} or 'auto'"
         )
-    kind: Kind = "bf16" if asked == "bf16" else "fp16" if asked == "fp16" else "no"
-    return kind, f"{asked}, as asked"
+    kinds: Mapping[str, Kind] = {"no": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8"}
+    return kinds[asked], f"{asked}, as asked"

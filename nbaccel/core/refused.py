@@ -19,7 +19,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "data_parallel_shard_rank": _MESH,
     "deepspeed_plugin": "does not exist here; what was asked is acc.config.deepspeed",
     "deepspeed_ulysses_dl_adapter": "does not exist here; sequence parallelism is not built yet",
-    "fp8_backend": "does not exist here; fp8 is not built yet",
+    "fp8_backend": "is FP8Options(backend=...), given as Accelerator(fp8=...)",
     "is_composable_parallelism_enabled": _MESH,
     "is_fsdp2": "is `acc.strategy.name == 'fsdp'` here; there is no older FSDP",
     "logging_dir": "is project_dir here",
@@ -52,7 +52,7 @@ ARGUMENTS: Mapping[str, str] = {
     "nbaccel.core.rng.synchronize_rng_states does it by hand",
     "project_config": "is project_dir= and keep=",
     "gradient_accumulation_plugin": "is gradient_accumulation_steps= and loss_weighting=",
-    "kwargs_handlers": "is ddp=DDPOptions(...) and scaler=ScalerOptions(...)",
+    "kwargs_handlers": "is ddp=DDPOptions(...), scaler=ScalerOptions(...) and fp8=FP8Options(...)",
     "dynamo_backend": "is compile=True or a mode of torch.compile",
     "dynamo_plugin": "is compile=True or a mode of torch.compile",
 }

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from nbaccel.core.float8 import compute_in_float8, restore_linears
 from nbaccel.core.loop import Loop
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.precision import Precision
@@ -96,7 +97,9 @@ def _plain_forward(module: nn.Module) -> Any:
 
 def patch_forward(module: nn.Module, precision: Precision, stopwatch: Stopwatch | None) -> None:
     """Let calls of `module` compute in the precision, and be timed where there is a stopwatch."""
-    restore_forward(module)
+    _take_off(module)
+    if precision.fp8 is not None:
+        compute_in_float8(module, precision.fp8, emulate=precision.emulates_fp8)
     compiled = module._compiled_call_impl is not None
     # Around a compiled call: inside it the clock would break the graph.
     name = "_compiled_call_impl" if compiled else "forward"
@@ -108,6 +111,11 @@ def patch_forward(module: nn.Module, precision: Precision, stopwatch: Stopwatch 
 
 def restore_forward(module: nn.Module) -> None:
     """Take off again what `patch_forward` put there."""
+    _take_off(module)
+    restore_linears(module)
+
+
+def _take_off(module: nn.Module) -> None:
     while isinstance(module.__dict__.get("forward"), _PATCHES):
         inner = module.__dict__.pop("forward").inner
         if getattr(inner, "__func__", None) is not type(module).forward:

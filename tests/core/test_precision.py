@@ -5,8 +5,10 @@ import torch
 
 from nbaccel.core.precision import Hardware, ScalerOptions, choose_precision, probe_hardware
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 
 AMPERE = Hardware(name="an A100", device_type="cuda", bf16=True, fp16=True)
+HOPPER = Hardware(name="an H100", device_type="cuda", bf16=True, fp16=True, fp8=True)
 TURING = Hardware(name="a T4", device_type="cuda", bf16=False, fp16=True)
 OLD_CPU = Hardware(name="an old CPU", device_type="cpu", bf16=False, fp16=False)
 
@@ -32,10 +34,21 @@ def test_bf16_when_real_or_not_rank_0_says_nothing(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("asked", "words"), [("fp8", "not built yet"), ("fp15", "'no', 'bf16', 'fp16'")])
-def test_precision_when_unsupported_names_what_is(asked, words):
-    with pytest.raises(ConfigError, match=words):
-        choose_precision(asked, AMPERE)
+def test_fp8_when_emulated_warns_and_the_rest_is_bf16():
+    with pytest.warns(UserWarning, match=r"'fp8' is emulated.*an A100.*'bf16'"):
+        precision = choose_precision("fp8", AMPERE, fp8=FP8Options(recipe="rowwise"))
+    assert (precision.dtype, precision.fp8.recipe, precision.emulates_fp8) == (
+        torch.bfloat16,
+        "rowwise",
+        True,
+    )
+    assert not choose_precision("fp8", HOPPER).emulates_fp8
+    assert choose_precision("bf16", HOPPER).fp8 is None
+
+
+def test_precision_when_unsupported_names_what_is():
+    with pytest.raises(ConfigError, match="'no', 'bf16', 'fp16', 'fp8'"):
+        choose_precision("fp15", AMPERE)
 
 
 def test_scaler_when_fp16_has_the_options():

@@ -71,7 +71,7 @@ def test_values_are_read_as_yaml_one_point_two(here: Path):
         ("\nfsdp: {rap: 1}", "fsdp (from x.yaml:2) has no option 'rap'; did you mean 'wrap'?"),
         ("fsdp: {sharding: full}", "fsdp: sharding is 'full'; it must be one of 'full_shard'"),
         ("tensor_parallel: {size: -1}", "tensor_parallel: size is -1"),
-        ("mixed_precision: fp8", "mixed_precision (from x.yaml:1) is 'fp8': fp8 is not built yet"),
+        ("fp8: {recipe: colwise}", "fp8: recipe is 'colwise'; it must be one of 'tensorwise', 'rowwise'"),
         ("seed: 1\n\nseed: 2", "x.yaml: seed stands twice, in line 1 and in line 3"),
         ("a: [1\nb: 2", "x.yaml:2 is not YAML"),
         ("- a\n- b", "x.yaml holds no keys"),

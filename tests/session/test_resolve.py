@@ -396,7 +396,7 @@ def test_precision_when_slow_on_the_device_is_noted(
 
 
 @pytest.mark.parametrize(
-    ("precision", "message"), [("bf17", "Did you mean 'bf16'"), ("fp8", "not built yet")]
+    ("precision", "message"), [("bf17", "Did you mean 'bf16'"), ("fp4", "Did you mean 'fp")]
 )
 def test_precision_when_never_possible_is_refused_before_a_plan(precision: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -34,7 +34,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"num_processes": "two"}, "num_processes.* must be an int, not 'two'"),
     ({"num_processes": True}, "num_processes.* must be an int"),
     ({"mixed_precision": "bf17"}, "bf17.*Did you mean 'bf16'"),
-    ({"mixed_precision": "fp8"}, "not built yet"),
+    ({"mixed_precision": "fp8", "fp8": {"recipe": "colwise"}}, "'colwise'.*'tensorwise', 'rowwise'"),
     ({"strategy": "fsdpp"}, "Did you mean 'fsdp'"),
     ({"strategy": FSDP(wrap=len)}, "cannot be asked of a launch"),
     ({"device": "tpu"}, "needs a runtime"),

@@ -16,7 +16,7 @@ A strategy imports no other one; `assembly` chooses it and gives it what it need
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,10 @@ class Strategy(ABC):
     """Whether what `wrap` gives computes in the asked precision by itself, loss scaling included; else the
     loop autocasts around it and scales."""
 
+    replicates: bool = False
+    """Whether every rank holds the whole model, so that ranks can train apart for a while."""
+    apart: Collection[nn.Module] = ()
+    """Models within `no_sync`, whose ranks need not be equal."""
     @property
     @abstractmethod
     def data_axis(self) -> DataAxis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, final
@@ -70,6 +70,7 @@ class DDP(Strategy):
     name = "ddp"
 
     def __init__(self, world: World, *, options: DDPOptions, accumulates: bool) -> None:
+    replicates = True
         if options.static_graph and accumulates:
             raise ConfigError(
                 "static_graph=True cannot go with gradient_accumulation_steps above 1: torch fails when the "
@@ -79,6 +80,7 @@ class DDP(Strategy):
         self._options = options
 
     @property
+        self.apart: set[nn.Module] = set()
     def data_axis(self) -> DataAxis:
         return DataAxis(rank=self._world.rank, size=self._world.size)
 
@@ -118,7 +120,7 @@ class DDP(Strategy):
         return module.module if isinstance(module, DistributedDataParallel) else module
 
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel) and module not in self.apart:
             # What DDP.no_sync sets, without making a context manager in every micro-step.
             module.require_backward_grad_sync = synchronize
 
@@ -127,10 +129,22 @@ class DDP(Strategy):
             return contextlib.nullcontext()
         if self._options.static_graph:
             raise ConfigError("no_sync cannot go with static_graph=True; leave static_graph off")
-        return module.no_sync()
+        return self._part(module)
+
+    @contextlib.contextmanager
+    def _part(self, module: DistributedDataParallel) -> Iterator[None]:
+        """torch's `no_sync`, which accumulation windows inside do not end."""
+        outermost = module not in self.apart
+        with module.no_sync():
+            self.apart.add(module)
+            try:
+                yield
+            finally:
+                if outermost:
+                    self.apart.discard(module)
 
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel) and module not in self.apart:
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True
             # What DDP's forward does when it expects to synchronise; this one had run without.

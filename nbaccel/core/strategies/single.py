@@ -22,7 +22,7 @@ class Single(Strategy):
     """Nothing to spread."""
 
     name = "single"
-    plain = True
+    plain = replicates = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
