@@ -97,6 +97,8 @@ class RunConfig:
     """How ranks come to be: forked from a warm clean process, or spawned fresh."""
     mixed_precision: Precision | None = None
     """The numbers the model computes in."""
+    fp8: Mapping[str, Any] | None = None
+    """Options of mixed_precision "fp8", by the names of `FP8Options`."""
     strategy: str | None = None
     """How the model is spread over the ranks."""
     collective_timeout: float | None = None
@@ -108,8 +110,6 @@ class RunConfig:
     loss_weighting: Literal["samples", "equal"] | None = None
     """Whether micro-steps and ranks count by their samples or alike."""
     scheduler_steps: Literal["one", "per_rank"] | None = None
-    fp8: Mapping[str, Any] | None = None
-    """Options of mixed_precision "fp8", by the names of `FP8Options`."""
     """Scheduler steps per optimizer step."""
     step_scheduler_with_optimizer: bool | None = None
     """False when the loop steps the scheduler on its own account."""

@@ -45,8 +45,8 @@ from nbaccel.core.trackers import Logbook, Tracker
 from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
 from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
-from nbaccel.fp8 import FP8Options
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import StrategyLike
 from nbaccel.wire import events
 
@@ -69,10 +69,10 @@ class Accelerator:
         strategy: "auto", "single", "ddp", "fsdp", "tensor_parallel", or FSDP(...), TensorParallel(...).
         ddp: options of DistributedDataParallel.
         scaler: options of the fp16 gradient scaler.
+        fp8: options of "fp8".
         gradient_clipping: what `step` and `clip_grad_norm_` clip to when the loop names no norm.
         loss_weighting: "samples": unequal batches count by their samples; "equal": each micro-step alike.
         scheduler_steps: scheduler steps per optimizer step: "one", or one "per_rank" as in scripts whose
-        fp8: options of "fp8".
             schedule was written for that.
         step_scheduler_with_optimizer: False when the loop steps the scheduler on its own account.
         split_batches, even_batches, dispatch_batches, shard, per_sample_seed: see `ShardedLoader`.
@@ -102,11 +102,11 @@ class Accelerator:
         strategy: StrategyLike | None = None,
         ddp: DDPOptions | None = None,
         scaler: ScalerOptions | None = None,
+        fp8: FP8Options | None = None,
         gradient_clipping: float | None = None,
         loss_weighting: LossWeighting | None = None,
         scheduler_steps: Literal["one", "per_rank"] | None = None,
         step_scheduler_with_optimizer: bool | None = None,
-        fp8: FP8Options | None = None,
         split_batches: bool | None = None,
         even_batches: bool | None = None,
         dispatch_batches: bool | None = None,
@@ -293,6 +293,11 @@ class Accelerator:
         return self.config.project_dir
 
     @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """What the prepared optimizers step, in the order they were prepared."""
+        return tuple(self._saving.optimizers)
+
+    @property
     def split_batches(self) -> bool:
         """Whether the loaders' batch size is that of all ranks together."""
         return bool(self._loader_options["split_batches"])
@@ -308,11 +313,6 @@ class Accelerator:
         return bool(self._loader_options["dispatch"])
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-    @property
-    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """What the prepared optimizers step, in the order they were prepared."""
-        return tuple(self._saving.optimizers)
-
         """Prints on each machine's first rank only."""
         if self.is_local_main_process:
             print(*args, **kwargs)

@@ -67,11 +67,11 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         if name not in (None, "auto", "xla", "ddp", "single"):
             raise ConfigError(f"strategy={name!r} cannot run on XLA devices; use 'xla', or leave it out")
         return XLA(world)
-    _check_fp8(config, precision)
     if name == "xla":
         raise ConfigError("strategy='xla' needs XLA devices: launch with device='tpu'")
     if world.size == 1:
         return Single(world.device)
+    _check_fp8(config, precision)
     if name == "deepspeed":
         _check_half(precision, name)
         # imported where it is asked for: DeepSpeed takes a second
@@ -128,15 +128,6 @@ def _check_half(precision: Precision, strategy: str) -> None:
         )
 
 
-def ddp_options(config: RunConfig, given: DDPOptions | None) -> DDPOptions:
-    """DDP's options: the Accelerator's argument, or what the launch asked.
-
-    Raises:
-        ConfigError: both, and they differ.
-    """
-    asked = DDPOptions(**config.ddp) if config.ddp is not None else None
-    if given is not None and asked is not None and given != asked:
-        place = config.sources.get("ddp", "the launch")
 def _check_fp8(config: RunConfig, precision: Precision) -> None:
     if precision.kind == "fp8" and (config.strategy == "deepspeed" or _divides(config)):
         raise ConfigError(
@@ -149,21 +140,21 @@ def _divides(config: RunConfig) -> bool:
     return config.strategy == "tensor_parallel" or config.tensor_parallel is not None
 
 
+def ddp_options(config: RunConfig, given: DDPOptions | None) -> DDPOptions:
+    """DDP's options: the Accelerator's argument, or what the launch asked.
+
+    Raises:
+        ConfigError: both, and they differ.
+    """
+    asked = DDPOptions(**config.ddp) if config.ddp is not None else None
+    if given is not None and asked is not None and given != asked:
+        place = config.sources.get("ddp", "the launch")
         raise ConfigError(
             f"ddp is asked twice: {asked} by {place} and {given} by {_PLACE}. Ask for it in one place."
         )
     return given or asked or DDPOptions()
 
 
-def make_control(config: RunConfig, world: World, knobs: Knobs, precision: str) -> Control | None:
-    """None where nobody can ask for anything, so that a step costs nothing for it."""
-    every: int | float | None = None
-    if isinstance(config.save_every, int):
-        every = config.save_every
-    elif config.save_every is not None:
-        every = duration_seconds(config.save_every, what="save_every")
-    after = None if config.stop_after is None else duration_seconds(config.stop_after, what="stop_after")
-    if not events.active() and every is None and after is None:
 def fp8_options(config: RunConfig, given: FP8Options | None) -> FP8Options | None:
     """The options of "fp8": the Accelerator's argument, or what the launch asked.
 
@@ -185,6 +176,15 @@ def fp8_options(config: RunConfig, given: FP8Options | None) -> FP8Options | Non
     return options
 
 
+def make_control(config: RunConfig, world: World, knobs: Knobs, precision: str) -> Control | None:
+    """None where nobody can ask for anything, so that a step costs nothing for it."""
+    every: int | float | None = None
+    if isinstance(config.save_every, int):
+        every = config.save_every
+    elif config.save_every is not None:
+        every = duration_seconds(config.save_every, what="save_every")
+    after = None if config.stop_after is None else duration_seconds(config.stop_after, what="stop_after")
+    if not events.active() and every is None and after is None:
         return None
     agreed = f"mixed_precision={precision}, accumulation={config.gradient_accumulation_steps or 1}"
     saves = config.project_dir is not None and (every or after or config.resume) is not None

@@ -49,11 +49,11 @@ class Strategy(ABC):
     handles_precision: bool = False
     """Whether what `wrap` gives computes in the asked precision by itself, loss scaling included; else the
     loop autocasts around it and scales."""
-
     replicates: bool = False
     """Whether every rank holds the whole model, so that ranks can train apart for a while."""
     apart: Collection[nn.Module] = ()
     """Models within `no_sync`, whose ranks need not be equal."""
+
     @property
     @abstractmethod
     def data_axis(self) -> DataAxis:

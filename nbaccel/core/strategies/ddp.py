@@ -68,9 +68,9 @@ class DDP(Strategy):
     """Every rank holds the model; backward averages gradients over the ranks."""
 
     name = "ddp"
+    replicates = True
 
     def __init__(self, world: World, *, options: DDPOptions, accumulates: bool) -> None:
-    replicates = True
         if options.static_graph and accumulates:
             raise ConfigError(
                 "static_graph=True cannot go with gradient_accumulation_steps above 1: torch fails when the "
@@ -78,9 +78,9 @@ class DDP(Strategy):
             )
         self._world = world
         self._options = options
+        self.apart: set[nn.Module] = set()
 
     @property
-        self.apart: set[nn.Module] = set()
     def data_axis(self) -> DataAxis:
         return DataAxis(rank=self._world.rank, size=self._world.size)
 
