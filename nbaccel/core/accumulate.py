@@ -27,7 +27,7 @@ class BatchInfo(Protocol):
     @property
     def batch_samples(self) -> int: ...
     @property
-    def batch_repeated(self) -> int: ...
+    def even_batches(self) -> bool: ...
     @property
     def global_batch_samples(self) -> int | None: ...
     @property
@@ -120,18 +120,21 @@ class Window:
         if loader is None or self._equal:
             return 1.0
         everyone = loader.global_batch_samples
-        if not everyone or (loader.batch_repeated and loader.batch_samples):
+        if not everyone or (loader.even_batches and loader.at_end):
             return 1.0
         return loader.batch_samples * self.num_ranks / everyone
 
     def _samples(self, loader: BatchInfo) -> tuple[float, float, float]:
         """This micro-step's samples here times R and on all ranks, and the window's as planned at its first.
 
-        In micro-steps instead of samples where samples are not known.
+        In micro-steps instead of samples where samples are not known. A batch that was filled with repeated
+        samples counts as the full one it was asked to be.
         """
         everyone, full = loader.global_batch_samples, loader.total_batch_size
-        if not everyone or not full or (loader.batch_repeated and loader.batch_samples):
+        if not everyone or not full:
             return 1.0, 1.0, float(self.length)
+        if loader.even_batches and loader.at_end:
+            return float(full), float(full), float(full)
         planned = float(self.length * full)
         total = loader.total_samples
         if total is not None:

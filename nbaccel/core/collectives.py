@@ -174,12 +174,15 @@ def pad_across_processes(
     """Each tensor padded along `dim` with `pad_index` to the longest of all ranks, so it can be gathered.
 
     Tensors without that dimension stay as they are.
+
+    Raises:
+        CollectiveMismatch: the ranks' tensors have different numbers of dimensions.
     """
     tensors = _tensors_of(value, "pad_across_processes")
     if world.size == 1:
         return value
     mine = [t.shape[dim] if -t.ndim <= dim < t.ndim else -1 for t in tensors]
-    signature = f"{len(tensors)} tensors along dimension {dim}"
+    signature = f"tensors of {[t.ndim for t in tensors]} dimensions, along dimension {dim}"
     lengths = exchange_objects("pad_across_processes", mine, world=world, signature=signature)
     padded = []
     for index, tensor in enumerate(tensors):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, final
 
 import torch
@@ -247,9 +249,26 @@ class ShardedLoader:
         return self._source.dataset
 
     @property
-    def batch_size(self) -> int | None:
-        """As the user's DataLoader has it."""
-        return self.dataloader.batch_size
+    def even_batches(self) -> bool:
+        """Whether the last batch of an epoch is filled with repeated samples."""
+        return self._layout.even_batches
+
+    @contextmanager
+    def filling(self, even_batches: bool) -> Iterator[None]:
+        """A context whose passes fill the last batch of an epoch with repeated samples, or do not."""
+        before = self._layout, self._reader
+        self._layout = replace(self._layout, even_batches=even_batches)
+        self._reader = self._make_reader()
+        try:
+            yield
+        finally:
+            self._layout, self._reader = before
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the user's DataLoader has: `batch_size`, `sampler`, `batch_sampler`, `num_workers`, …"""
+        if name == "dataloader" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dataloader, name)
 
     @property
     def transfer_seconds(self) -> float:
