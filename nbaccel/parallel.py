@@ -19,7 +19,7 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["FSDP", "DeepSpeed", "ParallelStyle", "StrategyLike", "TensorParallel", "named", "read_options"]
 
-Sharding = Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard"]
+Sharding = Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "auto"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ParallelStyle = Literal["column", "row", "column_gathered", "embedding", "sequence"]
 T = TypeVar("T")
@@ -60,7 +60,8 @@ class FSDP:
 
     sharding: Sharding = "full_shard"
     """full_shard: everything; shard_grad_op: parameters stay whole from forward to backward; hybrid_shard:
-    full_shard among `shard_size` ranks, copies among the rest; no_shard: copies everywhere, as DDP."""
+    full_shard among `shard_size` ranks, copies among the rest; no_shard: copies everywhere, as DDP; auto: the
+    planner chooses the fastest that fits, offload to main memory among them."""
     shard_size: int | None = None
     """Ranks that share one copy under hybrid_shard; None: those of one machine."""
     wrap: Literal["auto", "none"] | str | int | Sequence[str] | Callable[[Any], bool] = "auto"
@@ -101,6 +102,16 @@ class FSDP:
                 raise ConfigError(
                     f"fsdp: shard_size belongs to sharding='hybrid_shard', not {self.sharding!r}"
                 )
+        if self.sharding == "auto":
+            for name, default in (
+                ("reshard_after_forward", None),
+                ("cpu_offload", False),
+                ("tensor_parallel", None),
+            ):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"fsdp: {name} cannot go with sharding='auto', which decides about it; name the sharding"
+                    )
         reshard = self.reshard_after_forward
         if not (reshard is None or isinstance(reshard, bool)):
             _count("fsdp: reshard_after_forward", reshard, 2)

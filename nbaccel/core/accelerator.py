@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, final
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from nbaccel.core.assembly import (
     split_trackers,
 )
 from nbaccel.core.checkpoint import Loaded
+from nbaccel.core.choosing import leave_to_planner
 from nbaccel.core.communicator import Communicator
 from nbaccel.core.data import Shard, ShardedLoader
 from nbaccel.core.knobs import Knobs
@@ -48,6 +49,9 @@ from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import StrategyLike
+if TYPE_CHECKING:
+    from nbaccel.core.plan import Plan
+
 from nbaccel.wire import events
 
 __all__ = ["Accelerator"]
@@ -66,7 +70,8 @@ class Accelerator:
         gradient_accumulation_steps: micro-steps per optimizer step.
         cpu: compute on the CPU although there is an accelerator.
         device_placement: move models and batches to the device.
-        strategy: "auto", "single", "ddp", "fsdp", "tensor_parallel", or FSDP(...), TensorParallel(...).
+        strategy: "ddp" (if None), "fsdp", "deepspeed", "tensor_parallel", FSDP(...), DeepSpeed(...),
+            TensorParallel(...), or "auto": the planner chooses, and `plan` says why.
         ddp: options of DistributedDataParallel.
         scaler: options of the fp16 gradient scaler.
         fp8: options of "fp8".
@@ -165,7 +170,9 @@ class Accelerator:
         )
         if config.seed is not None:
             set_seed(config.seed)
-        self.strategy = choose_strategy(config, world, ddp_options(config, ddp), self._precision)
+        how = config, world, ddp_options(config, ddp), self._precision
+        self._auto = leave_to_planner(*how)
+        self.strategy = self._auto or choose_strategy(*how)
         events.emit(events.Applied(option="mixed_precision", value=self._precision.kind))
         events.emit(events.Applied(option="strategy", value=self.strategy.name))
         watched = events.active()
@@ -220,6 +227,7 @@ class Accelerator:
             trust=trust,
         )
         self._micro_steps = MicroSteps(loop, self._preparing.prepared_or_same)
+            chooser=self._auto,
 
     # Who and where -----------------------------------------------------------------------------------
 
@@ -284,6 +292,12 @@ class Accelerator:
 
     @property
     def gradient_accumulation_steps(self) -> int:
+    @property
+    def plan(self) -> Plan | None:
+        """What the planner chose, and why not the others: print it. None before a model is prepared, and where
+        the strategy asked for left nothing open."""
+        return None if self._auto is None else self._auto.plan
+
         """Micro-steps per optimizer step."""
         return self._loop.length
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
@@ -28,7 +28,19 @@ from nbaccel.core.wrappers import (
 )
 from nbaccel.errors import ConfigError
 
-__all__ = ["Preparing"]
+__all__ = ["Chooser", "Preparing"]
+
+
+class Chooser(Protocol):
+    """What decides how models are spread when it has seen them."""
+
+    def consider(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        loaders: Sequence[DataLoader[Any]],
+    ) -> None:
+        """Told of all that a call brings, before any of it is wrapped."""
 
 
 @final
@@ -42,6 +54,7 @@ class Preparing:
         scheduler_follows: schedulers step with the optimizer only.
         scheduler_repeat: scheduler steps per optimizer step.
         trust: told of what is prepared.
+        chooser: None where the strategy is decided.
     """
 
     def __init__(
@@ -56,8 +69,10 @@ class Preparing:
         scheduler_follows: bool,
         scheduler_repeat: int,
         trust: TrustChecks | None,
+        chooser: Chooser | None,
     ) -> None:
         self._loop, self._saving, self._precision, self._trust = loop, saving, precision, trust
+        self._chooser = chooser
         self._device = loop.world.device
         self._plain = choose_precision("no", probe_hardware(self._device), speak=False)
         self._place, self._compile = place, compile
@@ -86,12 +101,21 @@ class Preparing:
     def _models_first(self, objects: Sequence[Any], places: Sequence[bool | None]) -> None:
         """Wraps the models, each with the optimizers of its parameters: wrapping may replace these."""
         given = [(leaf, place) for one, place in zip(objects, places, strict=True) for _, leaf in leaves(one)]
-        optimizers = [
-            leaf for leaf, _ in given if isinstance(leaf, torch.optim.Optimizer) and self.known(leaf) is None
-        ]
+        fresh = [leaf for leaf, _ in given if self.known(leaf) is None]
+        optimizers = [leaf for leaf in fresh if isinstance(leaf, torch.optim.Optimizer)]
+        self._consider(fresh, optimizers)
         for leaf, place in given:
             if isinstance(leaf, nn.Module):
                 self.model(leaf, place, optimizers=optimizers)
+
+    def _consider(self, fresh: Sequence[Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Lets the chooser see everything that came together, before any of it is wrapped."""
+        if self._chooser is not None:
+            self._chooser.consider(
+                [one for one in fresh if isinstance(one, nn.Module)],
+                [_bare(one) for one in optimizers],
+                [_read(one) for one in fresh if isinstance(one, (DataLoader, ShardedLoader))],
+            )
 
     def _one(self, value: Any, *, place: bool | None) -> Any:
         if isinstance(value, nn.Module):
@@ -136,6 +160,8 @@ class Preparing:
         if known is not None:
             return known
         loop = self._loop
+        if not evaluation_mode:
+            self._consider([model], optimizers)
         inner = loop.strategy.unwrap(model)
         restore_forward(inner)
         place = self._place if place is None else place
@@ -191,7 +217,7 @@ class Preparing:
         known: ShardedLoader | None = self.known(loader)
         if known is not None:
             return known
-        inner = loader.dataloader if isinstance(loader, ShardedLoader) else loader
+        inner = _read(loader)
         number = len(self._saving.loaders)
         name = "train" if number == 0 else f"loader {number}"
         prepared = ShardedLoader(
@@ -246,6 +272,10 @@ class Preparing:
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, PreparedOptimizer) else optimizer
+
+
+def _read(loader: DataLoader[Any] | ShardedLoader) -> DataLoader[Any]:
+    return loader.dataloader if isinstance(loader, ShardedLoader) else loader
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

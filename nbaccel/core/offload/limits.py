@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from nbaccel.core.save_model import byte_count
 from nbaccel.errors import ConfigError
 
-__all__ = ["accelerators", "memory_limits", "place_name"]
+__all__ = ["accelerators", "free_memory", "memory_limits", "own_limit", "place_name"]
 
 _SHARE = 0.9  # of what is free; the rest is for activations
 
@@ -24,7 +25,7 @@ def memory_limits(given: Mapping[int | str, int | str] | None, root: Path = Path
     """
     if given is None:
         limits = {name: int(_SHARE * torch.cuda.mem_get_info(name)[0]) for name in accelerators()}
-        return {**limits, "cpu": int(_SHARE * _free_memory(root))}
+        return {**limits, "cpu": int(_SHARE * free_memory(root))}
     named = {place_name(key): value for key, value in given.items()}
     sizes = {
         place: value if isinstance(value, int) else byte_count(value, of=f"max_memory[{place!r}]")
@@ -57,7 +58,7 @@ def place_name(key: int | str | torch.device) -> str:
     return name
 
 
-def _free_memory(root: Path) -> int:
+def free_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that can still be had, within the limit of this control group."""
     text = _text(root / "proc/meminfo")
     found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
@@ -66,6 +67,21 @@ def _free_memory(root: Path) -> int:
     if limit.strip().isdigit() and used.strip().isdigit():
         free = min(free, int(limit) - int(used))
     return max(0, free)
+
+
+def own_limit() -> int | None:
+    """Bytes this process can still take under limits of its own (`ulimit -d`, `ulimit -v`); None: it has none."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    status, left = _text(Path("/proc/self/status")), []
+    for limit, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        most, _ = resource.getrlimit(limit)
+        used = re.search(rf"^{key}:\s*(\d+) kB", status, re.MULTILINE)
+        if most != resource.RLIM_INFINITY and used:
+            left.append(max(0, most - int(used[1]) * 1024))
+    return min(left, default=None)
 
 
 def _text(path: Path) -> str:

@@ -11,6 +11,7 @@ from nbaccel.core.plan.memory import OPTIMIZERS, Memory, Setting, Spread, spread
 from nbaccel.core.plan.size import Size
 from nbaccel.core.plan.step_time import StepTime, step_time
 from nbaccel.errors import ConfigError
+from nbaccel.parallel import StrategyLike
 
 __all__ = ["Candidate", "Plan", "choose", "runnable_here"]
 
@@ -39,12 +40,23 @@ class Plan:
     """What was chosen, and all that was considered. `str(plan)` is a table."""
 
     chosen: Candidate | None
-    """None: nothing fits."""
+    """None: nothing fits. One that is tried nevertheless says in `why_not` why it should not be."""
     candidates: tuple[Candidate, ...]
     size: Size
     setting: Setting
     machine: Machine
     notes: tuple[str, ...] = ()
+
+    @property
+    def strategy(self) -> StrategyLike:
+        """What to ask of an Accelerator for what was chosen.
+
+        Raises:
+            ConfigError: nothing fits.
+        """
+        if self.chosen is None:
+            raise ConfigError(self.why())
+        return self.chosen.spread.strategy
 
     def why(self) -> str:
         """One sentence."""
@@ -54,12 +66,12 @@ class Plan:
                 f"nothing fits: {least.spread.name} takes least and needs {_bytes(least.memory.total)} of "
                 f"{_bytes(self.machine.device_bytes)}"
             )
+        taken = f"{_bytes(self.chosen.memory.total)} of {_bytes(self.machine.device_bytes)} per rank"
+        if self.chosen.why_not:
+            return f"{self.chosen.spread.name}: nothing fits, and this takes least ({taken})"
         others = [one for one in self.candidates if not one.why_not]
-        faster = "the only one that fits" if len(others) == 1 else f"the fastest of {len(others)} that fit"
-        return (
-            f"{self.chosen.spread.name}: {faster} ({_bytes(self.chosen.memory.total)} of "
-            f"{_bytes(self.machine.device_bytes)} per rank)"
-        )
+        faster = "the only one left" if len(others) == 1 else f"the fastest of {len(others)} that fit"
+        return f"{self.chosen.spread.name}: {faster} ({taken})"
 
     def __str__(self) -> str:
         head = (
@@ -101,7 +113,7 @@ def runnable_here(spread: Spread) -> str:
     if spread.family == "zero" and importlib.util.find_spec("deepspeed") is None:
         return "pip install 'nbaccel[deepspeed]'"
     if spread.family == "tensor_parallel":
-        return "needs TensorParallel(plan, size): its loaders give ranks of a group the same batch"
+        return "only when asked for, TensorParallel(size=…): it needs a plan of the model's layers"
     return ""
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from nbaccel.core.plan.activations import Activations
 from nbaccel.core.plan.size import Size
+from nbaccel.parallel import FSDP, DeepSpeed, StrategyLike, TensorParallel
 
 __all__ = [
     "OPTIMIZERS",
@@ -66,6 +67,21 @@ class Spread:
     """Ranks that compute one batch together."""
     offload: bool = False
     """The state lives in host memory and comes to the device block by block."""
+    whole: bool = False
+    """Sharded weights stay whole from forward to backward."""
+
+    @property
+    def strategy(self) -> StrategyLike:
+        """What to ask of an Accelerator for it."""
+        if self.family == "zero":
+            if self.offload:
+                return DeepSpeed(stage=3, offload_optimizer="cpu", offload_param="cpu")
+            return DeepSpeed(stage=3 if self.weights > 1 else 2 if self.gradients > 1 else 1)
+        if self.family == "fsdp":
+            if self.whole:
+                return FSDP(sharding="shard_grad_op")
+            return FSDP(sharding="hybrid_shard") if self.name == "hybrid" else FSDP(cpu_offload=self.offload)
+        return TensorParallel(size=self.tensor) if self.family == "tensor_parallel" else self.family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +133,7 @@ def spreads(setting: Setting) -> list[Spread]:
         Spread(name="ddp", family="ddp"),
         Spread(name="zero-1", family="zero", optimizer=n),
         Spread(name="zero-2", family="zero", gradients=n, optimizer=n),
+        Spread(name="fsdp grad op", family="fsdp", weights=n, gradients=n, optimizer=n, whole=True),
         Spread(name="fsdp", family="fsdp", weights=n, gradients=n, optimizer=n),
         Spread(name="zero-3", family="zero", weights=n, gradients=n, optimizer=n),
     ]
@@ -211,8 +228,9 @@ def _fsdp(size: Size, spread: Spread, setting: Setting, gradients: float) -> flo
         largest=size.element_bytes * size.largest_parameter / spread.weights,
         together=size.element_bytes * size.parameters / spread.weights,
     )
-    during = seen.peak + outside + blocks - (0 if spread.offload else gradients)
-    at_end = seen.held + max(3 * outside, outside + blocks)
+    gathered = each * size.parameters if spread.whole else outside + blocks
+    during = seen.peak + gathered - (0 if spread.offload else gradients)
+    at_end = seen.held + (2 * outside if spread.whole else max(3 * outside, outside + blocks))
     return max(during, at_end, 0 if spread.offload else seen.held + step)
 
 

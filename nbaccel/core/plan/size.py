@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
 from nbaccel.errors import ConfigError
 
-__all__ = ["Size", "measure", "serving_bytes", "size_of"]
+__all__ = ["Size", "measure", "serving_bytes", "size_of", "together"]
 
 _SERVED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -156,6 +156,26 @@ def size_of(model: nn.Module, *, name: str = "", source: str = "python") -> Size
         element_bytes=sum(p.nbytes for p in parameters.values()) / total if total else 4.0,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         **_structure(counts),
+    )
+
+
+def together(sizes: Sequence[Size]) -> Size:
+    """The size of several models that are trained side by side."""
+    if len(sizes) == 1:
+        return sizes[0]
+    total = sum(one.parameters for one in sizes)
+    held = sum(one.parameters * one.element_bytes for one in sizes)
+    return Size(
+        name=" and ".join(one.name for one in sizes),
+        source=sizes[0].source,
+        parameters=total,
+        trainable=sum(one.trainable for one in sizes),
+        element_bytes=held / total if total else 4.0,
+        buffer_bytes=sum(one.buffer_bytes for one in sizes),
+        largest_parameter=max(one.largest_parameter for one in sizes),
+        largest_block=max(one.largest_block for one in sizes),
+        num_blocks=sum(one.num_blocks for one in sizes),
+        outside=sum(one.outside for one in sizes),
     )
 
 

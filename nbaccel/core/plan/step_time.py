@@ -76,7 +76,8 @@ def _communication(size: Size, spread: Spread, setting: Setting, machine: Machin
         group = (local - 1) / local
         return 3 * group * whole / inside + 2 * whole / local / across + machine.latency * 4 * size.num_blocks
     if spread.weights > 1:
-        moved, calls = 3 * ring * whole, 3 * (size.num_blocks + 1)
+        passes = 2 if spread.whole else 3  # one gathering less
+        moved, calls = passes * ring * whole, passes * (size.num_blocks + 1)
     else:
         # DeepSpeed's reduction of stage 1 and 2 is an all-reduce on gloo; then parameters are gathered.
         moved, calls = 2 * ring * whole, 2 + size.parameters // max(1, zero_buckets(size, n).reduce)

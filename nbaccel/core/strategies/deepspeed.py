@@ -24,17 +24,25 @@ from nbaccel.core.checkpoint.modules import canonical_name
 from nbaccel.core.collectives import broadcast_module
 from nbaccel.core.materialise import materialise
 from nbaccel.core.nested import map_tensors
-from nbaccel.core.plan import Activations, Setting, choose, machine_for, size_of
+from nbaccel.core.plan import size_of
 from nbaccel.core.precision import Precision
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
-from nbaccel.core.zero.settings import settings
-from nbaccel.core.zero.state import ZeroModelState, ZeroOptimizerState, part_of, whole_state_dict, write_part
+from nbaccel.core.zero.ops import load_ops
+from nbaccel.core.zero.settings import settings, with_stage_of_file
+from nbaccel.core.zero.state import (
+    ZeroModelState,
+    ZeroOptimizerState,
+    load_weights,
+    part_of,
+    whole_state_dict,
+    write_part,
+)
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
-__all__ = ["Zero"]
+__all__ = ["Zero", "unfit"]
 
 _ELEMENTWISE = (
     *("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"),
@@ -66,6 +74,9 @@ class Zero(Strategy):
         self._accumulation, self._clipping = accumulation, clipping
         self.handles_precision = options.stage != 0
         self._deepspeed = _import(world)
+        self._options = options = with_stage_of_file(options)
+        assert options.stage != "auto"  # else the planner has chosen one
+        self._stage: int = options.stage
         self._engine: Any = None
         self._names: list[dict[str, nn.Parameter]] = []
         """The parameters of each group of the optimizer, by the names of the user's model."""
@@ -87,7 +98,7 @@ class Zero(Strategy):
             broadcast_module(module, world=self._world)
             return module, list(optimizers)
         (optimizer,) = self._checked(optimizers)
-        stage = self._stage(module, optimizer)
+        stage = self._stage
         known: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         size = size_of(module)
         config = settings(
@@ -164,48 +175,9 @@ class Zero(Strategy):
             raise ConfigError(
                 "strategy 'deepspeed' trains one model: give both to one module, or use strategy 'fsdp'"
             )
-        if len(optimizers) != 1:
-            raise ConfigError(
-                f"strategy 'deepspeed' needs the model with its one optimizer, prepare(model, optimizer); "
-                f"{len(optimizers)} came with it. A model that is not trained: prepare_model(model, "
-                "evaluation_mode=True)"
-            )
-        kind = type(optimizers[0]).__name__
-        if self._options.stage != 0 and kind not in _ELEMENTWISE and not self._options.untested_optimizer:
-            raise ConfigError(
-                f"{kind} cannot go with ZeRO, which gives an optimizer flat pieces of all parameters together: it may "
-                f"need their shapes. Use one that treats each number by itself ({', '.join(_ELEMENTWISE[:6])}…), "
-                "strategy 'fsdp', or DeepSpeed(untested_optimizer=True) if you know it does"
-            )
+        if reason := unfit(optimizers, self._options):
+            raise ConfigError(reason)
         return optimizers
-
-    def _stage(self, module: nn.Module, optimizer: Optimizer) -> int:
-        """The stage asked for; "auto": the planner's, among ZeRO's."""
-        if self._options.stage != "auto":
-            return self._options.stage
-        kind = type(optimizer).__name__.lower()
-        setting = Setting(
-            num_processes=self._world.size,
-            optimizer={"adamw": "adamw", "adam": "adam", "sgd": "momentum"}.get(kind, "adamw"),
-            mixed_precision=self._precision.kind,
-            activations=Activations(),
-            device_type=self._world.device.type,
-        )
-        room = _free_bytes(self._world)
-        machine = machine_for("", device_type=self._world.device.type, device_bytes=room, host_bytes=room)
-        plan = choose(
-            size_of(module),
-            setting,
-            machine,
-            refuse=lambda one: "" if one.family == "zero" and not one.offload else "not a stage of ZeRO",
-        )
-        stage = 3 if plan.chosen is None else int(plan.chosen.spread.name[-1])
-        # every rank sees other free memory, and all must take the same stage
-        agreed = torch.tensor(stage)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        if self._world.is_main:
-            print(f"deepspeed: stage {int(agreed)} of ZeRO ({plan.why()})", flush=True)
-        return int(agreed)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         if isinstance(optimizer, _ZeroStep):
@@ -368,6 +340,24 @@ def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
 
     def widen(_: nn.Module, args: Any, output: Any) -> Any:
         return map_tensors(lambda t: t.float() if t.dtype == dtype else t, output)
+def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
+    """Why the optimizers that came with a model cannot go with ZeRO, and what to do; empty if they can."""
+    if len(optimizers) != 1:
+        return (
+            f"strategy 'deepspeed' needs the model with its one optimizer, prepare(model, optimizer); "
+            f"{len(optimizers)} came with it. A model that is not trained: prepare_model(model, "
+            "evaluation_mode=True)"
+        )
+    kind = type(optimizers[0]).__name__
+    if options.stage != 0 and kind not in _ELEMENTWISE and not options.untested_optimizer:
+        return (
+            f"{kind} cannot go with ZeRO, which gives an optimizer flat pieces of all parameters together: it may "
+            f"need their shapes. Use one that treats each number by itself ({', '.join(_ELEMENTWISE[:6])}…), "
+            "strategy 'fsdp', or DeepSpeed(untested_optimizer=True) if you know it does"
+        )
+    return ""
+
+
 
     engine.register_forward_pre_hook(narrow, with_kwargs=True)
     engine.register_forward_hook(widen)
@@ -386,26 +376,3 @@ def _import(world: World) -> Any:
         # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _say_what_compiles(deepspeed: Any, config: Mapping[str, Any], world: World) -> None:
-    zero = config["zero_optimization"]
-    places = [zero.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")]
-    if "nvme" not in places:
-        return
-    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise ConfigError(
-            "DeepSpeed's NVMe offload needs libaio and a compiler: apt-get install libaio-dev g++ ninja-build"
-        )
-    if world.is_main:
-        print("deepspeed: compiling async_io for NVMe offload, once (about a minute)", flush=True)
-
-
-def _free_bytes(world: World) -> int:
-    """What this rank can use."""
-    if world.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(world.device)[0])
-    with open("/proc/meminfo") as file:
-        found = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    return found * 1024 // world.local_size

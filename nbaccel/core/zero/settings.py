@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from nbaccel.core.plan.size import Size
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
-__all__ = ["read_config", "settings"]
+__all__ = ["read_config", "settings", "with_stage_of_file"]
 
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 """Known to the loaders, not to DeepSpeed."""
@@ -87,6 +88,35 @@ def settings(
 
 
 def read_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
+    """The sizes and lists that were named, by DeepSpeed's names."""
+    found: dict[str, Any] = {
+        "reduce_bucket_size": options.reduce_bucket_size,
+        "allgather_bucket_size": options.allgather_bucket_size,
+    }
+    if stage == 3:
+        found |= {
+            "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
+            "stage3_max_live_parameters": options.max_live_parameters,
+            "stage3_param_persistence_threshold": options.param_persistence_threshold,
+            "zero_hpz_partition_size": options.secondary_shard_size,
+            "leaf_module": {"classes": list(options.leaf_modules)} if options.leaf_modules else None,
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def with_stage_of_file(options: DeepSpeed) -> DeepSpeed:
+    """`options` with the stage of the user's own configuration, where they leave it open and it does not.
+
+    Raises:
+        ConfigError: the configuration cannot be read, or there is no such stage.
+    """
+    if options.stage != "auto" or options.config is None:
+        return options
+    stage = read_config(options.config).get("zero_optimization", {}).get("stage", "auto")
+    return replace(options, stage=stage)
+
+
     """A DeepSpeed configuration from a JSON file or a dict.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import nbaccel
+from nbaccel import FSDP, DeepSpeed, TensorParallel
 from nbaccel.core.plan import Setting, choose, machine_for, size_of, trace_step
 from nbaccel.errors import ConfigError
 
@@ -30,18 +31,30 @@ def planned(device_gib: float, *, num_processes: int = 8, host_gib: float = 1000
 
 
 def test_less_memory_chooses_what_takes_less():
-    chosen = [planned(room).chosen for room in (24, 6, 2.5)]  # the whole state is 12 GiB
+    chosen = [planned(room).chosen for room in (24, 4, 2.5)]  # the whole state is 12 GiB
     totals = [one.memory.total for one in chosen]
     assert totals == sorted(totals, reverse=True)
-    assert [total < 0.92 * room * GIB for total, room in zip(totals, (24, 6, 2.5), strict=True)] == [True] * 3
-    assert chosen[0].spread.weights == 1
-    assert chosen[2].spread.weights == 8 or chosen[2].spread.tensor == 8
+    assert [total < 0.92 * room * GIB for total, room in zip(totals, (24, 4, 2.5), strict=True)] == [True] * 3
+    assert [one.spread.name for one in chosen] == ["fsdp grad op", "fsdp", "tensor parallel 8"]
     times = [one.seconds_per_batch for one in chosen]
     assert times == sorted(times)
 
 
+def test_strategy_of_a_plan_is_what_an_accelerator_takes():
+    asked = {one.spread.name: one.spread.strategy for one in planned(24).candidates}
+    assert asked["ddp"] == "ddp"
+    assert asked["zero-2"] == DeepSpeed(stage=2)
+    assert asked["zero-3 offload"] == DeepSpeed(stage=3, offload_optimizer="cpu", offload_param="cpu")
+    assert asked["fsdp grad op"] == FSDP(sharding="shard_grad_op")
+    assert asked["fsdp offload"] == FSDP(cpu_offload=True)
+    assert asked["tensor parallel 4"] == TensorParallel(size=4)
+    assert planned(24).strategy == asked["fsdp grad op"]
+
+
 def test_nothing_fits_is_said_with_the_least():
     plan = planned(0.1)
+    with pytest.raises(ConfigError, match="nothing fits: fsdp offload takes least"):
+        _ = plan.strategy
     assert plan.chosen is None
     assert all("needs" in one.why_not for one in plan.candidates)
     assert "nothing fits" in plan.why()
