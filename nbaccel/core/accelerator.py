@@ -49,10 +49,10 @@ from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import StrategyLike
+from nbaccel.wire import events
+
 if TYPE_CHECKING:
     from nbaccel.core.plan import Plan
-
-from nbaccel.wire import events
 
 __all__ = ["Accelerator"]
 
@@ -225,9 +225,9 @@ class Accelerator:
             scheduler_follows=config.step_scheduler_with_optimizer is not False,
             scheduler_repeat=world.size if config.scheduler_steps == "per_rank" else 1,
             trust=trust,
+            chooser=self._auto,
         )
         self._micro_steps = MicroSteps(loop, self._preparing.prepared_or_same)
-            chooser=self._auto,
 
     # Who and where -----------------------------------------------------------------------------------
 
@@ -291,13 +291,13 @@ class Accelerator:
         return self._precision.kind
 
     @property
-    def gradient_accumulation_steps(self) -> int:
-    @property
     def plan(self) -> Plan | None:
         """What the planner chose, and why not the others: print it. None before a model is prepared, and where
         the strategy asked for left nothing open."""
         return None if self._auto is None else self._auto.plan
 
+    @property
+    def gradient_accumulation_steps(self) -> int:
         """Micro-steps per optimizer step."""
         return self._loop.length
 

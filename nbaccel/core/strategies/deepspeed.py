@@ -29,16 +29,8 @@ from nbaccel.core.precision import Precision
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
-from nbaccel.core.zero.ops import load_ops
 from nbaccel.core.zero.settings import settings, with_stage_of_file
-from nbaccel.core.zero.state import (
-    ZeroModelState,
-    ZeroOptimizerState,
-    load_weights,
-    part_of,
-    whole_state_dict,
-    write_part,
-)
+from nbaccel.core.zero.state import ZeroModelState, ZeroOptimizerState, part_of, whole_state_dict, write_part
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
@@ -70,13 +62,13 @@ class Zero(Strategy):
         accumulation: int,
         clipping: float | None,
     ) -> None:
-        self._world, self._options, self._precision = world, options, precision
+        self._world, self._precision = world, precision
         self._accumulation, self._clipping = accumulation, clipping
-        self.handles_precision = options.stage != 0
-        self._deepspeed = _import(world)
         self._options = options = with_stage_of_file(options)
         assert options.stage != "auto"  # else the planner has chosen one
         self._stage: int = options.stage
+        self.handles_precision = options.stage != 0
+        self._deepspeed = _import(world)
         self._engine: Any = None
         self._names: list[dict[str, nn.Parameter]] = []
         """The parameters of each group of the optimizer, by the names of the user's model."""
@@ -332,14 +324,6 @@ class _ZeroStep(Optimizer):
         return f"ZeRO({self.optimizer!r})"
 
 
-def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
-    """Floating-point inputs in the engine's type, outputs in float32, as under autocast."""
-
-    def narrow(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
-
-    def widen(_: nn.Module, args: Any, output: Any) -> Any:
-        return map_tensors(lambda t: t.float() if t.dtype == dtype else t, output)
 def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
     """Why the optimizers that came with a model cannot go with ZeRO, and what to do; empty if they can."""
     if len(optimizers) != 1:
@@ -358,6 +342,14 @@ def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
     return ""
 
 
+def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
+    """Floating-point inputs in the engine's type, outputs in float32, as under autocast."""
+
+    def narrow(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
+
+    def widen(_: nn.Module, args: Any, output: Any) -> Any:
+        return map_tensors(lambda t: t.float() if t.dtype == dtype else t, output)
 
     engine.register_forward_pre_hook(narrow, with_kwargs=True)
     engine.register_forward_hook(widen)
@@ -376,3 +368,17 @@ def _import(world: World) -> Any:
         # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _say_what_compiles(deepspeed: Any, config: Mapping[str, Any], world: World) -> None:
+    zero = config["zero_optimization"]
+    places = [zero.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")]
+    if "nvme" not in places:
+        return
+    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            "DeepSpeed's NVMe offload needs libaio and a compiler: apt-get install libaio-dev g++ ninja-build"
+        )
+    if world.is_main:
+        print("deepspeed: compiling async_io for NVMe offload, once (about a minute)", flush=True)

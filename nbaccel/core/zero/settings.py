@@ -87,24 +87,6 @@ def settings(
     return merged
 
 
-def read_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
-def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
-    """The sizes and lists that were named, by DeepSpeed's names."""
-    found: dict[str, Any] = {
-        "reduce_bucket_size": options.reduce_bucket_size,
-        "allgather_bucket_size": options.allgather_bucket_size,
-    }
-    if stage == 3:
-        found |= {
-            "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
-            "stage3_max_live_parameters": options.max_live_parameters,
-            "stage3_param_persistence_threshold": options.param_persistence_threshold,
-            "zero_hpz_partition_size": options.secondary_shard_size,
-            "leaf_module": {"classes": list(options.leaf_modules)} if options.leaf_modules else None,
-        }
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def with_stage_of_file(options: DeepSpeed) -> DeepSpeed:
     """`options` with the stage of the user's own configuration, where they leave it open and it does not.
 
@@ -117,6 +99,7 @@ def with_stage_of_file(options: DeepSpeed) -> DeepSpeed:
     return replace(options, stage=stage)
 
 
+def read_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
     """A DeepSpeed configuration from a JSON file or a dict.
 
     Raises:
