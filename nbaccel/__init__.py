@@ -27,6 +27,7 @@ _HOMES = {
     "doctor": "nbaccel.notebook.doctor",
     "find_executable_batch_size": "nbaccel.core.memory",
     "find_tied_parameters": "nbaccel.core.tied",
+    "get_logger": "nbaccel.core.logger",
     "infer_auto_device_map": "nbaccel.core.offload",
     "init_empty_weights": "nbaccel.core.offload",
     "init_on_device": "nbaccel.core.offload",

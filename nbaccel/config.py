@@ -18,7 +18,15 @@ from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, named, read_options
 
-__all__ = ["RUN_CONFIG_VARIABLE", "Device", "Precision", "RunConfig", "combine", "duration_seconds"]
+__all__ = [
+    "RUN_CONFIG_VARIABLE",
+    "Device",
+    "Precision",
+    "RunConfig",
+    "TrackerName",
+    "combine",
+    "duration_seconds",
+]
 
 RUN_CONFIG_VARIABLE = "NBACCEL_RUN_CONFIG"
 
@@ -26,6 +34,7 @@ Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "tpu"]
 TpuRuntime = Literal["torch_xla", "torch_tpu"]
 Precision = Literal["no", "fp16", "bf16", "auto", "fp8"]
 StartMethod = Literal["fork", "spawn"]
+TrackerName = Literal["jsonl", "csv", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "aim", "all"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "device": get_args(Device),
@@ -35,7 +44,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "returns": ("all", "rank0", "none"),
     "output": ("auto", "all", "rank0", "none"),
     "strategy": ("auto", "single", "ddp", "xla", "fsdp", "tensor_parallel", "deepspeed"),
-    "log_with": ("jsonl", "tensorboard"),
+    "log_with": get_args(TrackerName),
     "loss_weighting": ("samples", "equal"),
     "scheduler_steps": ("one", "per_rank"),
     "shard": ("interleaved", "contiguous", "node", "none"),

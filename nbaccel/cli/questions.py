@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from nbaccel.config import RunConfig
+from nbaccel.config import RunConfig, TrackerName
 from nbaccel.errors import ConfigError, NbaccelError
 from nbaccel.session.environment import Environment, probe
 from nbaccel.session.resolve import Plan, resolve
@@ -75,7 +75,7 @@ def _ask_how(given: RunConfig, answers: dict[str, Any]) -> None:
         if seed:
             answers["seed"] = _number(seed)
     if given.log_with is None:
-        name = click.prompt("Tracker", type=click.Choice(["none", "jsonl", "tensorboard"]), default="none")
+        name = click.prompt("Tracker", type=click.Choice(["none", *get_args(TrackerName)]), default="none")
         if name != "none":
             answers["log_with"] = [name]
 

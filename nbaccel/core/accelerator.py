@@ -42,7 +42,7 @@ from nbaccel.core.saving import Saving
 from nbaccel.core.step_times import StepTimes, Stopwatch, profiled
 from nbaccel.core.strategies.ddp import DDPOptions
 from nbaccel.core.tied import find_tied_parameters
-from nbaccel.core.trackers import Logbook, Tracker
+from nbaccel.core.trackers import Block, Logbook, Tracked, Tracker
 from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
 from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
@@ -91,7 +91,8 @@ class Accelerator:
         check_collectives: "sampled", "always" or "never".
         measure: take the times of a step's parts; None: when somebody watches.
         verify: trust checks in the first steps.
-        log_with: trackers to start in `init_trackers`.
+        log_with: trackers to start in `init_trackers`: "jsonl", "csv", "tensorboard", "wandb", "mlflow", "comet_ml",
+            "trackio", "aim", "all" that are installed, or your own.
 
     Raises:
         ConfigError: an argument disagrees with what the launch asked, or cannot be honoured here.
@@ -200,6 +201,7 @@ class Accelerator:
             wanted=(*(config.log_with or ()), *trackers),
             folder=config.project_dir,
             reduce=self._talk.reduce,
+            step=lambda: loop.steps,
         )
         loop.after_pass = self._log.flush
         events.at_call_end(self._log.flush)
@@ -621,13 +623,55 @@ class Accelerator:
             refused.refuse_parameters("log", unknown)
         self._log.log(values, step=self._loop.steps if step is None else step, reduction=reduce)
 
+    def log_images(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Gives the main process's pictures to its trackers; see `trackers.shapes.pictures` for what they may be."""
+        self._log.log_images(values, step=self._loop.steps if step is None else step)
+
+    def log_table(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        data: Any = None,
+        dataframe: Any = None,
+        step: int | None = None,
+    ) -> None:
+        """Gives a table of the main process to its trackers: columns and rows, or a dataframe."""
+        self._log.log_table(
+            name, columns, data, dataframe, step=self._loop.steps if step is None else step
+        )
+
+    def log_artifact(self, path: str | Path, name: str | None = None) -> None:
+        """Gives a file or folder of the main process to its trackers."""
+        self._log.log_file(path, name)
+
+    def track(self, name: str) -> AbstractContextManager[Block]:
+        """A block whose durations and number of times are logged, and what it counts and logs itself:
+
+        `with acc.track("eval") as block: ...; block.count("samples", 64); block.log({"accuracy": 0.9})`
+
+        Blocks within get its name before theirs. Logged by the main process, summed up for each optimizer step."""
+        return self._log.timings.track(name)
+
+    def timed(self, name: str | Callable[..., Any]) -> Any:
+        """Decorator: each call of the function is a block of this name, as in `track`."""
+        return self._log.timings.timed(name)
+
+    def tracked(self) -> dict[str, Tracked]:
+        """What the blocks of `track` and `timed` have come to so far, by name; empty but on the main process."""
+        return self._log.timings.read()
+
     def init_trackers(
         self,
         project_name: str = "run",
         config: Mapping[str, Any] | None = None,
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Starts the trackers of `log_with`, on the main process, below `project_dir`.
+        """Starts the trackers of `log_with`, on the main process; those that write files do below `project_dir`.
+
+        Args:
+            project_name: what the trackers call the project or experiment.
+            config: the hyperparameters.
+            init_kwargs: by tracker name, options of its own: {"wandb": {"mode": "offline"}}.
 
         Raises:
             ConfigError: no tracker was asked for, an unknown one, or it has nowhere to write.
@@ -635,7 +679,7 @@ class Accelerator:
         self._log.start(project_name, config, init_kwargs)
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """The running tracker of that name (its own object with `unwrap`); on the main process only.
+        """The running tracker of that name (its own object with `unwrap`); on other ranks one that does nothing.
 
         Raises:
             ConfigError: there is none.

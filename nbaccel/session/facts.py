@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import os
 import platform
@@ -14,22 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nbaccel.provenance import git_commit, package_versions
 from nbaccel.session.environment import Environment
 from nbaccel.session.resolve import Plan
-from nbaccel.session.runs import git_commit
 
 __all__ = ["run_facts"]
-
-_PACKAGES = (
-    "nbaccel",
-    "torch",
-    "numpy",
-    "cloudpickle",
-    "ipykernel",
-    "transformers",
-    "accelerate",
-    "lightning-fabric",
-)
 
 
 def run_facts(
@@ -55,7 +43,7 @@ def run_facts(
             "kernel": environment.kernel,
             "front_end": environment.front_end,
             "python": sys.version.split()[0],
-            "versions": {package: found for package in _PACKAGES if (found := _version(package))},
+            "versions": package_versions(),
             "plan": asdict(plan),
             "cores": environment.resources.cores,
             "memory": environment.resources.memory,
@@ -69,10 +57,3 @@ def _source(function: Callable[..., Any]) -> str | None:
         return textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return None  # a builtin, or its cell is gone
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

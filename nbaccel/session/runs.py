@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["LOCK", "RunRecord", "default_root", "git_commit", "new_folder", "prune", "recent"]
+__all__ = ["LOCK", "RunRecord", "default_root", "new_folder", "prune", "recent"]
 
 LOCK = "lock"
 """The file in a run folder that names the process the run belongs to; gone when the run has ended."""
@@ -111,42 +111,6 @@ def prune(root: Path, *, keep: int = 50, max_bytes: int = 2 << 30) -> list[Path]
             gone.append(folder)
     _sweep(root)
     return gone
-
-
-def git_commit(path: Path) -> str | None:
-    """The commit checked out in the git repository that holds `path`; None outside one, or before the
-    first commit. Reads the files itself: a subprocess would cost more than the launch.
-
-    Source: gitrepository-layout(5).
-    """
-    path = path.absolute()
-    for folder in (path, *path.parents):
-        git = folder / ".git"
-        if git.is_file():  # a worktree or a submodule
-            git = folder / _text(git).removeprefix("gitdir:").strip()
-        if (git / "HEAD").is_file():
-            return _resolve(git, "HEAD")
-    return None
-
-
-def _resolve(git: Path, ref: str) -> str | None:
-    shared = git / (_text(git / "commondir").strip() or ".")
-    for _ in range(5):  # git's own bound on symbolic references
-        text = (_text(git / ref) or _text(shared / ref)).strip()
-        if not text:
-            return _packed(shared, ref)
-        if not text.startswith("ref:"):
-            return text if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) else None
-        ref = text.removeprefix("ref:").strip()
-    return None
-
-
-def _packed(shared: Path, ref: str) -> str | None:
-    for line in _text(shared / "packed-refs").splitlines():
-        commit, _, name = line.partition(" ")
-        if name == ref:
-            return commit
-    return None
 
 
 def _text(path: Path) -> str:

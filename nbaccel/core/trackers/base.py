@@ -8,22 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, final
 
-from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["Tracker", "Trackers", "open_trackers"]
+__all__ = ["Absent", "FullTracker", "Tracker", "Trackers"]
 
 _logger = logging.getLogger("nbaccel")
-_NEEDS = {"jsonl": None, "tensorboard": "tensorboard"}
-"""The trackers built in, by name, with the package each needs."""
 
 
 class Tracker(Protocol):
-    """Something that keeps what is logged. Used on the main process only."""
+    """Something that keeps what is logged. Used on the main process only, in one thread."""
 
     @property
     def name(self) -> str:
@@ -43,27 +39,58 @@ class Tracker(Protocol):
         """Called once at the end."""
 
 
+class FullTracker(Tracker, Protocol):
+    """What a tracker may have besides: each of these methods is optional, and is called where it is there."""
+
+    def store_system(self, facts: dict[str, Any]) -> Any:
+        """Called once at the start with what `system.facts` found: devices, versions, the git commit."""
+
+    def log_system(self, values: dict[str, float], step: int, time: float) -> Any:
+        """Keeps how busy the machine was at `time` (seconds since the epoch)."""
+
+    def log_images(self, values: dict[str, Any], step: int | None = None) -> Any:
+        """Keeps pictures: by name, a list of arrays (height, width, 1, 3 or 4) of uint8."""
+
+    def log_table(
+        self, table_name: str, columns: list[str], data: list[list[Any]], step: int | None = None
+    ) -> Any:
+        """Keeps a table, row by row."""
+
+    def log_file(self, path: Path, name: str) -> Any:
+        """Keeps a file, or a folder with all that is in it, under `name`."""
+
+
 @final
 class Trackers:
     """Several trackers as one. What one of them raises is reported once and goes no further."""
 
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, trackers: Sequence[Tracker] = (), *, asked: Sequence[str] = ()) -> None:
+        """`asked`: names of trackers that do not run here, because this is not the main process or because
+        they could not be started."""
         self._trackers = {tracker.name: tracker for tracker in trackers}
+        self._asked = frozenset(asked)
         self._failures: dict[str, int] = {}
+        self._lacking: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
         return len(self._trackers)
 
     def get(self, name: str) -> Tracker:
-        """The tracker of that name.
+        """The tracker of that name; where it was asked for and does not run, one that keeps nothing.
 
         Raises:
             ConfigError: there is none; says which there are.
         """
-        if name not in self._trackers:
-            known = ", ".join(map(repr, self._trackers)) or "none on this rank"
-            raise ConfigError(f"there is no tracker {name!r}; running: {known}")
-        return self._trackers[name]
+        if name in self._trackers:
+            return self._trackers[name]
+        if name in self._asked:
+            return Absent(name)
+        known = ", ".join(map(repr, self._trackers)) or "none on this rank"
+        raise ConfigError(f"there is no tracker {name!r}; running: {known}")
+
+    def can(self, what: str) -> bool:
+        """Whether any of them has the optional method `what`."""
+        return any(hasattr(tracker, what) for tracker in self._trackers.values())
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Gives the hyperparameters to all."""
@@ -75,6 +102,26 @@ class Trackers:
         for name, tracker in self._trackers.items():
             self._guard(name, partial(tracker.log, dict(values), step=step))
 
+    def store_system(self, facts: Mapping[str, Any]) -> None:
+        """Tells those that keep it what this run runs on."""
+        self._offer("store_system", dict(facts))
+
+    def log_system(self, values: Mapping[str, float], step: int, time: float) -> None:
+        """Gives a sample of the machine's utilisation to those that keep it."""
+        self._offer("log_system", dict(values), step=step, time=time)
+
+    def log_images(self, values: Mapping[str, Any], step: int | None) -> None:
+        """Gives pictures to those that keep them; says once who does not."""
+        self._offer("log_images", dict(values), step=step, thing="images")
+
+    def log_table(self, name: str, columns: list[str], data: list[list[Any]], step: int | None) -> None:
+        """Gives a table to those that keep them; says once who does not."""
+        self._offer("log_table", name, columns=columns, data=data, step=step, thing="tables")
+
+    def log_file(self, path: Path, name: str) -> None:
+        """Gives a file or folder to those that keep them; says once who does not."""
+        self._offer("log_file", path, name, thing="files")
+
     def finish(self) -> None:
         """Ends all; may be called twice."""
         for name, tracker in self._trackers.items():
@@ -82,7 +129,17 @@ class Trackers:
         for name, count in self._failures.items():
             if count > 1:
                 _logger.warning("tracker %r failed %d times; what it was given then is lost", name, count)
+        self._asked |= self._trackers.keys()
         self._trackers, self._failures = {}, {}
+
+    def _offer(self, what: str, *args: Any, thing: str = "", **kwargs: Any) -> None:
+        for name, tracker in self._trackers.items():
+            method = getattr(tracker, what, None)
+            if method is not None:
+                self._guard(name, partial(method, *args, **kwargs))
+            elif thing and (name, what) not in self._lacking:
+                self._lacking.add((name, what))
+                _logger.warning("tracker %r keeps no %s; it goes on without them", name, thing)
 
     def _guard(self, name: str, do: Callable[[], Any]) -> None:
         try:
@@ -98,66 +155,32 @@ class Trackers:
                 )
 
 
-def open_trackers(
-    log_with: Sequence[str | Tracker],
-    *,
-    folder: Path,
-    project: str,
-    world: World,
-    config: Mapping[str, Any] | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Trackers:
-    """Starts the trackers asked for, on the main process; elsewhere gives none.
+@final
+class Absent:
+    """Stands for a tracker that runs on another rank, or that could not be started: every call of it does
+    nothing, so that a script may say `acc.get_tracker("wandb").log(...)` on all ranks."""
 
-    Args:
-        log_with: "jsonl", "tensorboard", "all" (of these, what is installed), or trackers themselves.
-        folder: where the built-in ones write, below `project`.
-        config: the hyperparameters.
-        options: by tracker name, passed to its constructor.
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    Raises:
-        ConfigError: on every rank alike: an unknown name, or its package is not installed.
-    """
-    asked: list[str | Tracker] = []
-    for item in log_with:
-        asked += [n for n in _NEEDS if _installed(n)] if item == "all" else [item]
-    for item in asked:
-        _check(item)
-    if not world.is_main:
-        return Trackers()
-    made = [
-        _make(item, folder / project, (options or {}).get(item, {})) if isinstance(item, str) else item
-        for item in asked
-    ]
-    trackers = Trackers(made)
-    if config:
-        trackers.store_init_configuration(config)
-    return trackers
+    @property
+    def tracker(self) -> Absent:
+        """Itself: there is nothing beneath."""
+        return self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
-def _installed(name: str) -> bool:
-    package = _NEEDS[name]
-    return package is None or find_spec(package) is not None
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
 
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Keeps nothing."""
 
-def _check(item: str | Tracker) -> None:
-    if not isinstance(item, str):
-        return
-    if item not in _NEEDS:
-        known = ", ".join(map(repr, _NEEDS))
-        raise ConfigError(
-            f"there is no tracker {item!r} built in; there are {known} and 'all'. Pass an object with the methods "
-            "of nbaccel.core.trackers.Tracker for any other."
-        )
-    if not _installed(item):
-        raise ConfigError(f"tracker {item!r} needs a package: pip install 'nbaccel[{item}]'")
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Keeps nothing."""
 
-
-def _make(name: str, folder: Path, options: Mapping[str, Any]) -> Tracker:
-    if name == "tensorboard":
-        from nbaccel.core.trackers.tensorboard import TensorBoardTracker
-
-        return TensorBoardTracker(folder, **options)
-    from nbaccel.core.trackers.jsonl import JsonlTracker
-
-    return JsonlTracker(folder, **options)
+    def finish(self) -> None:
+        """Nothing runs."""

@@ -1,7 +1,8 @@
-"""What `acc.log`, `init_trackers` and `get_tracker` do."""
+"""What `acc.log`, `log_images`, `log_table`, `log_artifact`, `init_trackers` and `get_tracker` do."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
@@ -9,8 +10,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from nbaccel.core.trackers.base import Tracker, Trackers, open_trackers
+from nbaccel.core.trackers.base import Tracker, Trackers
 from nbaccel.core.trackers.metriclog import MetricLog
+from nbaccel.core.trackers.opening import open_trackers
+from nbaccel.core.trackers.shapes import pictures, rows
+from nbaccel.core.trackers.system import Sampler, facts, sample
+from nbaccel.core.trackers.timings import Timings
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
@@ -25,6 +30,7 @@ class Logbook:
         wanted: trackers to start, by name or ready made.
         folder: where those by name write.
         reduce: (tensors, "mean" or "sum", 1.0) -> the same over the ranks.
+        step: the present optimizer step.
     """
 
     def __init__(
@@ -34,34 +40,43 @@ class Logbook:
         wanted: Sequence[str | Tracker],
         folder: str | None,
         reduce: Callable[[Any, Any, float], Any],
+        step: Callable[[], int],
     ) -> None:
         self._world, self._wanted, self._folder, self._reduce = world, wanted, folder, reduce
         self._log = MetricLog(Trackers(), world=world)
+        self.timings = Timings(
+            active=world.is_main, log=lambda values, at: self._log.log(values, step=at), step=step
+        )
+        """Of the blocks that `acc.track` and `acc.timed` name."""
 
     def start(
         self, project: str, config: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]] | None
     ) -> None:
-        """Starts the trackers, on the main process.
+        """Starts the trackers, on the main process. Those of an earlier start are ended.
 
         Raises:
             ConfigError: none was asked for, an unknown one, or it has nowhere to write.
         """
         if not self._wanted:
-            raise ConfigError("init_trackers needs Accelerator(log_with='jsonl' or 'tensorboard', ...)")
-        if self._folder is None and any(isinstance(one, str) for one in self._wanted):
-            raise ConfigError("trackers need a folder to write to: Accelerator(project_dir=...)")
+            raise ConfigError("init_trackers needs Accelerator(log_with='jsonl' or 'wandb' or 'all', ...)")
+        self._log.close()
         trackers = open_trackers(
             self._wanted,
-            folder=Path(self._folder or "."),
+            folder=None if self._folder is None else Path(self._folder),
             project=project,
             world=self._world,
             config=config,
             options=options,
         )
-        self._log = MetricLog(trackers, world=self._world)
+        if trackers.can("store_system"):
+            trackers.store_system(facts(self._world))
+        sampler = Sampler(sample(self._world.device)) if trackers.can("log_system") else None
+        self._log = MetricLog(trackers, world=self._world, sampler=sampler)
+        # a loop that never says end_training
+        weakref.finalize(self, self._log.close)
 
     def get(self, name: str) -> Tracker:
-        """The running tracker of that name; on the main process only.
+        """The running tracker of that name; where it was asked for and does not run, one that keeps nothing.
 
         Raises:
             ConfigError: there is none.
@@ -81,10 +96,38 @@ class Logbook:
             values = {**values, **self._reduce(numbers, reduction, 1.0)}
         self._log.log(values, step=step, reduced=reduction)
 
+    def log_images(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Takes pictures of this rank; the main process keeps its own."""
+        if len(self._log.trackers):
+            self._log.flush()
+            self._log.trackers.log_images({name: pictures(value) for name, value in values.items()}, step)
+
+    def log_table(
+        self, name: str, columns: Sequence[str] | None, data: Any, dataframe: Any, *, step: int
+    ) -> None:
+        """Takes a table of this rank; the main process keeps its own."""
+        if len(self._log.trackers):
+            self._log.flush()
+            self._log.trackers.log_table(name, *rows(columns, data, dataframe), step)
+
+    def log_file(self, path: str | Path, name: str | None) -> None:
+        """Takes a file or folder that the main process can read.
+
+        Raises:
+            ConfigError: on the main process: there is none.
+        """
+        if len(self._log.trackers):
+            source = Path(path)
+            if not source.exists():
+                raise ConfigError(f"log_artifact: there is no {source}")
+            self._log.trackers.log_file(source, name or source.name)
+
     def flush(self) -> None:
         """Hands on what is held back."""
+        self.timings.flush()
         self._log.flush()
 
     def close(self) -> None:
         """Hands on the last values and ends the trackers; may be called twice."""
+        self.timings.flush()
         self._log.close()

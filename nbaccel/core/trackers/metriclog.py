@@ -14,6 +14,7 @@ from typing import Any, Literal, final
 import torch
 
 from nbaccel.core.trackers.base import Trackers
+from nbaccel.core.trackers.system import Sampler
 from nbaccel.core.world import World
 from nbaccel.wire import events
 
@@ -72,10 +73,15 @@ def _to_main_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @final
 class MetricLog:
-    """Takes logged values on every rank. Costs nothing where there is neither tracker nor dashboard."""
+    """Takes logged values on every rank. Costs nothing where there is neither tracker nor dashboard.
 
-    def __init__(self, trackers: Trackers, *, world: World) -> None:
-        self._trackers, self._is_main = trackers, world.is_main
+    Args:
+        sampler: measures the machine; its samples go to the trackers with what is logged.
+    """
+
+    def __init__(self, trackers: Trackers, *, world: World, sampler: Sampler | None = None) -> None:
+        self._trackers, self._is_main, self._sampler = trackers, world.is_main, sampler
+        self._step = 0
         self._waiting: deque[tuple[Snapshot, int, Reduced]] = deque()
         self._held: dict[str, tuple[float, int, Reduced]] = {}
         self._emitted = float("-inf")
@@ -90,6 +96,9 @@ class MetricLog:
         if not len(self._trackers) and not events.active():
             return
         self._waiting.append((Snapshot(values), step, reduced))
+        self._step = step
+        if self._sampler is not None:
+            self._deliver_samples(self._sampler)
         while self._waiting and (self._waiting[0][0].ready() or len(self._waiting) > _MAX_WAITING):
             self._deliver(*self._waiting.popleft())
         if self._held and time.monotonic() - self._emitted >= _INTERVAL:
@@ -105,7 +114,14 @@ class MetricLog:
     def close(self) -> None:
         """Delivers everything and ends the trackers; may be called twice."""
         self.flush()
+        if self._sampler is not None:
+            self._sampler.close()
+            self._deliver_samples(self._sampler)
         self._trackers.finish()
+
+    def _deliver_samples(self, sampler: Sampler) -> None:
+        for at, values in sampler.take():
+            self._trackers.log_system(values, self._step, at)
 
     def _deliver(self, snapshot: Snapshot, step: int, reduced: Reduced) -> None:
         values = snapshot.read()

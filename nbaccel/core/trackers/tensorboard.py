@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, final
 
 import torch
+
+from nbaccel.core.trackers.shapes import plain
 
 __all__ = ["TensorBoardTracker"]
 
@@ -13,11 +16,11 @@ __all__ = ["TensorBoardTracker"]
 @final
 class TensorBoardTracker:
     """Writes to `<folder>`. Numbers become scalars, dicts groups of scalars, strings text, larger tensors
-    histograms. `options` are those of `torch.utils.tensorboard.SummaryWriter`."""
+    histograms, tables text. `options` are those of `torch.utils.tensorboard.SummaryWriter`."""
 
     name = "tensorboard"
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, *, project: str = "", **options: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), **options)
@@ -30,11 +33,15 @@ class TensorBoardTracker:
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+        known = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
         # Not SummaryWriter.add_hparams, which opens a second writer in a folder of its own.
-        for summary in hparams(plain, {}):  # type: ignore[no-untyped-call]
+        for summary in hparams(known, {}):  # type: ignore[no-untyped-call]
             self._writer.file_writer.add_summary(summary)
         self._writer.flush()
+
+    def store_system(self, facts: dict[str, Any]) -> None:
+        text = json.dumps(plain(facts), indent=2)
+        self._writer.add_text("system", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         for key, value in values.items():
@@ -46,6 +53,24 @@ class TensorBoardTracker:
                 self._writer.add_histogram(key, value, step)
             else:
                 self._writer.add_text(key, str(value), step)
+
+    def log_system(self, values: dict[str, float], step: int, time: float) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step, walltime=time)
+
+    def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
+        for key, pictures in values.items():
+            for at, pixels in enumerate(pictures):
+                name = key if len(pictures) == 1 else f"{key}/{at}"
+                self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def log_table(
+        self, table_name: str, columns: list[str], data: list[list[Any]], step: int | None = None
+    ) -> None:
+        lines = [columns, ["---"] * len(columns), *data]
+        self._writer.add_text(
+            table_name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step
+        )
 
     def finish(self) -> None:
         self._writer.close()

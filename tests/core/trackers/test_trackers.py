@@ -130,13 +130,19 @@ def test_other_ranks_have_no_trackers(tmp_path: Path) -> None:
     trackers = open_trackers(["jsonl", Memory()], folder=tmp_path, project="p", world=OTHER)
     assert len(trackers) == 0
     assert list(tmp_path.iterdir()) == []
+    absent: Any = trackers.get("jsonl")
+    assert absent.log({"loss": 1.0}, step=0) is None
+    assert absent.tracker.add_figure("f", object()) is None
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="none on this rank"):
-        trackers.get("jsonl")
+        trackers.get("tensorboard")
 
 
 @pytest.mark.parametrize("world", [single(), OTHER], ids=["main", "other"])
 def test_unknown_tracker_is_refused_on_every_rank(tmp_path: Path, world: World) -> None:
-    with pytest.raises(ConfigError, match="no tracker 'wandbee' built in; there are 'jsonl', 'tensorboard'"):
+    with pytest.raises(
+        ConfigError, match="no tracker 'wandbee' built in; there are 'jsonl', 'csv', 'tensorboard'"
+    ):
         open_trackers(["wandbee"], folder=tmp_path, project="p", world=world)
 
 
