@@ -188,7 +188,7 @@ class _Installing:
         part, place = self._plan.parts[index], self._plan.places[index]
         if place not in HOST:
             return torch.device(place)
-        return torch.device("cpu") if part.rows and not part.ties else self._device
+        return torch.device("cpu") if part.cost.rows and not part.ties else self._device
 
     def place(self, owned: _Owned) -> None:
         """Puts one weight where it is to be."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from nbaccel.core.offload.dispatch import in_memory, install, match
 from nbaccel.core.offload.dispatched import is_dispatched
 from nbaccel.core.offload.limits import accelerators, memory_limits, place_name
 from nbaccel.core.offload.machine import Machine, measured
+from nbaccel.core.offload.operations import count_operations
 from nbaccel.core.offload.parts import Part, parts_of, places_given
 from nbaccel.core.offload.placing import Mode, plan_placement
 from nbaccel.core.offload.plan import Plan, executing, plan_given
@@ -42,6 +43,7 @@ def infer_auto_device_map(
     *,
     mode: Mode = "auto",
     tokens: int = 1,
+    batch: Any = None,
     kv_cache: int | str = 0,
     offload_folder: str | Path | None = None,
 ) -> dict[str, str]:
@@ -56,6 +58,9 @@ def infer_auto_device_map(
         mode: "auto" and "balanced" divide a model that fits onto the accelerators evenly, and otherwise give
             the fast memory to what saves most time per byte; "sequential" fills one place after the other.
         tokens: per forward pass, of the whole batch; with many, compute hides the copying of weights.
+        batch: what the model is called with (a tensor, a tuple of arguments or a mapping of keywords): operations
+            and tokens are then counted, in a pass without numbers. Worth it for convolutions, whose operations
+            depend on the size of the image.
         kv_cache: memory kept free on the devices that compute, as for generation.
         offload_folder: whose disk's speed counts.
 
@@ -63,6 +68,7 @@ def infer_auto_device_map(
         ConfigError: something fits nowhere; the message says what and by how much.
     """
     parts = parts_of(model, no_split=no_split_module_classes, dtype=dtype, special_dtypes=special_dtypes)
+    tokens = tokens if batch is None else count_operations(parts, model, batch)
     return _auto(parts, max_memory, mode, tokens, kv_cache, offload_folder).device_map
 
 
@@ -77,6 +83,7 @@ def load_checkpoint_and_dispatch(
     *,
     strict: bool = False,
     tokens: int = 1,
+    batch: Any = None,
     kv_cache: int | str = 0,
 ) -> M:
     """Fills `model`, mostly made under `init_empty_weights`, from a checkpoint, tensor by tensor, each where the
@@ -107,6 +114,7 @@ def load_checkpoint_and_dispatch(
         no_split_module_classes,
         dtype,
         tokens,
+        batch,
         kv_cache,
         folder or source.parent,
     )
@@ -122,6 +130,7 @@ def dispatch_model(
     main_device: int | str | torch.device | None = None,
     offload_folder: str | Path | None = None,
     tokens: int = 1,
+    batch: Any = None,
     kv_cache: int | str = 0,
 ) -> M:
     """Places a model that is in memory, and returns it ready to run; `remove_hooks` undoes it.
@@ -138,7 +147,9 @@ def dispatch_model(
     _not_twice(model)
     values = in_memory(model)
     folder = None if offload_folder is None else Path(offload_folder)
-    plan = _planned(model, device_map, max_memory, no_split_module_classes, None, tokens, kv_cache, folder)
+    plan = _planned(
+        model, device_map, max_memory, no_split_module_classes, None, tokens, batch, kv_cache, folder
+    )
     main = None if main_device is None else torch.device(place_name(main_device))
     return install(model, plan, values, dtype=None, folder=folder, main_device=main)
 
@@ -173,6 +184,7 @@ def _planned(
     no_split: Collection[str] | None,
     dtype: torch.dtype | None,
     tokens: int,
+    batch: Any,
     kv_cache: int | str,
     folder: Path | None,
 ) -> Plan:
@@ -181,9 +193,9 @@ def _planned(
             raise ConfigError(
                 f"device_map is {device_map!r}; write 'auto', 'balanced', 'sequential', or {{'': {device_map!r}}}"
             )
-        return _auto(
-            parts_of(model, no_split=no_split, dtype=dtype), max_memory, device_map, tokens, kv_cache, folder
-        )
+        parts = parts_of(model, no_split=no_split, dtype=dtype)
+        tokens = tokens if batch is None else count_operations(parts, model, batch)
+        return _auto(parts, max_memory, device_map, tokens, kv_cache, folder)
     if max_memory is not None:
         raise ConfigError(
             "max_memory limits what is placed by itself; the device map given places everything"
@@ -191,6 +203,7 @@ def _planned(
     named = {name: place_name(place) for name, place in device_map.items()}
     parts = parts_of(model, no_split=no_split, dtype=dtype, divided=named)
     places = places_given(named, parts, model)
+    tokens = tokens if batch is None else count_operations(parts, model, batch)
     return plan_given(parts, places, _machine(executing(places), folder), tokens=tokens)
 
 

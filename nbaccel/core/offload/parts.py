@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,32 @@ from torch import nn
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["Part", "group_tied", "human", "listed", "parts_of", "places_given"]
+__all__ = ["Cost", "Part", "group_tied", "human", "listed", "parts_of", "places_given"]
 
 # These use their children's weights without calling the children.
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_POSITIONS = 256
+"""Of a convolution's output per sample, where no batch tells: ResNet-50 has 174 on average, VGG-16 a thousand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a part holds and takes to run; parts that are alike share one."""
+
+    num_bytes: int
+    """Of its parameters, those of an earlier part left out."""
+    buffer_bytes: int
+    flops: float
+    """Per token: a row of a matrix product; a sample, of which a convolution sees many positions."""
+    rows: int
+    """Of an embedding table, of which a forward pass reads one per token; 0 for anything else."""
+    read_always: int
+    """Bytes of its parameters that every forward pass reads: all but tables of embeddings inside."""
+    read_per_token: int
+    """Bytes of the tables' rows."""
 
 
 @dataclass(slots=True, eq=False)  # not frozen: thousands are made, and that takes thrice as long
@@ -31,22 +51,27 @@ class Part:
     own: bool
     """Whether these are a divided module's own tensors, present while that module runs."""
     module: nn.Module
-    parameters: tuple[tuple[nn.Module, str, str, nn.Parameter], ...]
-    """(owner, attribute, full name, parameter) of each, ties included."""
-    buffers: tuple[tuple[nn.Module, str, str, torch.Tensor], ...]
-    num_bytes: int
-    """Of its parameters, those of an earlier part left out."""
-    buffer_bytes: int
-    flops: int
-    """Per token (row of a matrix product)."""
-    rows: int
-    """Of an embedding table, of which a forward pass reads one per token; 0 for anything else."""
-    read_always: int
-    """Bytes of its parameters that every forward pass reads: all but tables of embeddings inside."""
-    read_per_token: int
-    """Bytes of the tables' rows."""
+    owners: Sequence[tuple[str, nn.Module]]
+    """Whose tensors these are, with their names; empty: the module itself."""
+    cost: Cost
     ties: tuple[int, ...] = ()
     """Ids of parameters it shares with other parts."""
+
+    @property
+    def parameters(self) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
+        """(owner, attribute, full name, parameter) of each, ties included."""
+        for path, owner in self.owners or ((self.name, self.module),):
+            for key, parameter in owner._parameters.items():
+                if parameter is not None:
+                    yield owner, key, f"{path}.{key}" if path else key, parameter
+
+    @property
+    def buffers(self) -> Iterator[tuple[nn.Module, str, str, torch.Tensor]]:
+        """The same of its buffers."""
+        for path, owner in self.owners or ((self.name, self.module),):
+            for key, buffer in owner._buffers.items():
+                if buffer is not None:
+                    yield owner, key, f"{path}.{key}" if path else key, buffer
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -84,7 +109,42 @@ def _own_no_split(model: nn.Module) -> Collection[str]:
     return named if isinstance(named, (list, tuple, set, frozenset)) else ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """What is the same for all modules of one class."""
+
+    called: bool
+    """Whether its forward is called."""
+    whole: bool
+    table: bool
+    positions: int
+    """How often its weights are used per token."""
+
+    @classmethod
+    def of(cls, found: type[nn.Module]) -> _Class:
+        return cls(
+            found.forward is not nn.Module.forward and not issubclass(found, _LISTS),
+            issubclass(found, _WHOLE),
+            issubclass(found, _TABLES),
+            _POSITIONS if issubclass(found, _CONVOLUTIONS) else 1,
+        )
+
+
+class _Itemsizes(dict[torch.dtype, int]):
+    """Bytes of an element by its present type."""
+
+    def __init__(self, wanted: torch.dtype | None) -> None:
+        self._wanted = wanted
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        kept = dtype if self._wanted is None or not dtype.is_floating_point else self._wanted
+        self[dtype] = kept.itemsize
+        return kept.itemsize
+
+
 class _Walk:
+    """Visits each module once. Written for speed: a device map of thousands of modules takes milliseconds."""
+
     def __init__(
         self,
         no_split: frozenset[str],
@@ -92,93 +152,108 @@ class _Walk:
         special: Mapping[str, torch.dtype],
         divided: Collection[str],
     ) -> None:
-        self._no_split, self._dtype, self._special, self._divided = no_split, dtype, special, divided
+        self._no_split, self._special, self._divided = no_split, special, divided
+        self._itemsizes = _Itemsizes(dtype)
+        self._classes: dict[type[nn.Module], _Class] = {}
         self._modules: set[int] = set()
         self._users: dict[int, int] = {}
+        """Index of the last part that uses a parameter, by the parameter's id."""
+        self._ties: dict[int, list[int]] = {}
+        """Indices of all parts that use a parameter, where there are several."""
+        self._costs: dict[tuple[int, ...], Cost] = {}
         self._found: list[Part] = []
 
     def parts(self, model: nn.Module) -> list[Part]:
         self._visit("", model, "", model)
-        shared = {key for key, count in self._users.items() if count > 1}
-        for part in self._found if shared else ():
-            part.ties = tuple({id(parameter) for _, _, _, parameter in part.parameters} & shared)
+        for identity, indices in self._ties.items():
+            for index in indices:
+                self._found[index].ties += (identity,)
         return self._found
 
     def _visit(self, name: str, module: nn.Module, caller_name: str, caller: nn.Module) -> None:
         """`caller` is the nearest module above, or this one, whose forward is called."""
-        if id(module) in self._modules:
+        identity = id(module)
+        if identity in self._modules:
             return
-        self._modules.add(id(module))
-        called = type(module).forward is not nn.Module.forward and not isinstance(module, _LISTS)
-        if called or not name:
+        self._modules.add(identity)
+        kind = self._kind(module)
+        if kind.called or not name:
             caller_name, caller = name, module
         children = module._modules
+        if kind.called and not children:
+            self._add(name, False, module, (), ((name, module, kind),))
+            return
         kept = type(module).__name__ in self._no_split and name not in self._divided
-        if called and (not children or kept or isinstance(module, _WHOLE)):
-            tensors = list(_tensors(name, module)) if children else [(name, module)]
-            self._add(name, False, module, tensors)
-            for _, below in tensors:
-                self._modules.add(id(below))
+        if kind.called and (kept or kind.whole):
+            below = list(_tensors(name, module))
+            self._add(name, False, module, below, [(path, one, self._kind(one)) for path, one in below])
+            self._modules.update(id(one) for _, one in below)
             return
         if module._parameters or module._buffers:
-            self._add(caller_name, True, caller, [(name, module)])
+            self._add(caller_name, True, caller, [(name, module)], ((name, module, kind),))
         prefix = f"{name}." if name else ""
         for key, child in children.items():
             if child is not None:
                 self._visit(prefix + key, child, caller_name, caller)
 
-    def _add(self, name: str, own: bool, module: nn.Module, below: list[tuple[str, nn.Module]]) -> None:
-        parameters, buffers = [], []
-        num_bytes = buffer_bytes = flops = always = per_token = 0
-        rows = module.num_embeddings if isinstance(module, _TABLES) and not own else 0
-        seen: set[int] = set()
-        for path, owner in below:
-            prefix = f"{path}." if path else ""
+    def _kind(self, module: nn.Module) -> _Class:
+        found = self._classes.get(type(module))
+        if found is None:
+            found = self._classes[type(module)] = _Class.of(type(module))
+        return found
+
+    def _add(
+        self,
+        name: str,
+        own: bool,
+        module: nn.Module,
+        owners: Sequence[tuple[str, nn.Module]],
+        holders: Iterable[tuple[str, nn.Module, _Class]],
+    ) -> None:
+        users, itemsizes, special, index = self._users, self._itemsizes, self._special, len(self._found)
+        num_bytes = buffer_bytes = flops = always = per_token = rows = 0
+        has_any = False
+        for path, owner, kind in holders:
+            if kind.table and not own and owner is module:
+                rows = int(owner.num_embeddings)  # type: ignore[arg-type]
             for key, parameter in owner._parameters.items():
                 if parameter is None:
                     continue
-                parameters.append((owner, key, prefix + key, parameter))
+                has_any = True
                 identity = id(parameter)
-                if identity in seen:
+                last = users.get(identity)
+                if last == index:
                     continue
-                seen.add(identity)
+                users[identity] = index
                 count = parameter.numel()
-                users = self._users.get(identity, 0)
-                self._users[identity] = users + 1
-                size = 0 if users else count * self._itemsize(prefix + key, parameter)
-                num_bytes += size
-                if isinstance(owner, _TABLES) and count:
-                    per_token += size // owner.num_embeddings
+                size = 0
+                if last is not None:
+                    self._ties.setdefault(identity, [last]).append(index)
+                elif special:
+                    size = count * self._itemsize(f"{path}.{key}" if path else key, parameter.dtype)
                 else:
-                    always += size
-                if not rows and parameter.dim() > 1 and not isinstance(owner, _TABLES):
-                    flops += 2 * count
-            for key, buffer in owner._buffers.items():
+                    size = count * itemsizes[parameter.dtype]
+                num_bytes += size
+                if kind.table and count:
+                    per_token += size // int(owner.num_embeddings)  # type: ignore[arg-type]
+                    continue
+                always += size
+                if not rows and parameter.dim() > 1:
+                    flops += 2 * count * kind.positions
+            for buffer in owner._buffers.values():
                 if buffer is not None:
-                    buffers.append((owner, key, prefix + key, buffer))
+                    has_any = True
                     buffer_bytes += buffer.numel() * buffer.element_size()
-        if parameters or buffers:
-            self._found.append(
-                Part(
-                    name,
-                    own,
-                    module,
-                    tuple(parameters),
-                    tuple(buffers),
-                    num_bytes,
-                    buffer_bytes,
-                    flops,
-                    rows,
-                    always,
-                    per_token,
-                )
-            )
+        if has_any:
+            numbers = (num_bytes, buffer_bytes, flops, rows, always, per_token)
+            cost = self._costs.get(numbers)
+            if cost is None:
+                cost = self._costs[numbers] = Cost(*numbers)
+            self._found.append(Part(name, own, module, owners, cost))
 
-    def _itemsize(self, name: str, parameter: torch.Tensor) -> int:
-        if not parameter.dtype.is_floating_point:
-            return parameter.element_size()
-        wanted = self._special.get(name, self._dtype)
-        return parameter.element_size() if wanted is None else wanted.itemsize
+    def _itemsize(self, name: str, dtype: torch.dtype) -> int:
+        wanted = self._special.get(name)
+        return wanted.itemsize if wanted is not None and dtype.is_floating_point else self._itemsizes[dtype]
 
 
 def _tensors(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -188,6 +263,8 @@ def _tensors(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def group_tied(parts: Sequence[Part]) -> list[list[int]]:
     """Indices of the parts that have to lie in one place, each group at its first part's turn."""
+    if not any(part.ties for part in parts):
+        return [[index] for index in range(len(parts))]
     first: dict[int, int] = {}
     above = list(range(len(parts)))
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from nbaccel.core.offload.machine import Machine
 from nbaccel.core.offload.parts import Part, human, listed
-from nbaccel.core.offload.plan import HOST, Item, Plan, executing, items_of, pass_seconds, spread
+from nbaccel.core.offload.plan import HOST, Item, Kind, Plan, executing, items_of, pass_seconds, spread
 from nbaccel.errors import ConfigError
 
 __all__ = ["Mode", "plan_placement"]
@@ -65,7 +65,11 @@ def _best(tries: Sequence[_Placing], items: Sequence[Item], *, streams: bool) ->
 
     A large part that stays in the fast memory for good needs no second place of its size beside it.
     """
-    sizes = sorted({item.num_bytes for item in items if not item.lookup}, reverse=True) if streams else []
+    sizes = (
+        sorted({item.kind.num_bytes for item in items if not item.kind.lookup}, reverse=True)
+        if streams
+        else []
+    )
     best: _Placing | None = None
     problem: ConfigError | None = None
     for placing, largest in zip(tries, sizes or [0], strict=False):
@@ -95,7 +99,9 @@ class _Placing:
         self._items, self._devices, self._limits, self._free = items, devices, limits, free
         self._machine, self._tokens = machine, tokens
         self._buffers_kept = False
-        self._seconds_known: dict[tuple[object, str], float] = {}
+        self._seconds_known: dict[tuple[Kind, str], float] = {}
+        self._bytes = [item.kind.num_bytes for item in items]
+        self._bytes_with_buffers = [item.kind.num_bytes + item.kind.buffer_bytes for item in items]
         self.places = [""] * len(items)
         self.whys = [""] * len(items)
         self.room = 0
@@ -103,7 +109,7 @@ class _Placing:
     def evenly(self) -> bool:
         """Everything on the computing devices, contiguous, the largest share as small as can be; else False."""
         free = [self._free[device] for device in self._devices]
-        ends = list(accumulate(item.num_bytes + item.buffer_bytes for item in self._items))
+        ends = list(accumulate(self._bytes_with_buffers))
         cuts = _cuts(ends, free)
         if cuts is None:
             return False
@@ -117,18 +123,18 @@ class _Placing:
                 cuts, high = tried, middle
         start = 0
         for device, end in zip(self._devices, cuts, strict=True):
-            for index in range(start, end):
-                self._put(index, device, "fits" if len(free) == 1 else "an even share")
+            self.places[start:end] = [device] * (end - start)
+            self.whys[start:end] = ["fits" if len(free) == 1 else "an even share"] * (end - start)
             start = end
         return True
 
     def in_order(self) -> None:
         """One place after the other, never back to an earlier one."""
         order = [*self._devices, *(place for place in HOST if place not in self._devices)]
-        sizes = [0 if item.lookup else item.num_bytes for item in self._items]
+        sizes = [0 if item.kind.lookup else item.kind.num_bytes for item in self._items]
         # What has to be free beside item i when all after it are streamed.
         after = [*[*accumulate(reversed(sizes), max)][-2::-1], 0]
-        needed = sum(item.num_bytes + item.buffer_bytes for item in self._items)
+        needed = sum(item.kind.num_bytes + item.kind.buffer_bytes for item in self._items)
         streams = self._devices != ["cpu"] and needed > sum(self._free[d] for d in self._devices)
         if streams:
             self._keep_buffers()
@@ -136,14 +142,15 @@ class _Placing:
         for index, item in enumerate(self._items):
             while turn < len(order):
                 room = 2 * after[index] if streams and turn == 0 else 0
-                if self._needs(item, order[turn]) + room <= self._free[order[turn]]:
+                if self._needs(order[turn])[index] + room <= self._free[order[turn]]:
                     break
                 if turn == 0 and streams:
-                    self._keep_room(item if item.num_bytes >= after[index] else self._largest(index))
+                    self._keep_room(item if item.kind.num_bytes >= after[index] else self._largest(index))
                 turn += 1
             if turn == len(order):
                 raise self._too_small(range(index, len(self._items)))
-            self._put(index, order[turn], "its turn")
+            self._free[order[turn]] -= self._needs(order[turn])[index]
+            self.places[index], self.whys[index] = order[turn], "its turn"
 
     def by_gain(self, largest: int) -> None:
         """What saves most time per byte goes first into the fast memory, then the rest is parted likewise.
@@ -153,34 +160,41 @@ class _Placing:
         left: Sequence[int] = range(len(self._items))
         if self._devices != ["cpu"]:
             self._keep_buffers()
-            streamed = [i for i, item in enumerate(self._items) if item.lookup or item.num_bytes <= largest]
+            streamed = [
+                i for i, item in enumerate(self._items) if item.kind.lookup or item.kind.num_bytes <= largest
+            ]
             left = streamed
-            kept = [i for i, item in enumerate(self._items) if not item.lookup and item.num_bytes > largest]
+            kept = [
+                i
+                for i, item in enumerate(self._items)
+                if not item.kind.lookup and item.kind.num_bytes > largest
+            ]
             if without := self._choose(kept, self._devices, "disk"):
                 raise self._too_small(without)
-            moved = [self._items[i] for i in streamed if not self._items[i].lookup]
+            moved = [self._items[i] for i in streamed if not self._items[i].kind.lookup]
             if moved:
-                self._keep_room(max(moved, key=lambda item: item.num_bytes))
+                self._keep_room(max(moved, key=lambda item: item.kind.num_bytes))
         host = [place for place in HOST if place not in self._devices]
         left = self._choose(left, self._devices, host[0])
         if len(host) > 1:
             left = self._choose(left, ["cpu"], "disk")
-        if sum(self._items[index].num_bytes for index in left) > self._free["disk"]:
+        if sum(self._items[index].kind.num_bytes for index in left) > self._free["disk"]:
             raise self._too_small(left)
-        said: dict[tuple[object, ...], str] = {}
+        said: dict[Kind, str] = {}
         for index in left:
             item = self._items[index]
-            if item.kind not in said:
-                said[item.kind] = self._why_on_disk(item)
-            self._put(index, "disk", said[item.kind])
+            why = said.get(item.kind)
+            if why is None:
+                why = said[item.kind] = self._why_on_disk(item)
+            self.places[index], self.whys[index] = "disk", why
 
     def total_seconds(self) -> float:
         """Of one forward pass."""
         return sum(self._seconds(item, place) for item, place in zip(self._items, self.places, strict=True))
 
     def _largest(self, start: int) -> Item:
-        items = [item for item in self._items[start:] if not item.lookup]
-        return max(items, key=lambda item: item.num_bytes)
+        items = [item for item in self._items[start:] if not item.kind.lookup]
+        return max(items, key=lambda item: item.kind.num_bytes)
 
     def _seconds(self, item: Item, place: str) -> float:
         key = (item.kind, place)
@@ -193,68 +207,72 @@ class _Placing:
 
     def _choose(self, candidates: Iterable[int], places: Sequence[str], otherwise: str) -> list[int]:
         """Puts into `places` what gains most there, and returns what found no room, in model order."""
-        known: dict[tuple[object, ...], tuple[int, str]] = {}
-        order: list[tuple[int, int, str]] = []
+        ranked: dict[int, list[int]] = {}
+        known: dict[Kind, tuple[list[int], str]] = {}
         for index in candidates:
-            item = self._items[index]
-            found = known.get(item.kind)
+            kind = self._items[index].kind
+            found = known.get(kind)
             if found is None:
-                gain = self._seconds(item, otherwise) - self._seconds(item, places[0])
-                density = gain / max(1, item.num_bytes)
-                # Steps of 5 %: what gains about the same keeps the order of the model.
-                step = -round(20 * math.log(density)) if density > 0 else 1 << 30
-                found = (step, f"saves {gain * 1e3:.2f} ms per pass" if gain > 5e-6 else "fits")
-                known[item.kind] = found
-            order.append((found[0], index, found[1]))
-        left = []
-        for _, index, why in sorted(order):
-            item = self._items[index]
-            for place in places:
-                if self._needs(item, place) <= self._free[place]:
-                    self._put(index, place, why)
-                    break
-            else:
-                left.append(index)
+                step, why = self._worth(self._items[index], places[0], otherwise)
+                found = known[kind] = ranked.setdefault(step, []), why
+            found[0].append(index)
+        left: list[int] = []
+        needs = {place: self._needs(place) for place in places}
+        for _, indices in sorted(ranked.items()):
+            for index in indices:
+                for place, needed in needs.items():
+                    if needed[index] <= self._free[place]:
+                        self._free[place] -= needed[index]
+                        self.places[index], self.whys[index] = place, known[self._items[index].kind][1]
+                        break
+                else:
+                    left.append(index)
         return sorted(left)
+
+    def _worth(self, item: Item, place: str, otherwise: str) -> tuple[int, str]:
+        """Its turn, early where a byte of `place` saves much, and why it is there.
+
+        In steps of 5 %: what gains about the same keeps the order of the model.
+        """
+        gain = self._seconds(item, otherwise) - self._seconds(item, place)
+        density = gain / max(1, item.kind.num_bytes)
+        step = -round(20 * math.log(density)) if density > 0 else 1 << 30
+        return step, f"saves {gain * 1e3:.2f} ms per pass" if gain > 5e-6 else "fits"
 
     def _keep_buffers(self) -> None:
         """All buffers are on the first accelerator, whatever is streamed to it."""
         self._buffers_kept = True
-        self._free[self._devices[0]] -= sum(item.buffer_bytes for item in self._items)
+        self._free[self._devices[0]] -= sum(item.kind.buffer_bytes for item in self._items)
 
     def _keep_room(self, largest: Item) -> None:
         """Space on the first accelerator for the largest part in flight and, where possible, the one after."""
         main = self._devices[0]
         free = max(0, self._free[main])
-        short = largest.num_bytes - free
+        short = largest.kind.num_bytes - free
         if short > 0:
             raise ConfigError(
-                f"{largest.name} takes {human(largest.num_bytes)} and has to be on {main} while it runs, which "
+                f"{largest.name} takes {human(largest.kind.num_bytes)} and has to be on {main} while it runs, which "
                 f"has {human(free)} of its {human(self._limits[main])} for it: {human(short)} short. "
                 f"Raise max_memory[{main!r}], or let its class be divided"
             )
-        self.room = min(2 * largest.num_bytes, free)
+        self.room = min(2 * largest.kind.num_bytes, free)
         self._free[main] -= self.room
 
-    def _needs(self, item: Item, place: str) -> int:
-        # Buffers are where their part runs, never on the disk.
+    def _needs(self, place: str) -> list[int]:
+        """Bytes that each item takes at `place`. Buffers are where their part runs, never on the disk."""
         apart = self._buffers_kept or place not in self._devices
-        return item.num_bytes if apart else item.num_bytes + item.buffer_bytes
-
-    def _put(self, index: int, place: str, why: str) -> None:
-        self._free[place] -= self._needs(self._items[index], place)
-        self.places[index], self.whys[index] = place, why
+        return self._bytes if apart else self._bytes_with_buffers
 
     def _why_on_disk(self, item: Item) -> str:
-        if item.lookup or (self._devices == ["cpu"] and 2 * item.read < item.num_bytes):
+        if item.kind.lookup or (self._devices == ["cpu"] and 2 * item.kind.read < item.kind.num_bytes):
             return "rows are read where they lie"
         where = [place for place in dict.fromkeys((*self._devices, "cpu")) if self._limits[place]]
         left = ", ".join(f"{place} has {human(max(0, self._free[place]))} left" for place in where)
-        return f"needs {human(item.num_bytes)}; {left}" if left else "the only place"
+        return f"needs {human(item.kind.num_bytes)}; {left}" if left else "the only place"
 
     def _too_small(self, indices: Iterable[int]) -> ConfigError:
         without = [self._items[index] for index in indices]
-        needed = sum(item.num_bytes for item in without)
+        needed = sum(item.kind.num_bytes for item in without)
         free = {place: max(0, room) for place, room in self._free.items()}
         last = "disk" if "disk" in free and self._limits["disk"] < 1 << 62 else self._devices[0]
         left = ", ".join(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nbaccel.core.offload.machine import Machine
-from nbaccel.core.offload.parts import Part, group_tied, human
+from nbaccel.core.offload.parts import Cost, Part, group_tied, human
 
 __all__ = ["HOST", "Item", "Plan", "Row", "executing", "items_of", "pass_seconds", "plan_given"]
 
@@ -31,23 +31,25 @@ class Row:
     why: str
 
 
+@dataclass(slots=True, eq=False)
+class Kind:
+    """What items that take equally long everywhere have in common."""
+
+    num_bytes: int
+    buffer_bytes: int
+    flops: float
+    read: int
+    """Bytes of its parameters that a forward pass reads."""
+    lookup: bool
+
+
 @dataclass(slots=True, eq=False)  # not frozen: made in thousands
 class Item:
     """Parts that have to lie together, because they share parameters; mostly one."""
 
-    parts: list[int]
-    num_bytes: int
-    buffer_bytes: int
-    flops: int
-    read: int
-    """Bytes of its parameters that a forward pass reads."""
-    lookup: bool
+    parts: Sequence[int]
     name: str
-    kind: tuple[int, int, int, bool] = field(init=False)
-    """Items of one kind cost the same everywhere."""
-
-    def __post_init__(self) -> None:
-        self.kind = (self.num_bytes, self.flops, self.read, self.lookup)
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,14 @@ class Plan:
     @property
     def device_map(self) -> dict[str, str]:
         """By name of module or tensor, as `dispatch_model` takes it; as few entries as there can be."""
-        return {name: self.places[indices[0]] for name, indices in self._entries().items()}
+        if len(set(self.places)) == 1:
+            return {"": self.places[0]}
+        uniform = self._uniform()
+        found: dict[str, str] = {}
+        for part, place in zip(self.parts, self.places, strict=True):
+            for key in part.keys if part.own else (part.name,):
+                found[_highest(key, uniform)] = place
+        return found
 
     @property
     def rows(self) -> list[Row]:
@@ -76,7 +85,7 @@ class Plan:
             rows.append(
                 Row(
                     module=name,
-                    num_bytes=sum(self.parts[i].num_bytes + self.parts[i].buffer_bytes for i in indices),
+                    num_bytes=sum(_held(self.parts[i].cost) for i in indices),
                     seconds=sum(self.seconds[i] for i in indices),
                     place=self.places[indices[0]],
                     why=said[0] if len(said) == 1 else f"{said[0]}, …",
@@ -99,10 +108,7 @@ class Plan:
 
     def _entries(self) -> dict[str, list[int]]:
         """The parts of each entry: the highest module below which everything lies in one place."""
-        uniform: dict[str, str | None] = {}
-        for part, place in zip(self.parts, self.places, strict=True):
-            for key in part.keys:
-                _mark(key, place, uniform)
+        uniform = self._uniform()
         entries: dict[str, list[int]] = {}
         for index, part in enumerate(self.parts):
             for key in part.keys:
@@ -110,6 +116,18 @@ class Plan:
                 if not indices or indices[-1] != index:
                     indices.append(index)
         return entries
+
+    def _uniform(self) -> dict[str, str | None]:
+        """The one place of all that is at or below a name; None where there are several."""
+        uniform: dict[str, str | None] = {}
+        for part, place in zip(self.parts, self.places, strict=True):
+            for key in part.keys if part.own else (part.name,):
+                _mark(key, place, uniform)
+        return uniform
+
+
+def _held(cost: Cost) -> int:
+    return cost.num_bytes + cost.buffer_bytes
 
 
 def executing(places: Iterable[str]) -> list[str]:
@@ -119,47 +137,46 @@ def executing(places: Iterable[str]) -> list[str]:
 
 def items_of(parts: Sequence[Part], tokens: int) -> list[Item]:
     """The parts, tied ones together at the first one's turn."""
+    kinds: dict[int, Kind] = {}
     items = []
     for group in group_tied(parts):
         first = parts[group[0]]
-        item = Item(
-            group,
-            first.num_bytes,
-            first.buffer_bytes,
-            first.flops,
-            min(first.num_bytes, first.read_always + tokens * first.read_per_token),
-            bool(first.rows),
-            first.name or ", ".join(first.keys[:3]) or "the model",
-        )
-        items.append(item if len(group) == 1 else _together(item, [parts[index] for index in group], tokens))
+        kind = kinds.get(id(first.cost))
+        if kind is None:
+            kind = kinds[id(first.cost)] = _kind([first.cost], tokens)
+        if len(group) > 1:
+            kind = _kind([parts[index].cost for index in group], tokens)
+        items.append(Item(group, first.name or ", ".join(first.keys[:3]) or "the model", kind))
     return items
 
 
-def _together(first: Item, members: Sequence[Part], tokens: int) -> Item:
-    num_bytes, lookup = sum(p.num_bytes for p in members), all(p.rows for p in members)
-    return Item(
-        first.parts,
+def _kind(costs: Sequence[Cost], tokens: int) -> Kind:
+    num_bytes, lookup = sum(cost.num_bytes for cost in costs), all(cost.rows for cost in costs)
+    looked_up = tokens * sum(cost.read_per_token for cost in costs)
+    # A table that is tied to something else is read as a whole, for that other use.
+    read = costs[0].read_always + looked_up if lookup or len(costs) == 1 else num_bytes
+    return Kind(
         num_bytes,
-        sum(p.buffer_bytes for p in members),
-        sum(p.flops for p in members),
-        min(num_bytes, tokens * sum(p.read_per_token for p in members)) if lookup else num_bytes,
+        sum(cost.buffer_bytes for cost in costs),
+        sum(cost.flops for cost in costs),
+        min(num_bytes, read),
         lookup,
-        first.name,
     )
 
 
 def pass_seconds(item: Item, place: str, device: str, machine: Machine, tokens: int) -> float:
     """Of one forward pass with `item` at `place`, computed on `device` unless it is a table on the host."""
-    if item.lookup and place in HOST:
+    kind = item.kind
+    if kind.lookup and place in HOST:
         device = "cpu"
     speed = machine.devices[device]
-    run = max(item.flops * tokens / speed.flops, item.read / speed.memory)
+    run = max(kind.flops * tokens / speed.flops, kind.read / speed.memory)
     if place == device:
         return run
     bandwidth = machine.disk if place == "disk" else math.inf
     if device == "cpu":  # mapped: what is not read does not travel
-        return max(run, item.read / bandwidth)
-    return max(run, item.num_bytes / min(bandwidth, speed.transfer))
+        return max(run, kind.read / bandwidth)
+    return max(run, kind.num_bytes / min(bandwidth, speed.transfer))
 
 
 def spread(
@@ -173,7 +190,7 @@ def spread(
 ) -> Plan:
     """The plan that puts each item with all its parts into its place."""
     main = executing(places)[0]
-    known: dict[tuple[object, str], float] = {}
+    known: dict[tuple[Kind, str], float] = {}
     chosen, reasons, seconds = [""] * len(parts), [""] * len(parts), [0.0] * len(parts)
     for item, place, why in zip(items, places, whys, strict=True):
         took = known.get((item.kind, place))
@@ -181,10 +198,9 @@ def spread(
             device = main if place in HOST else place
             took = known[item.kind, place] = pass_seconds(item, place, device, machine, tokens)
         first = item.parts[0]
-        for index in item.parts:
-            chosen[index] = place
-            reasons[index] = why if index == first else f"tied to {item.name}"
-        seconds[first] = took
+        chosen[first], reasons[first], seconds[first] = place, why, took
+        for index in item.parts[1:] if len(item.parts) > 1 else ():
+            chosen[index], reasons[index] = place, f"tied to {item.name}"
     return Plan(parts=parts, places=chosen, whys=reasons, seconds=seconds, room=room)
 
 
@@ -195,9 +211,9 @@ def plan_given(parts: Sequence[Part], places: Sequence[str], machine: Machine, *
     order = [*devices, *(place for place in HOST if place not in devices)]
     chosen = [min((places[i] for i in item.parts), key=order.index) for item in items]
     streamed = [
-        item.num_bytes
+        item.kind.num_bytes
         for item, place in zip(items, chosen, strict=True)
-        if devices != ["cpu"] and place in HOST and not item.lookup
+        if devices != ["cpu"] and place in HOST and not item.kind.lookup
     ]
     room = 2 * max(streamed, default=0)
     return spread(parts, items, chosen, ["as given"] * len(items), machine, tokens, room)
@@ -214,6 +230,8 @@ def _mark(name: str, place: str, uniform: dict[str, str | None]) -> None:
 
 def _highest(name: str, uniform: Mapping[str, str | None]) -> str:
     """The highest name at or above this one below which everything lies in one place."""
+    if not name or uniform[name.rpartition(".")[0]] is None:
+        return name  # what is above several places is above several places all the way up
     if uniform[""] is not None:
         return ""
     dot = name.find(".")

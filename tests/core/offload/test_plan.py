@@ -8,6 +8,7 @@ from torch import nn
 
 from nbaccel import infer_auto_device_map, init_empty_weights
 from nbaccel.core.offload.machine import Machine, Speed
+from nbaccel.core.offload.operations import count_operations
 from nbaccel.core.offload.parts import parts_of, places_given
 from nbaccel.core.offload.placing import plan_placement
 from nbaccel.core.offload.plan import Plan, plan_given
@@ -28,7 +29,7 @@ def stack(layers: int = 10) -> nn.Module:
 
 def bytes_at(plan: Plan, place: str) -> int:
     pairs = zip(plan.parts, plan.places, strict=True)
-    return sum(part.num_bytes for part, where in pairs if where == place)
+    return sum(part.cost.num_bytes for part, where in pairs if where == place)
 
 
 def test_one_entry_when_all_fits() -> None:
@@ -95,7 +96,7 @@ def test_layers_whose_computing_hides_their_copying_are_streamed_first() -> None
 def test_tied_weights_are_counted_once_and_lie_together() -> None:
     model, _, _ = made("tied")
     parts = parts_of(model)
-    assert sum(part.num_bytes for part in parts) == sum(p.numel() * 4 for p in model.parameters())
+    assert sum(part.cost.num_bytes for part in parts) == sum(p.numel() * 4 for p in model.parameters())
     names = [part.name for part in parts]
     for limit in range(0, 14_000, 700):
         places = plan_placement(parts, {"cpu": limit}, MACHINE).places
@@ -111,8 +112,8 @@ def test_tied_parts_follow_the_fastest_place_given() -> None:
 
 def test_bytes_are_those_of_the_wanted_type() -> None:
     model = stack(2)
-    assert [p.num_bytes for p in parts_of(model, dtype=torch.bfloat16)] == [LAYER // 2] * 2
-    assert [p.num_bytes for p in parts_of(model, special_dtypes={"0.weight": torch.float64})] == [
+    assert [p.cost.num_bytes for p in parts_of(model, dtype=torch.bfloat16)] == [LAYER // 2] * 2
+    assert [p.cost.num_bytes for p in parts_of(model, special_dtypes={"0.weight": torch.float64})] == [
         2 * LAYER,
         LAYER,
     ]
@@ -129,7 +130,7 @@ def test_classes_that_are_not_to_be_split_stay_whole() -> None:
 def test_buffers_count_where_their_part_runs() -> None:
     model = nn.Sequential(nn.BatchNorm1d(1000), nn.Linear(100, 100, bias=False))
     part = parts_of(model)[0]
-    assert (part.num_bytes, part.buffer_bytes) == (8000, 8008)
+    assert (part.cost.num_bytes, part.cost.buffer_bytes) == (8000, 8008)
     limits = {"cuda:0": 2 * LAYER + 8007, "cpu": 10**6}
     plan = plan_placement(parts_of(model), limits, MACHINE)
     assert bytes_at(plan, "cuda:0") + 8008 <= limits["cuda:0"]
@@ -190,7 +191,7 @@ def test_no_limit_is_ever_exceeded(
         return
     assert bytes_at(plan, "cuda:0") + plan.room <= accelerator
     assert bytes_at(plan, "cpu") <= cpu
-    streamed = [p.num_bytes for p, where in zip(parts, plan.places, strict=True) if where != "cuda:0"]
+    streamed = [p.cost.num_bytes for p, where in zip(parts, plan.places, strict=True) if where != "cuda:0"]
     if accelerator:
         assert plan.room >= max(streamed, default=0)
     places = places_given(plan.device_map, parts, model)
@@ -200,3 +201,52 @@ def test_no_limit_is_ever_exceeded(
 def test_inferred_map_is_made_for_this_machine() -> None:
     assert infer_auto_device_map(stack(), {"cpu": "1GB"}) == {"": "cpu"}
     assert set(infer_auto_device_map(stack(), {"cpu": 3 * LAYER}).values()) == {"cpu", "disk"}
+
+
+def test_operations_of_convolutions_when_a_batch_is_given_are_those_of_its_images() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2), nn.Flatten(), nn.Linear(16 * 49, 10)
+    )
+    parts = parts_of(model)
+    assert [part.cost.flops for part in parts] == [2 * 216 * 256, 2 * 1152 * 256, 2 * 7840]
+    assert count_operations(parts, model, torch.zeros(5, 3, 16, 16)) == 5
+    assert [part.cost.flops for part in parts] == [2 * 216 * 256, 2 * 1152 * 49, 2 * 7840]
+
+
+def test_operations_when_counted_are_each_part_s_own_and_per_token() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 4)
+            self.weight = nn.Parameter(torch.empty(4, 4))
+            self.inner = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+        def forward(self, tokens: torch.Tensor, twice: bool = False) -> torch.Tensor:
+            x = self.inner(self.table(tokens) @ self.weight)
+            return self.inner(x) if twice else x
+
+    with init_empty_weights():
+        model = Outer()
+    parts = parts_of(model)
+    tokens = torch.zeros(3, 7, dtype=torch.int64)
+    assert count_operations(parts, model, {"tokens": tokens, "twice": True}) == 21
+    assert {part.name: part.cost.flops for part in parts} == {
+        "": 32, "table": 0, "inner.0": 2 * 64, "inner.1": 2 * 64
+    }  # fmt: skip
+    assert not model.inner[0]._forward_hooks, "the model is as it was"
+    with pytest.raises(ConfigError, match="Outer cannot be run on the batch"):
+        infer_auto_device_map(model, {"cpu": 10**6}, batch=(tokens, True, "more"))
+
+
+def test_convolution_when_its_computing_hides_the_copy_leaves_the_memory_to_others() -> None:
+    linear = nn.Linear(100, 100, bias=False)
+    model = nn.Sequential(nn.Conv2d(100, 100, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    large, small = torch.zeros(1, 100, 100, 100), torch.zeros(1, 100, 1, 1)
+
+    def places(batch: torch.Tensor) -> list[str]:
+        parts = parts_of(model)
+        tokens = count_operations(parts, model, batch)
+        return list(plan_placement(parts, {"cpu": LAYER}, MACHINE, tokens=tokens).places)
+
+    assert places(large) == ["disk", "cpu"]
+    assert places(small) == ["cpu", "disk"]
