@@ -10,6 +10,7 @@ import tempfile
 import click
 
 from nbaccel.session import doctor as checks
+from nbaccel.session.accelerators import gpu_memory_by_process
 from nbaccel.session.doctor import Check, Report
 from nbaccel.session.environment import probe
 from nbaccel.session.runs import default_root
@@ -31,7 +32,7 @@ def doctor(end_leftovers: bool) -> int:
             checks.check_accelerators(accelerators, cuda, None),
             checks.check_nccl(os.environ, checks.mapped_files()),
             checks.check_tpu_variables(os.environ, accelerators.tpu_chips),
-            checks.check_leftovers(leftovers),
+            checks.check_leftovers(leftovers, gpu_memory_by_process() if leftovers else {}),
             checks.shared_memory_here(),
             checks.check_packages(dict(sys.modules)),
             _run_folders(),

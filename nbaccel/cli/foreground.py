@@ -11,6 +11,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, final
 
@@ -24,7 +25,7 @@ from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.prompts import Prompts
 from nbaccel.session.request import Request, make_folder
-from nbaccel.session.restarts import run_again
+from nbaccel.session.restarts import attempt, name_attempt, run_again
 from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
 from nbaccel.session.sinks.base import Sink
@@ -44,10 +45,14 @@ def run_to_end(request: Request, target: Target, *, stop_grace: str) -> int:
     for note in (*request.plan.notes, *target.notes):
         say(note)
     with Presses() as presses, terminations(seconds) as ending:
+        limit = request.config.max_restarts or 0
         run = run_again(
-            request,
-            lambda attempt: ending.watch(start(attempt, target)),
+            lambda number: ending.watch(
+                start(replace(request, plan=attempt(request.plan, number, limit)), target)
+            ),
             lambda run: run.wait_done(presses),
+            limit=limit,
+            resumes=request.config.resume == "auto",
             say=say,
             report=report,
             stopping=lambda: bool(ending.received),
@@ -77,6 +82,7 @@ def start(request: Request, target: Target, host: HostPlace | None = None) -> Ru
         device=plan.device,
         precision=request.config.mixed_precision,
         folder=str(folder) if folder else None,
+        attempt=name_attempt(plan.variables),
     )
     panel = TerminalPanel(heading) if environment.is_tty and request.output != "none" else None
     text = TextSink(

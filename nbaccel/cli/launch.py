@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from nbaccel.cli.foreground import run_here, run_to_end, say
 from nbaccel.cli.options import config_options, configuration, environment_pairs, file_options
@@ -55,7 +58,7 @@ __all__ = ["launch"]
     "earlier",
     shell_complete=complete_run,
     metavar="RUN",
-    help="What this run was: its script, arguments and configuration.",
+    help="What this run was: its script, arguments, configuration and options.",
 )
 @click.argument("script", required=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -97,6 +100,20 @@ def launch(
     if script is None and before is None:
         raise click.MissingParameter(param_hint="'SCRIPT'", param_type="argument")
     config = configuration(config_file, keys, assignments, before.config if before else None)
+    options: dict[str, Any] = {
+        "output": output,
+        "max_time": max_time,
+        "start_timeout": start_timeout,
+        "grace": grace,
+        "stop_grace": stop_grace,
+        "name": name,
+    }
+    if before is not None:
+        options.update(_not_given(before.options))
+        if missing := sorted(set(before.variables) - set(env)):
+            say(
+                f"of that run's --env {', '.join(missing)} the values are not kept: give them again if needed"
+            )
     if before is not None and script is None:
         script, arguments, module = before.target, before.arguments, before.module
         os.chdir(before.cwd or ".")
@@ -104,25 +121,34 @@ def launch(
             say(note)
     meeting = make_meeting(nnodes, rdzv_endpoint, rdzv_id, interface, rdzv_conf)
     target = find_target(str(script), arguments, module=module)
+    target = replace(target, options=dict(options), variables=tuple(sorted(env)))
+    stop_grace, name = options.pop("stop_grace"), options.pop("name")
     request = make_request(
         target.function,
         (target.path, target.arguments),
         None,
         config=config,
         returns="none",
-        output=output,
-        max_time=max_time,
-        start_timeout=start_timeout,
-        grace=grace,
         env=env,
         name=name or target.name,
         folder=False if no_folder else folder,
+        **options,
     )
     if request.plan.in_place:
         return run_here(request, target)
     if meeting is not None:
         return run_among_hosts(request, target, meeting, stop_grace=stop_grace)
     return run_to_end(request, target, stop_grace=stop_grace)
+
+
+def _not_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an earlier run's options that this command line does not set."""
+    context = click.get_current_context()
+    return {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT
+    }
 
 
 def _leave_own_folder() -> None:

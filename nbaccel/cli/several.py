@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from nbaccel.cli.foreground import exit_code, report, say, start, terminations
@@ -79,7 +79,8 @@ def run_among_hosts(request: Request, target: Target, meeting: Meeting, *, stop_
                     f"host {place.index} of {place.count}: rank(s) {_mine(place, request)} of {place.world_size}"
                 )
                 with Presses() as presses:
-                    between = _Between(hosts, attempt(request, restarts), target, place)
+                    again = replace(request, plan=attempt(request.plan, restarts, limit))
+                    between = _Between(hosts, again, target, place)
                     ending.watch(between.run)
                     found = between.wait(presses)
                 if ending.received:

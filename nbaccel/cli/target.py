@@ -6,8 +6,8 @@ import importlib.machinery
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class Target:
     """What the run is called."""
     notes: tuple[str, ...] = ()
     """What the user should know of it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the command that are no configuration."""
+    variables: tuple[str, ...] = ()
+    """Names of what `--env` set; the values may be secrets and are not kept."""
 
     @property
     def is_module(self) -> bool:
@@ -45,7 +49,13 @@ class Target:
         source = None
         if not self.is_module and os.path.getsize(self.path) <= _MOST_SOURCE:
             source = _text(self.path)
-        command = {"target": self.path, "module": self.is_module, "arguments": list(self.arguments)}
+        command = {
+            "target": self.path,
+            "module": self.is_module,
+            "arguments": list(self.arguments),
+            "options": dict(self.options),
+            "variables": list(self.variables),
+        }
         return {"function": self.path, "source": source, "command": command}
 
 
@@ -58,6 +68,8 @@ class Earlier:
     module: bool
     config: RunConfig
     cwd: str
+    options: Mapping[str, Any]
+    variables: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -83,6 +95,8 @@ def read_run(folder: Path) -> Earlier:
         module=bool(command["module"]),
         config=RunConfig.from_mapping(asked, place=f"the run {folder.name}"),
         cwd=str(facts.get("cwd", "")),
+        options=command["options"],
+        variables=tuple(command["variables"]),
         notes=tuple(notes),
     )
 

@@ -326,7 +326,8 @@ class _BatchCounts:
             assert self._loader is not None
             raise TrustError(
                 f"the ranks take unequal numbers of batches from {self._loader.name!r}: {told}. Likely cause: "
-                "data that divides itself unequally (shard='none'), or a break under a branch on the rank. "
+                "data that divides itself unequally (shard='none'), a break under a branch on the rank, or an "
+                "error in its loop, which is then told as well. "
                 "Ranks that run out in turn need join_uneven_inputs."
             )
 

@@ -37,6 +37,9 @@ from nbaccel.wire.events import Event
 __all__ = ["Panel", "show"]
 
 _REPAINT_SECONDS = 0.25
+# With hundreds of ranks a repaint takes long: then there are fewer, down to one a second.
+_PAINTING_SHARE = 1 / 20
+_SLOWEST = 1.0
 _CONTROLS_AFTER = 0.4
 # The run's folder is filled, and the ranks are at work.
 _COMPARED_AFTER = 1.5
@@ -71,7 +74,8 @@ class Panel:
         self._actions = actions
         self._lock = threading.Lock()  # the relay's thread and the one that hears clicks
         self._controls: Controls | None = None
-        self._began = self._painted = time.monotonic()
+        self._began = time.monotonic()
+        self._due = self._began + _REPAINT_SECONDS
         self._changed = True
         self._closed = self._compared = False
         view = read(state, heading, time.time())
@@ -88,10 +92,10 @@ class Panel:
         self._state, self._changed = state, True
 
     def tick(self, now: float) -> None:
-        if now - self._painted < _REPAINT_SECONDS or self._closed:
+        if now < self._due or self._closed:
             return
         with self._lock:
-            self._painted = now
+            started = time.perf_counter()
             if self._controls is None and self._actions is not None and now - self._began > _CONTROLS_AFTER:
                 self._controls = Controls.make(self._cell, self._actions, self._state, self._repaint_output)
                 self._actions = None
@@ -100,6 +104,8 @@ class Panel:
             if now - self._began > _COMPARED_AFTER:
                 self._compare()
             self._paint()
+            spent = time.perf_counter() - started
+            self._due = now + min(max(_REPAINT_SECONDS, spent / _PAINTING_SHARE), _SLOWEST)
 
     def pump(self) -> None:
         """For ipykernel 6: called by the main thread while it waits for the run."""

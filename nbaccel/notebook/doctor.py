@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nbaccel.notebook import kernel
+from nbaccel.notebook.session import idle_sessions
 from nbaccel.rank.process import device_files
 from nbaccel.session import doctor as checks
+from nbaccel.session.accelerators import gpu_memory_by_process
 from nbaccel.session.doctor import Check, Report
 from nbaccel.session.environment import probe
 
@@ -32,7 +34,8 @@ def doctor(function: Callable[..., Any] | None = None) -> Report:
         checks.check_accelerators(environment.accelerators, _torch_cuda(), _driver_cuda()),
         checks.check_nccl(os.environ, checks.mapped_files()),
         checks.check_tpu_variables(os.environ, environment.accelerators.tpu_chips),
-        checks.check_leftovers(leftovers),
+        checks.check_leftovers(leftovers, gpu_memory_by_process() if leftovers else {}),
+        checks.check_sessions(idle_sessions()),
         checks.shared_memory_here(),
         checks.check_front_end(environment.kernel),
         checks.check_packages(dict(sys.modules)),

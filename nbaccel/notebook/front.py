@@ -19,6 +19,7 @@ from nbaccel.session.panel.reading import Heading
 from nbaccel.session.prompts import Prompts
 from nbaccel.session.report import CellLabel
 from nbaccel.session.resolve import Plan
+from nbaccel.session.restarts import name_attempt
 from nbaccel.session.run import Run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.limit import Limit
@@ -69,7 +70,13 @@ def build_front(
     """
     num_ranks = plan.num_processes
     shown_folder = _with_tilde(folder) if folder else None
-    heading = Heading(name=name, device=plan.device, precision=precision, folder=shown_folder)
+    heading = Heading(
+        name=name,
+        device=plan.device,
+        precision=precision,
+        folder=shown_folder,
+        attempt=name_attempt(plan.variables),
+    )
     actions, tell = _controls(made)
     kernel = _kernel() if environment.kernel == "ipykernel" else None
     cell = Cell(kernel) if kernel is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from nbaccel.session.facts import run_facts
 from nbaccel.session.inplace import asked_here
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
-from nbaccel.session.restarts import run_again
+from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, start_run
@@ -75,10 +76,12 @@ def notebook_launcher(
         with asked_here(request.config):
             return Results([request.task.function(*request.task.args, **request.task.kwargs)])
     with Presses() as presses:  # from before the first process: no press may find ranks that nobody waits for
+        limit = request.config.max_restarts or 0
         run = run_again(
-            request,
-            _start,
+            lambda number: _start(replace(request, plan=attempt(request.plan, number, limit))),
             lambda run: run.wait_done(presses),
+            limit=limit,
+            resumes=request.config.resume == "auto",
             say=lambda note: print(f"nbaccel: {note}", file=sys.stderr, flush=True),
             report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
         )

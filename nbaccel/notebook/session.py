@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
@@ -17,6 +18,7 @@ from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
+from nbaccel.session.doctor import Idle
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import probe
 from nbaccel.session.facts import run_facts
@@ -25,6 +27,7 @@ from nbaccel.session.looking import look_at
 from nbaccel.session.relay import Relay
 from nbaccel.session.request import Configuration, make_folder, read_config
 from nbaccel.session.resolve import Plan, resolve
+from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, check_call, default_start_method, make_spec
@@ -35,7 +38,15 @@ from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RunState
 from nbaccel.wire import payload
 
-__all__ = ["Session"]
+__all__ = ["Session", "idle_sessions"]
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+"""Of this process, for the doctor."""
+
+
+def idle_sessions() -> list[Idle]:
+    """This process's sessions that have nothing to do now."""
+    return sorted((idle for one in _sessions if (idle := one.idle) is not None), key=lambda one: one.name)
 
 
 @final
@@ -54,6 +65,8 @@ class Session:
         output: how what ranks print is shown: "auto", "all", "rank0" or "none".
         stall_after: as `nbaccel.launch`.
         idle_stop: seconds, or "30min", without a call after which the session ends by itself.
+        max_restarts: how many times `run`, and `notebook_launcher(session=…)`, call a function again after a
+            rank has failed: ranks that were lost are replaced first, the others keep their variables.
         name: what it is called in messages.
 
     Raises:
@@ -77,6 +90,7 @@ class Session:
         output: Mode = "auto",
         stall_after: float | str = 30,
         idle_stop: float | str | None = None,
+        max_restarts: int | None = None,
         name: str = "session",
     ) -> None:
         asked = {
@@ -86,6 +100,7 @@ class Session:
             "mixed_precision": mixed_precision,
             "strategy": strategy,
             "start_method": start_method,
+            "max_restarts": max_restarts,
         }
         layers = [
             RunConfig.from_mapping({k: v for k, v in asked.items() if v is not None}, place="the session")
@@ -117,6 +132,7 @@ class Session:
         for note in self._plan.notes:
             _say(note)
         self._relay = self._start()
+        _sessions.add(self)
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -125,10 +141,10 @@ class Session:
 
         Raises: as `Run.result`. The session goes on after a failure or an interrupt.
         """
-        return self._finish(self._submit(_task(function, args, kwargs)))
+        return self._perform(_task(function, args, kwargs))
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Run:
-        """Let the ranks run it after the calls before it; returns at once."""
+        """Let the ranks run it, once, after the calls before it; returns at once."""
         return self._submit(_task(function, args, kwargs), dashboard="auto")
 
     def execute(
@@ -175,7 +191,7 @@ class Session:
 
     def launch(self, task: Task) -> Results:
         """What `notebook_launcher(f, session=…)` does."""
-        return self._finish(self._submit(task, dashboard="auto"))
+        return self._perform(task, dashboard="auto")
 
     def complete(self, text: str, cursor: int, ranks: Collection[int] | None = None) -> list[str]:
         """What could stand at `cursor` in a cell, by the first of these ranks' names; nothing while they work."""
@@ -205,6 +221,13 @@ class Session:
     def closed(self) -> bool:
         """Whether it has ended, by `close`, `idle_stop` or because its processes were killed."""
         return self._relay.over
+
+    @property
+    def idle(self) -> Idle | None:
+        """For how long it has had nothing to do; None while it works, and once it has ended."""
+        seconds = self._relay.idle_for
+        device = self._plan.device
+        return None if seconds is None else Idle(name=self.name, device=device, seconds=seconds)
 
     @property
     def relay(self) -> Relay:
@@ -279,6 +302,23 @@ class Session:
         relay.ready.result()
         return relay
 
+    def _perform(self, task: Task, *, dashboard: Dashboard = False) -> Results:
+        """The task's values, called again after a failure as often as was asked."""
+        limit = self._config.max_restarts or 0
+        with Presses() as presses:
+            run = run_again(
+                lambda number: self._submit(
+                    task, dashboard=dashboard, plan=attempt(self._plan, number, limit)
+                ),
+                lambda run: run.wait_done(presses),
+                limit=limit,
+                resumes=self._config.resume == "auto",
+                say=_say,
+                report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
+            )
+            presses.absorb()
+        return run.take_result()
+
     def _submit(
         self,
         task: Task,
@@ -286,6 +326,7 @@ class Session:
         ranks: Collection[int] | None = None,
         dashboard: Dashboard = False,
         shown: bool = True,
+        plan: Plan | None = None,
     ) -> Run:
         if self.closed:
             raise LaunchError(f"the {self.name} has ended: start another, or restart() this one")
@@ -295,10 +336,11 @@ class Session:
         made: list[Run] = []
         # what is only shown, as a cell's text, is in the notebook already
         folder = make_folder(task.name, None, _say) if dashboard is not False else None
-        front = self._front(task.name, folder, dashboard, made) if shown else None
+        plan = plan or self._plan
+        front = self._front(task.name, plan, folder, dashboard, made) if shown else None
         sinks: list[Sink] = [] if front is None else [*front.sinks]
         if folder is not None:
-            sinks.append(self._folder_sink(folder, task))
+            sinks.append(self._folder_sink(folder, task, plan))
         call = CallInFlight(
             Delivery(parcel=parcel, fd=fd, returns=task.returns),
             sinks,
@@ -356,11 +398,13 @@ class Session:
             label="short" if in_kernel else "long",
         )
 
-    def _front(self, name: str, folder: Path | None, dashboard: Dashboard, made: list[Run]) -> Front:
+    def _front(
+        self, name: str, plan: Plan, folder: Path | None, dashboard: Dashboard, made: list[Run]
+    ) -> Front:
         """What is shown of the run that will be in `made`."""
         return build_front(
             self._environment,
-            self._plan,
+            plan,
             name=name,
             precision=self._config.mixed_precision,
             folder=folder,
@@ -371,8 +415,8 @@ class Session:
             label=cell_label,
         )
 
-    def _folder_sink(self, folder: Path, task: Task) -> FolderSink:
-        facts = run_facts(task.function, task.name, cell_source(), self._plan, self._environment)
+    def _folder_sink(self, folder: Path, task: Task, plan: Plan) -> FolderSink:
+        facts = run_facts(task.function, task.name, cell_source(), plan, self._environment)
         return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=_say)
 
 

@@ -113,6 +113,28 @@ def read_accelerators(root: Path = Path("/"), *, system: str, machine: str) -> A
     )
 
 
+def gpu_memory_by_process() -> dict[int, int]:
+    """Bytes that each process holds on NVIDIA GPUs, by process id; empty where nobody tells (no nvidia-ml-py,
+    or a container whose process ids the driver does not know)."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # noqa: BLE001  # ImportError, or NVML's own errors, which have a base of their own
+        return {}
+    held: dict[int, int] = {}
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device):
+                held[process.pid] = held.get(process.pid, 0) + (process.usedGpuMemory or 0)
+    except pynvml.NVMLError:
+        pass  # a device that does not say, as a MIG slice: what is known is told
+    finally:
+        pynvml.nvmlShutdown()
+    return held
+
+
 def visible_gpus(gpus: tuple[Gpu, ...], variables: Mapping[str, str], build: TorchBuild) -> tuple[Gpu, ...]:
     """The GPUs a rank will see, in the order in which torch numbers them.
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from nbaccel.wire import payload
 
 __all__ = [
     "Check",
+    "Idle",
     "Leftover",
     "Report",
     "check_accelerators",
@@ -31,6 +32,7 @@ __all__ = [
     "check_leftovers",
     "check_nccl",
     "check_packages",
+    "check_sessions",
     "check_shared_memory",
     "check_tpu_variables",
     "find_leftovers",
@@ -38,6 +40,8 @@ __all__ = [
 
 _MARKS = {"ok": "✓", "note": "·", "problem": "✗"}
 _SMALL = 1 << 30
+_LONG = 600.0
+"""Seconds without a call after which a session that holds a device is worth a word."""
 _TPU_VARIABLES = (
     "TPU_PROCESS_ADDRESSES",
     "CLOUD_TPU_TASK_ID",
@@ -66,6 +70,16 @@ class Leftover:
     name: str
     started: int
     """Its start, in clock ticks since boot: with the pid it is one process and no other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idle:
+    """A session that has nothing to do."""
+
+    name: str
+    device: str
+    seconds: float
+    """Since its last call ended."""
 
 
 @final
@@ -287,12 +301,34 @@ def _orphans(folder: Path) -> Iterator[tuple[Path, int]]:
             yield path, status.st_size
 
 
-def check_leftovers(leftovers: tuple[Leftover, ...]) -> Check:
-    """Ranks that outlived their kernel."""
+def check_sessions(idle: Sequence[Idle]) -> Check:
+    """Sessions of this kernel that hold an accelerator and have had nothing to do for long."""
+    name = "sessions"
+    told = ", ".join(f"{one.name!r} on {one.device}, idle for {one.seconds / 60:.0f} min" for one in idle)
+    if not any(one.device != "cpu" and one.seconds > _LONG for one in idle):
+        return Check(name=name, status="ok", text=told or "none is idle")
+    return Check(
+        name=name,
+        status="note",
+        text=f"{told}: its ranks hold the device's memory",
+        advice='%nbaccel stop or close() ends it; idle_stop="30min" does so by itself',
+    )
+
+
+def check_leftovers(leftovers: tuple[Leftover, ...], gpu_memory: Mapping[int, int]) -> Check:
+    """Ranks that outlived their kernel.
+
+    Args:
+        gpu_memory: bytes by process, as far as the driver tells.
+    """
     name = "leftover ranks"
     if not leftovers:
         return Check(name=name, status="ok", text="none")
-    told = ", ".join(f"{one.name} (pid {one.pid})" for one in leftovers[:6])
+    held = {one.pid: gpu_memory.get(one.pid, 0) for one in leftovers}
+    told = ", ".join(
+        f"{one.name} (pid {one.pid}{f', {held[one.pid] / 1e6:.0f} MB of a GPU' if held[one.pid] else ''})"
+        for one in sorted(leftovers, key=lambda one: -held[one.pid])[:6]
+    )
     return Check(
         name=name,
         status="problem",

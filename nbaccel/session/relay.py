@@ -167,6 +167,11 @@ class Relay:
         """Whether a call is under way or waits, or the group is being made."""
         return self._phase != "ready" or self._call is not None or bool(self._waiting)
 
+    @property
+    def idle_for(self) -> float | None:
+        """Seconds since the last call ended; None while one is under way, and once the group is over."""
+        return None if self.busy or self.over else time.monotonic() - self._idle_since
+
     def interrupt_current(self) -> None:
         """As `interrupt`, for the call that is under way; nothing happens without one."""
         self._order("interrupt", None)

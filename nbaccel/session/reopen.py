@@ -10,6 +10,7 @@ from typing import Any, final
 
 from nbaccel.session.panel.pages import Report, page, panel_bundle, report
 from nbaccel.session.panel.reading import Heading
+from nbaccel.session.restarts import name_attempt
 from nbaccel.session.runs import RunRecord, default_root, recent
 from nbaccel.session.scaling import compared
 from nbaccel.session.sinks.capped import read_log
@@ -60,6 +61,7 @@ class PastRun:
             device=str(plan.get("device") or "cpu"),
             precision=self._asked.get("mixed_precision"),
             folder=str(folder),
+            attempt=name_attempt(plan.get("variables") or {}),
         )
 
     @property

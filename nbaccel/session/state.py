@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from nbaccel.session.curves import Curve
 from nbaccel.session.lines import Lines
@@ -215,45 +215,49 @@ def _trimmed(tail: bytes) -> bytes:
 
 
 def _changed(rank: RankState, event: Event) -> RankState:
-    rank = rank._replace(seen=event.time)
+    return rank._replace(seen=event.time, **_news(rank, event))
+
+
+def _news(rank: RankState, event: Event) -> dict[str, Any]:
+    """What an event changes of a rank."""
     if isinstance(event, Progress):
-        progress = _updated(rank.progress, {event.name: event})
-        paces = _updated(rank.paces, {event.name: _paced(rank.paces.get(event.name), event)})
-        return rank._replace(progress=progress, paces=paces)
+        pace = _paced(rank.paces.get(event.name), event)
+        return {
+            "progress": _updated(rank.progress, {event.name: event}),
+            "paces": _updated(rank.paces, {event.name: pace}),
+        }
     if isinstance(event, Metric):
         metrics = _updated(rank.metrics, dict.fromkeys(event.values, event))
-        return rank._replace(metrics=metrics, curves=_drawn(rank.curves, event))
+        return {"metrics": metrics, "curves": _drawn(rank.curves, event)}
     if isinstance(event, Status):
-        pid = event.pid if event.pid is not None else rank.pid
+        news = {
+            "state": event.state,
+            "detail": event.detail,
+            "pid": rank.pid if event.pid is None else event.pid,
+        }
         if event.state == "starting":  # a process in place of one that ended
-            rank = rank._replace(exitcode=None, error=None)
-        elif event.state == "running":  # the next call
-            rank = rank._replace(error=None)
-        return rank._replace(state=event.state, detail=event.detail, pid=pid)
+            return {**news, "exitcode": None, "error": None}
+        return {**news, "error": None} if event.state == "running" else news  # the next call
     if isinstance(event, Heartbeat):
         return _measured(rank, event)
     if isinstance(event, Returned):
-        return rank._replace(state="done", detail="")
+        return {"state": "done", "detail": ""}
     if isinstance(event, Raised):
-        return rank._replace(state="failed", detail="", error=event.info)
+        return {"state": "failed", "detail": "", "error": event.info}
     if isinstance(event, Died):
-        rank = rank._replace(exitcode=event.exitcode, detail=event.detail)
+        news = {"exitcode": event.exitcode, "detail": event.detail}
         # After its result the process ends as it must; before it, it is lost.
-        return rank if rank.state in ENDED else rank._replace(state="lost")
-    return rank
+        return news if rank.state in ENDED else {**news, "state": "lost"}
+    return {}
 
 
-def _measured(rank: RankState, event: Heartbeat) -> RankState:
+def _measured(rank: RankState, event: Heartbeat) -> dict[str, Any]:
     """What a rank that works is at besides, as far as it can be seen from beside it."""
-    rank = rank._replace(vitals=event)
+    news = {"vitals": event}
     if rank.state not in ("running", "waiting", "compiling"):
-        return rank
-    state: State = "running"
-    if event.doing == "waiting":
-        state = "waiting"
-    elif event.doing == "compiling":
-        state = "compiling"
-    return rank if state == rank.state else rank._replace(state=state, detail=event.detail)
+        return news
+    state = event.doing if event.doing in ("waiting", "compiling") else "running"
+    return news if state == rank.state else {**news, "state": state, "detail": event.detail}
 
 
 def _paced(pace: Pace | None, event: Progress) -> Pace:

@@ -46,10 +46,19 @@ def test_runs_and_logs_tell_what_was_launched(clean, runs_root: Path, nbaccel: C
 
 def test_run_is_launched_again_as_it_was(clean, runs_root: Path, nbaccel: Command, script: Writer):
     text = "import sys\nfrom nbaccel import Accelerator\nprint(sys.argv[1:], Accelerator().config.seed)"
-    launch(nbaccel, "--seed", 5, script(text), "--lr", "3")
+    asked = ("--output", "all", "--max-time", "2m", "--name", "mine", "--env", "TOKEN=secret")
+    launch(nbaccel, "--seed", 5, *asked, script(text), "--lr", "3")
     again = nbaccel("launch", "--from", "last")
     assert said_by(again.out, "['--lr', '3'] 5") == {0, 1}, again.err
-    other = nbaccel("launch", "--from", "train.py", "--set", "seed=6", "--set", "num_processes=1")
+    assert "[rank 0] ['--lr', '3'] 5\n" in again.out  # output=all, as before: nothing is folded
+    assert "--env TOKEN the values are not kept" in again.err
+    (*_, newest) = sorted(runs_root.iterdir())
+    facts = json.loads((newest / "run.json").read_text())
+    assert (facts["name"], facts["command"]["options"]["max_time"]) == ("mine", "2m")
+    assert "secret" not in (newest / "run.json").read_text()
+    other = nbaccel(
+        "launch", "--from", "mine", "--output", "auto", "--set", "seed=6", "--set", "num_processes=1"
+    )
     assert "['--lr', '3'] 6" in other.out
     script(text + "\nprint('new')")
     changed = nbaccel("launch", "--from", "last")

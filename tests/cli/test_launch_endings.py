@@ -99,19 +99,21 @@ def test_sigterm_interrupts_a_script_that_cannot_stop_by_itself(nbaccel: Command
 
 
 @pytest.mark.filterwarnings("ignore:Accelerator")
-def test_failed_run_goes_on_from_its_checkpoint_when_restarts_are_left(
+def test_failed_run_goes_on_from_its_checkpoint_until_it_fails_as_the_time_before(
     clean, nbaccel: Command, script: Writer
 ):
     name = script(TRAIN)
     ask = ("launch", "--device", "cpu", "-n", 2, "--no-folder", "--project-dir", "out", "--resume", "auto")
-    ask = (*ask, "--set", "save_every=5", "--max-restarts", 1)
+    ask = (*ask, "--set", "save_every=5", "--max-restarts", 3)
     done = nbaccel(*ask, name, "--fail")
     assert done.code == 1
     assert said_by(done.out, "begins at 0 attempt 0") == {0, 1}
     assert said_by(done.out, "begins at 5 attempt 1") == {0, 1}, done.out + done.err
-    first, _, second = done.err.partition("nbaccel: restart 1 of 1, from the newest checkpoint")
+    first, _, second = done.err.partition("nbaccel: restart 1 of 3, from the newest checkpoint")
     assert "RuntimeError: as asked" in first
     assert "RuntimeError: as asked" in second
+    assert "not started again: RuntimeError at step 7 of train, as the time before" in second
+    assert "restart 2" not in second
     assert said_by(nbaccel(*ask, name).out, "ends at 50") == {0, 1}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -342,3 +343,31 @@ def _switches(number: int, thread: str | None = None) -> dict[str, int]:
         lines = (task / "status").read_text().splitlines()
         found[task.name] = sum(int(line.split()[1]) for line in lines if "_ctxt_switches" in line)
     return found
+
+
+def test_function_is_called_again_on_the_same_ranks_when_one_was_lost(warm: None, capfd: Any) -> None:
+    def flaky(trace: str) -> tuple[int, int]:
+        import builtins
+        import os
+        import signal
+
+        calls = builtins.__dict__.setdefault("calls", [])
+        calls.append(1)
+        with open(trace, "a") as file:
+            file.write("x")
+        if os.path.getsize(trace) <= 2 and int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid(), len(calls)
+
+    with Session(2, device="cpu", max_restarts=2) as session:
+        before = list(session.run(pid))
+        with tempfile.NamedTemporaryFile() as file:
+            values = session.run(flaky, file.name)
+        assert values[0] == (before[0], 2)
+        assert values[1][0] != before[1]
+        assert values[1][1] == 1
+        said = capfd.readouterr().err
+        assert "restart 1 of 2, from its beginning (no resume)" in said
+        assert "SIGKILL" in said
+        with pytest.raises(WorkerError):  # a cell is run once
+            session.execute("raise ValueError('a cell')")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import nbaccel
 from nbaccel.session import doctor
 from nbaccel.session.accelerators import Accelerators, Gpu
-from nbaccel.session.doctor import Leftover, Report
+from nbaccel.session.doctor import Idle, Leftover, Report
 
 LEFT = """
 import sys, time
@@ -61,6 +63,28 @@ def test_ranks_of_a_living_process_are_no_leftovers(clean: None) -> None:
         return len([one for one in doctor.find_leftovers() if one.pid in above_me()])
 
     assert nbaccel.notebook_launcher(look, num_processes=2) == [0, 0]
+
+
+def test_gpu_memory_of_leftovers_is_told_and_the_largest_comes_first() -> None:
+    left = (Leftover(5, "nb-rank-0", 1), Leftover(6, "nb-rank-1", 1))
+    assert doctor.check_leftovers(left, {}).text.endswith("nb-rank-0 (pid 5), nb-rank-1 (pid 6)")
+    found = doctor.check_leftovers(left, {6: 512_000_000, 7: 1})
+    assert found.text.endswith("nb-rank-1 (pid 6, 512 MB of a GPU), nb-rank-0 (pid 5)")
+
+
+def test_a_session_that_holds_a_device_and_does_nothing_is_named(warm: None) -> None:
+    forgotten = Idle(name="mine", device="cuda", seconds=3000)
+    assert doctor.check_sessions([forgotten]).status == "note"
+    assert "'mine' on cuda, idle for 50 min" in doctor.check_sessions([forgotten]).text
+    assert doctor.check_sessions([replace(forgotten, device="cpu")]).status == "ok"
+    assert doctor.check_sessions([replace(forgotten, seconds=60)]).status == "ok"
+    with nbaccel.Session(1, device="cpu", name="seen") as session:
+        session.run(int)
+        assert "'seen' on cpu" in repr(nbaccel.doctor())
+        run = session.submit(time.sleep, 0.5)
+        assert "'seen'" not in repr(nbaccel.doctor())
+        run.result()
+    assert "'seen'" not in repr(nbaccel.doctor())
 
 
 def above_me() -> set[int]:

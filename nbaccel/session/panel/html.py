@@ -95,7 +95,7 @@ def header(view: View) -> str:
     heading = view.heading
     device = heading.device + (f" · {heading.precision}" if heading.precision not in (None, "no") else "")
     ranks = f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''}"
-    figures = [f"{ranks} · {escape(device)}", clock(view.elapsed)]
+    figures = [f"{ranks} · {escape(device)}", *filter(None, [heading.attempt]), clock(view.elapsed)]
     if view.rate is not None:
         figures.append(f"{number(view.rate, 3)} {escape(view.unit)}/s")
     if words := scaling(view):

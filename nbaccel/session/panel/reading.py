@@ -55,6 +55,8 @@ class Heading:
     device: str = "cpu"
     precision: str | None = None
     folder: str | None = None
+    attempt: str = ""
+    """Which one it is of a run that was started again after a failure."""
     ideal: Mapping[str, float] = field(default_factory=dict)
     """By loop, the steps per second of each rank if nothing were lost by having several."""
 

@@ -44,6 +44,7 @@ def facts(view: View) -> list[str]:
     found = [
         heading.name,
         f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''} on {device}",
+        *filter(None, [heading.attempt]),
         f"{view.situation} {clock(view.elapsed)}",
     ]
     if view.rate is not None:
