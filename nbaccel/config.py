@@ -57,6 +57,7 @@ _FLAGS = (
     "dispatch_batches",
     "per_sample_seed",
     "verify",
+    "xla_spmd",
 )
 _DDP_OPTIONS = (
     "bucket_cap_mb",
@@ -79,7 +80,6 @@ _TEXTS = ("project_dir", "stop_after", "resume")
 _LATER: dict[str, dict[str, str]] = {
 }
 _LATER_KEYS = {
-    "xla_spmd": "XLA's SPMD mode is not built yet; leave it out for a rank on each device",
     "context_parallel": "context parallelism is not built yet; leave it out",
     "pipeline": "pipeline schedules are not built yet; leave it out",
     "megatron": "Megatron-LM is not built yet; leave it out and use strategy 'ddp'",
@@ -102,6 +102,8 @@ class RunConfig:
     """Indices of the accelerators to use, in rank order; "free" takes the least used ones."""
     tpu_runtime: TpuRuntime | None = None
     """What drives TPU chips."""
+    xla_spmd: bool | None = None
+    """One process computes on all TPU chips, its arrays sharded over them."""
     start_method: StartMethod | None = None
     """How ranks come to be: forked from a warm clean process, or spawned fresh."""
     mixed_precision: Precision | None = None

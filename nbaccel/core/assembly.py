@@ -61,14 +61,10 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         )
     _check_options(config)
     if world.device.type == "xla":
-        # imported where it is: it needs torch_xla
-        from nbaccel.core.strategies.xla import XLA
-
-        if name not in (None, "auto", "xla", "ddp", "single"):
-            raise ConfigError(f"strategy={name!r} cannot run on XLA devices; use 'xla', or leave it out")
-        return XLA(world)
-    if name == "xla":
-        raise ConfigError("strategy='xla' needs XLA devices: launch with device='tpu'")
+        return _on_xla(config, world)
+    if name == "xla" or config.xla_spmd:
+        asked = "strategy='xla'" if name == "xla" else "xla_spmd"
+        raise ConfigError(f"{asked} needs XLA devices: launch with device='tpu'")
     if world.size == 1:
         return Single(world.device)
     _check_fp8(config, precision)
@@ -89,6 +85,19 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         return _sharded(config, world, precision)
     accumulates = (config.gradient_accumulation_steps or 1) > 1
     return DDP(world, options=ddp, accumulates=accumulates)
+
+
+def _on_xla(config: RunConfig, world: World) -> Strategy:
+    if config.strategy not in (None, "auto", "xla", "ddp", "single"):
+        raise ConfigError(f"strategy={config.strategy!r} cannot run on XLA devices; use 'xla', or leave it out")
+    # imported where they are used: they need torch_xla
+    if config.xla_spmd:
+        from nbaccel.core.strategies.xla_spmd import XLASharded
+
+        return XLASharded(world)
+    from nbaccel.core.strategies.xla import XLA
+
+    return XLA(world)
 
 
 def _sharded(config: RunConfig, world: World, precision: Precision) -> Strategy:

@@ -1,7 +1,8 @@
 """What the training core asks of a TPU's runtime, which the rank's process has set up before.
 
-Where torch_xla makes ranks of threads (two
-cores of a v2 or v3 chip, its CPU device), environment variables cannot tell them apart and the runtime does.
+Under TorchTPU a chip is a torch device like a GPU, and the ordinary strategies drive it. Where torch_xla makes ranks of
+threads (two cores of a v2 or v3 chip, its CPU device), environment variables cannot tell them apart and the runtime
+does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ __all__ = ["as_this_replica", "device", "is_present"]
 
 def is_present() -> bool:
     """Whether the launch has made this process a rank on a TPU."""
-    return "torch_xla" in sys.modules and os.environ.get("PJRT_DEVICE", "").upper() == "TPU"
+    on_xla = "torch_xla" in sys.modules and os.environ.get("PJRT_DEVICE", "").upper() == "TPU"
+    return on_xla or "torch_tpu" in sys.modules
 
 
 def device() -> torch.device:
@@ -31,6 +33,8 @@ def device() -> torch.device:
     Raises:
         ImportError: torch_xla is not installed.
     """
+    if "torch_tpu" in sys.modules:
+        return torch.device("tpu", 0)
     found: torch.device = importlib.import_module("torch_xla").device()
     return found
 

@@ -188,6 +188,8 @@ def _backend_for(device: torch.device) -> str:
         return "cpu:gloo,cuda:nccl"
     if device.type == "xpu":
         return "cpu:gloo,xpu:xccl"
+    if device.type == "tpu":
+        return "cpu:gloo,tpu:tpu_dist"
     return "gloo"
 
 

@@ -15,12 +15,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, final
 
 from nbaccel.engines import store
 from nbaccel.engines.base import Exited, Failed, Opening, Respawned, Retry, Started
 from nbaccel.engines.children import Children
+from nbaccel.engines.tpu import with_launch_environment
 from nbaccel.rank import boot, worker
 from nbaccel.rank.failure import describe
 from nbaccel.rank.process import become_subreaper, call_process, die_with_parent, kill_descendants, unclean
@@ -71,6 +72,7 @@ def serve(orders: Channel, *, start_method: str, ranks: int) -> NoReturn:
     call_process("nb-run")
     try:
         control.send(Opening(os.getpid()))
+        launch = replace(launch, spec=with_launch_environment(launch.spec))
         pids, store_boot = _make_ranks(maker, launch, fds, control)
         control.send(Started(tuple(pids)))
         _Group(control, maker, launch.spec, pids, store_boot).see_through()

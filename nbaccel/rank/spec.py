@@ -41,6 +41,8 @@ class RunSpec:
     num_processes: int
     device: str
     """Kind of device: "cpu", "cuda", "xpu", "mps" or "tpu"; a rank's index is its local rank."""
+    runtime: str | None = None
+    """What drives TPU chips: "torch_xla" or "torch_tpu"; None elsewhere."""
     replicas: int = 1
     """Ranks in each process. More than one are threads of it, as torch_xla's runtime has them."""
     threads: int

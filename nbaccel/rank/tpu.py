@@ -1,13 +1,16 @@
 """The TPU runtime in a rank's process: told its place before it opens a chip.
 
 torch_xla: what `torch_xla.launch` does in each process it makes (torch_xla 2.9 `_internal/pjrt.py`), for its
-processes cannot be ours: they are made by an executor, give nothing back and end with it.
+processes cannot be ours: they are made by an executor, give nothing back and end with it. In SPMD mode one process
+has all devices and sees one. TorchTPU reads its place from the variables the launch has set (`engines.tpu`) and
+torchrun's; a rank's chip is device 0 to it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from nbaccel.rank.spec import RunSpec
@@ -27,10 +30,15 @@ def set_up(spec: RunSpec, process: int) -> list[torch.device]:
     Raises:
         RuntimeError: the runtime has another number of devices than were planned, or numbers them otherwise.
     """
+    if spec.runtime == "torch_tpu":
+        importlib.import_module("torch_tpu")
+        return [_device("tpu:0")]
     if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":  # the CPU's programs cannot be read back
         os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", _cache_folder())
     pjrt = importlib.import_module("torch_xla._internal.pjrt")
     processes = spec.num_processes // spec.replicas
+    if os.environ.get("XLA_USE_SPMD") == "1":
+        return [current_device()]
     if spec.num_processes == 1:
         pjrt.initialize_singleprocess()
     else:
@@ -51,6 +59,8 @@ def use(device: torch.device, rank: int) -> None:
     Raises:
         RuntimeError: the runtime calls it another rank.
     """
+    if device.type != "xla":
+        return  # TorchTPU's chip is bound by the variables
     xla: Any = importlib.import_module("torch_xla")
     runtime = importlib.import_module("torch_xla.runtime")
     xla._XLAC._xla_set_default_device(str(device))
@@ -65,6 +75,8 @@ def use(device: torch.device, rank: int) -> None:
 
 def current_device() -> torch.device:
     """The device of the calling thread."""
+    if "torch_tpu" in sys.modules:
+        return _device("tpu:0")
     found: torch.device = importlib.import_module("torch_xla").device()
     return found
 

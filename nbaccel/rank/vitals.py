@@ -128,8 +128,21 @@ def _doing(
         if code.co_filename.endswith(_COMPILES) and "compile" in code.co_name.lower():
             return "compiling", ""
         frame = frame.f_back
+    if _xla_compiles():
+        return "compiling", ""
     if still >= _WAITING:
         waited = [one for one in pending() if one.seconds >= _WAITING]
         if waited:
             return "waiting", waited[-1].op
     return "", ""
+
+
+def _xla_compiles() -> bool:
+    """Whether a graph that was in no cache is being compiled, by any thread of this process: torch_xla counts it
+    when it begins, and measures it when it has ended."""
+    native: Any = getattr(sys.modules.get("torch_xla"), "_XLAC", None)
+    if native is None or not native._xla_runtime_is_initialized():
+        return False
+    begun = native._xla_counter_value("UncachedCompile") or 0
+    ended = (native._xla_metric_data("CompileTime") or (0,))[0]
+    return int(begun) > int(ended)

@@ -231,7 +231,7 @@ def _set_device(spec: RunSpec, rank: int) -> None:
 
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(rank)
-    elif spec.device == "tpu":
+    elif spec.runtime is not None:
         tpu.use(tpu.set_up(spec, process=rank)[0], rank)
 
 

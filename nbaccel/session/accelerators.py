@@ -45,7 +45,7 @@ _TPUS = {
     "0x0076": "v7x",
 }
 # By the package that is imported, the preferred one first.
-_TPU_RUNTIMES: tuple[TpuRuntime, ...] = ("torch_xla", "torch_tpu")
+_TPU_RUNTIMES: tuple[TpuRuntime, ...] = ("torch_tpu", "torch_xla")
 _INTEL = "0x8086"
 
 

@@ -99,7 +99,7 @@ def _devices_here(environment: Environment) -> tuple[list[Choice], dict[str, str
     here: list[Choice] = []
     why_not: dict[str, str] = {}
     gpus = visible_gpus(there.gpus, environment.variables, there.torch_build)
-    if there.tpu_chips and "torch_xla" in there.tpu_runtimes:
+    if there.tpu_chips and there.tpu_runtimes:
         here.append(
             Choice(device="tpu", count=there.tpu_chips, reason=f"device: TPU, {there.tpu_chips} chips")
         )
@@ -156,7 +156,7 @@ def _unused_notes(environment: Environment, why_not: Mapping[str, str]) -> tuple
     if there.tpu_chips:
         notes.append(
             f"The ranks use the CPU: {there.tpu_chips} TPU chips are here, but no runtime for them: "
-            "pip install 'nbaccel[xla]' (torch_xla, with torch 2.9; TorchTPU is not built yet)."
+            "pip install 'nbaccel[tpu]' (TorchTPU) or 'nbaccel[xla]' (torch_xla, with torch 2.9)."
         )
     return tuple(notes)
 

@@ -88,6 +88,7 @@ def resolve(config: RunConfig, environment: Environment) -> Plan:
     chosen = choose_device(config, environment)
     if chosen.device == "tpu":
         return _plan_on_tpu(config, environment, chosen)
+    _refuse_tpu_options(config, chosen)
     num_processes, why = _choose_number(config, environment, chosen)
     devices = assign(config, chosen, num_processes)
     threads, why_threads, thread_notes = _choose_threads(environment, num_processes)
@@ -117,6 +118,15 @@ def resolve(config: RunConfig, environment: Environment) -> Plan:
     )
 
 
+def _refuse_tpu_options(config: RunConfig, chosen: Choice) -> None:
+    for name in ("tpu_runtime", "xla_spmd"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{asked_text(config, name)}, but the ranks would use the {LABELS[chosen.device]}: no TPU chip was "
+                f"found on this host. Leave {name} out, or try it on a CPU: PJRT_DEVICE=CPU and device='tpu'."
+            )
+
+
 def _plan_on_tpu(config: RunConfig, environment: Environment, chosen: Choice) -> Plan:
     if config.devices is not None:
         said = asked_text(config, "devices")
@@ -135,7 +145,7 @@ def _plan_on_tpu(config: RunConfig, environment: Environment, chosen: Choice) ->
         device_indices=tuple(range(tpu.ranks)),
         device_names=tuple(f"{tpu.name} {rank}" for rank in range(tpu.ranks)),
         threads=threads,
-        backend=_BACKENDS["tpu"],
+        backend="cpu:gloo,tpu:tpu_dist" if tpu.runtime == "torch_tpu" else _BACKENDS["tpu"],
         variables={**tpu.variables, **_thread_variables(environment, threads)},
         reasons=(chosen.reason, tpu.why, why_threads),
         notes=(*tpu.notes, *thread_notes, *room_notes(tpu.processes, environment.resources)),

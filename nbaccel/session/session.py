@@ -156,6 +156,7 @@ def make_spec(
         run_id=run_id,
         num_processes=plan.num_processes,
         device=plan.device,
+        runtime=plan.runtime,
         replicas=plan.replicas,
         threads=plan.threads,
         environ=environ,

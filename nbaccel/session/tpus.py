@@ -2,8 +2,9 @@
 
 Pure functions of what is asked and what is here; no runtime is asked, because asking one takes the chips. On
 v2 and v3 a chip has two cores, which are two threads of one process; from v4 on a chip is one device and gets a
-process of its own. Sources: torch_xla 2.9 `_internal/tpu.py` and `_internal/pjrt.py` (topology, variables).
-Recorded machines are in the tests; none of it was run on chips.
+process of its own. In SPMD mode one process has them all. Sources: torch_xla 2.9 `_internal/tpu.py` and
+`_internal/pjrt.py` (topology, variables), `runtime.py` (`use_spmd`). Recorded machines are in the tests; none of it
+was run on chips.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ _OF_ONE_PROCESS = (
 )
 # What torch_xla sets beside TPU_VISIBLE_CHIPS for a process that has one chip to itself.
 _BOUNDS = ("TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS")
+
+# What `torch_xla.runtime.use_spmd` sets, and what it would come too late for in a process that was told of one chip.
+_SPMD = "XLA_USE_SPMD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +65,8 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
         ConfigError: it cannot be done here; the message names the number that fits.
     """
     there, variables = environment.accelerators, environment.variables
-    if "torch_xla" not in there.tpu_runtimes:
-        raise ConfigError(
-            "device='tpu' needs a runtime: pip install 'nbaccel[xla]' (torch_xla, with torch 2.9; TorchTPU is not "
-            "built yet)"
-        )
-    if variables.get("PJRT_DEVICE", "").upper() == "CPU":
+    runtime = _choose_runtime(config, environment)
+    if runtime == "torch_xla" and variables.get("PJRT_DEVICE", "").upper() == "CPU":
         return _on_cpu(config, environment)
     if not there.tpu_chips:
         raise ConfigError(
@@ -80,11 +80,55 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
             f"this kernel itself holds the TPU chips (opened{by}), and a chip serves one process. They come "
             "back when the kernel restarts: use the device only inside the function that is launched."
         )
-    return _on_chips(config, environment)
+    if runtime == "torch_tpu":
+        return _on_torch_tpu(config, environment)
+    return _on_all_chips(config, environment) if config.xla_spmd else _on_chips(config, environment)
+
+
+def _choose_runtime(config: RunConfig, environment: Environment) -> TpuRuntime:
+    """The one asked for, else TorchTPU, else torch_xla. On a CPU, on v2 and v3 and in SPMD mode only torch_xla
+    will do."""
+    installed, asked = environment.accelerators.tpu_runtimes, config.tpu_runtime
+    on_cpu = environment.variables.get("PJRT_DEVICE", "").upper() == "CPU"
+    if asked == "torch_tpu" and config.xla_spmd:
+        raise ConfigError("xla_spmd is a mode of torch_xla: ask for tpu_runtime='torch_xla', or leave it out")
+    if asked is None:
+        old = environment.accelerators.tpu_kind == "v2/v3" and "torch_xla" in installed
+        only_xla = on_cpu or old or config.xla_spmd or "torch_tpu" not in installed
+        asked = "torch_xla" if only_xla else "torch_tpu"
+    if asked not in installed:
+        other = "nbaccel[xla]" if asked == "torch_xla" else "nbaccel[tpu]"
+        either = " or 'nbaccel[tpu]' (TorchTPU)" if config.tpu_runtime is None and not config.xla_spmd else ""
+        needs = f"tpu_runtime={asked!r}" if config.tpu_runtime else "device='tpu'"
+        raise ConfigError(f"{needs} needs a runtime that is not installed: pip install '{other}'{either}")
+    return asked
+
+
+def _on_torch_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
+    """One process for each chip; what tells them apart is asked of the package when they are made
+    (`engines.tpu`)."""
+    there = environment.accelerators
+    name = f"TPU {there.tpu_kind}".strip()
+    said = f"{there.tpu_chips} {name} chips" if there.tpu_chips > 1 else f"one {name} chip"
+    if there.tpu_kind == "v2/v3":
+        raise ConfigError(
+            "TorchTPU knows no chips before v4, and these are v2 or v3: pip install 'nbaccel[xla]' and ask for "
+            "tpu_runtime='torch_xla'"
+        )
+    _require_number(config, there.tpu_chips, f"there are {said}, and TorchTPU's ranks take one each")
+    unset = tuple(name for name in (*_OF_ONE_PROCESS, *_BOUNDS) if name in environment.variables)
+    return TpuPlan(
+        runtime="torch_tpu",
+        name=name,
+        processes=there.tpu_chips,
+        unset=unset,
+        why=f"ranks: one for each chip of {said}",
+        notes=_one_chip(name) if there.tpu_chips == 1 else (),
+    )
 
 
 def _on_chips(config: RunConfig, environment: Environment) -> TpuPlan:
-    there, variables = environment.accelerators, environment.variables
+    there = environment.accelerators
     chips, two_cores = there.tpu_chips, there.tpu_kind == "v2/v3"
     name = f"TPU {there.tpu_kind}".strip()
     replicas = 2 if two_cores else 1
@@ -92,9 +136,7 @@ def _on_chips(config: RunConfig, environment: Environment) -> TpuPlan:
     said = f"{chips} {name} chips" if chips > 1 else f"one {name} chip"
     fits = f"there {'are' if chips > 1 else 'is'} {said}" + (" with two cores each" if replicas > 1 else "")
     _require_number(config, ranks, f"{fits}, and the runtime takes all of them")
-    kept, unset = _for_ranks(variables)
-    kept["PJRT_DEVICE"] = "TPU"
-    note = f"This TPU has one chip, so one rank runs ({name})."
+    kept, unset = _for_ranks(environment.variables)
     return TpuPlan(
         runtime="torch_xla",
         name=name,
@@ -103,31 +145,57 @@ def _on_chips(config: RunConfig, environment: Environment) -> TpuPlan:
         variables=kept,
         unset=unset,
         why=f"ranks: one for each {'core' if replicas > 1 else 'chip'} of {said}",
-        notes=(note,) if ranks == 1 else (),
+        notes=_one_chip(name) if ranks == 1 else (),
+    )
+
+
+def _one_chip(name: str) -> tuple[str, ...]:
+    return (f"This TPU has one chip, so one rank runs ({name}).",)
+
+
+def _on_all_chips(config: RunConfig, environment: Environment) -> TpuPlan:
+    """SPMD: one process computes on every chip."""
+    there = environment.accelerators
+    name = f"TPU {there.tpu_kind}".strip()
+    _require_number(config, 1, "with xla_spmd one process computes on all devices")
+    kept, unset = _for_ranks(environment.variables)
+    return TpuPlan(
+        runtime="torch_xla",
+        name=name,
+        processes=1,
+        variables={**kept, _SPMD: "1"},
+        unset=unset,
+        why=f"ranks: one, whose arrays are sharded over all {there.tpu_chips} chips (xla_spmd)",
     )
 
 
 def _on_cpu(config: RunConfig, environment: Environment) -> TpuPlan:
     """torch_xla's own CPU device: replicas are threads of one process, as many as it is told."""
-    variables = environment.variables
+    variables, cores = environment.variables, environment.resources.cores
     told = variables.get("CPU_NUM_DEVICES", "")
     number = int(told) if told.isdigit() and int(told) > 0 else None
-    asked = config.num_processes
-    if number is not None:
-        _require_number(config, number, f"CPU_NUM_DEVICES={number}")
-    replicas = number or asked or 1
+    if config.xla_spmd:
+        _require_number(config, 1, "with xla_spmd one process computes on all devices")
+        devices, replicas = number or cores, 1
+        why = f"ranks: one, whose arrays are sharded over {devices} of torch_xla's CPU devices (xla_spmd)"
+    else:
+        if number is not None:
+            _require_number(config, number, f"CPU_NUM_DEVICES={number}")
+        devices = replicas = number or config.num_processes or 1
+        why = f"ranks: {replicas} on torch_xla's CPU device (PJRT_DEVICE=CPU), threads of one process"
     # A computation that waits for other replicas holds a thread of the pool.
-    pool = max(replicas, environment.resources.cores)
-    kept = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(replicas), "XLA_THREAD_POOL_SIZE": str(pool)}
-    unset = tuple(name for name in _OF_ONE_PROCESS if name in variables)
+    pool = max(devices, cores)
+    kept = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "XLA_THREAD_POOL_SIZE": str(pool)}
+    if config.xla_spmd:
+        kept[_SPMD] = "1"
     return TpuPlan(
         runtime="torch_xla",
         name="XLA CPU",
         processes=1,
         replicas=replicas,
         variables=kept,
-        unset=unset,
-        why=f"ranks: {replicas} on torch_xla's CPU device (PJRT_DEVICE=CPU), threads of one process",
+        unset=tuple(name for name in _OF_ONE_PROCESS if name in variables),
+        why=why,
     )
 
 
@@ -136,7 +204,7 @@ def _for_ranks(variables: Mapping[str, str]) -> tuple[dict[str, str], tuple[str,
     unset = [name for name in _OF_ONE_PROCESS if name in variables]
     if "TPU_VISIBLE_CHIPS" in variables:
         unset += [name for name in _BOUNDS if name in variables]
-    kept = {}
+    kept = {"PJRT_DEVICE": "TPU"}
     if "TPU_WORKER_ID" not in variables and variables.get("TPU_SKIP_MDS_QUERY"):
         # where the metadata server is not asked, torch_xla reads the host's number from the task's
         kept["TPU_WORKER_ID"] = "0"

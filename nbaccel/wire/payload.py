@@ -184,7 +184,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return _typed, (self._storage(obj._untyped_storage), obj.dtype)
             if kind is torch.UntypedStorage:
                 return _untyped, (self._storage(obj),)
-            if isinstance(obj, torch.Tensor) and obj.device.type == "xla":
+            if isinstance(obj, torch.Tensor) and obj.device.type in ("xla", "tpu"):
                 return self._without_storage(obj)
             if (
                 not self._outward
@@ -224,14 +224,14 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     self.sources[filename] = "".join(lines)
 
     def _without_storage(self, tensor: Any) -> Any:
-        """A tensor whose values only the runtime can read, as torch_xla's are."""
+        """A tensor whose values only the runtime can read, as torch_xla's and TorchTPU's are."""
         import torch
 
         self.on_device |= self._outward
         values, needs_grad = tensor.detach().cpu(), tensor.requires_grad
         if not self._outward and not isinstance(tensor, torch.nn.Parameter):
             return _same, (values.requires_grad_(needs_grad),)
-        return _placed, (values, "xla" if self._outward else "cpu", type(tensor), needs_grad)
+        return _placed, (values, tensor.device.type if self._outward else "cpu", type(tensor), needs_grad)
 
     def _storage(self, storage: Any) -> _Storage:
         """The one stand-in of a storage, however many tensors share it."""
@@ -298,6 +298,8 @@ def _placed(values: Any, device: str, kind: type, needs_grad: bool) -> Any:
         import torch_xla
 
         values = values.to(torch_xla.device())
+    elif device == "tpu":
+        values = values.to(device)
     if issubclass(kind, torch.nn.Parameter):
         return torch.nn.Parameter(values, requires_grad=needs_grad)
     return values.requires_grad_(needs_grad)

@@ -25,6 +25,9 @@ USED = {
     "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
     "TPU_PROCESS_BOUNDS": "1,1,1",
 }
+STALE = frozenset(USED) - {"PJRT_DEVICE"}
+BOTH = (TORCH_TPU, XLA)
+SPMD = {"XLA_USE_SPMD": "1"}
 
 
 def host(chips: int, kind: str, variables: dict[str, str] | None = None, **facts: Any) -> Environment:
@@ -55,8 +58,25 @@ MACHINES = {
     "v4-8 vm": Case(host(4, "v4", {"TPU_SKIP_MDS_QUERY": "1"}), 4, variables={"TPU_WORKER_ID": "0"}),
     "v5p-8 vm": Case(host(4, "v5p"), 4),
     "v6e-4 vm": Case(host(4, "v6e"), 4),
-    "v6e-8 vm with both runtimes": Case(host(8, "v6e", tpu_runtimes=(XLA, TORCH_TPU)), 8),
-    "kernel that used a chip before": Case(host(4, "v4", USED), 4, unset=frozenset(USED) - {"PJRT_DEVICE"}),
+    "v5e-4 vm with TorchTPU": Case(
+        host(4, "v5e", USED, tpu_runtimes=(TORCH_TPU,)), 4, runtime=TORCH_TPU, unset=STALE
+    ),
+    "v6e-8 vm with both runtimes": Case(host(8, "v6e", tpu_runtimes=BOTH), 8, runtime=TORCH_TPU),
+    "v6e-8 vm with both, torch_xla asked": Case(
+        host(8, "v6e", tpu_runtimes=BOTH), 8, config=RunConfig(tpu_runtime=XLA)
+    ),
+    "v3-8 with both": Case(host(4, "v2/v3", tpu_runtimes=BOTH), 8, replicas=2),
+    "v5e-8, one process for all": Case(
+        host(8, "v5e", KAGGLE),
+        1,
+        unset=frozenset(list(KAGGLE)[1:]),
+        variables=SPMD,
+        config=RunConfig(xla_spmd=True),
+    ),
+    "v3-8, one process for all, with both": Case(
+        host(4, "v2/v3", tpu_runtimes=BOTH), 1, variables=SPMD, config=RunConfig(xla_spmd=True)
+    ),
+    "kernel that used a chip before": Case(host(4, "v4", USED), 4, unset=STALE),
     "the number that fits": Case(host(8, "v5e"), 8, config=RunConfig(num_processes=8)),
 }
 
@@ -66,7 +86,7 @@ def test_plan_on_recorded_machine(name: str) -> None:
     case = MACHINES[name]
     plan = resolve(case.config, case.environment)
     assert (plan.num_processes, plan.replicas, plan.runtime) == (case.ranks, case.replicas, case.runtime)
-    assert (plan.device, plan.backend) == ("tpu", "gloo")
+    assert (plan.device, plan.backend) == ("tpu", "gloo" if case.runtime == XLA else "cpu:gloo,tpu:tpu_dist")
     assert set(plan.unset) == case.unset
     assert plan.variables.items() >= case.variables.items()
     assert plan.variables.get("PJRT_DEVICE") == ("TPU" if case.runtime == XLA else None)
@@ -85,6 +105,8 @@ def test_one_chip_is_said() -> None:
         ({"num_processes": 8}, host(1, "v5e"), 1, "one TPU v5e chip"),
         ({"num_processes": 4}, host(8, "v5e"), 8, "8 TPU v5e chips"),
         ({"num_processes": 4}, host(4, "v2/v3"), 8, "4 TPU v2/v3 chips with two cores each"),
+        ({"num_processes": 2}, host(4, "v6e", tpu_runtimes=(TORCH_TPU,)), 4, "TorchTPU's ranks take one each"),
+        ({"num_processes": 8, "xla_spmd": True}, host(8, "v5e"), 1, "one process computes on all devices"),
         ({"num_processes": 2, "device": "tpu"}, host(0, "", {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}), 4, "=4"),
     ],
 )  # fmt: skip
@@ -114,7 +136,16 @@ def test_kernel_that_holds_the_chips_is_named() -> None:
     [
         ({"device": "tpu"}, host(8, "v5e", tpu_runtimes=()), r"nbaccel\[xla\]"),
         ({"device": "tpu"}, host(0, ""), "no TPU chip was found"),
-        ({"device": "tpu"}, host(8, "v6e", tpu_runtimes=(TORCH_TPU,)), "TorchTPU is not built yet"),
+        ({"device": "tpu", "tpu_runtime": XLA}, host(8, "v6e", tpu_runtimes=(TORCH_TPU,)), r"nbaccel\[xla\]"),
+        ({"tpu_runtime": TORCH_TPU}, host(8, "v6e"), r"nbaccel\[tpu\]"),
+        (
+            {"tpu_runtime": TORCH_TPU, "xla_spmd": True},
+            host(8, "v6e", tpu_runtimes=(TORCH_TPU,)),
+            "a mode of torch_xla",
+        ),
+        ({}, host(4, "v2/v3", tpu_runtimes=(TORCH_TPU,)), "knows no chips before v4"),
+        ({"xla_spmd": True}, host(0, ""), "xla_spmd.*the ranks would use the CPU"),
+        ({"tpu_runtime": XLA, "device": "cpu"}, host(8, "v5e"), "tpu_runtime.*the ranks would use the CPU"),
         ({}, host(4, "v4", {"TPU_WORKER_HOSTNAMES": "a,b"}), "one host of a slice of 2"),
         ({"devices": (0,)}, host(4, "v4"), "Leave devices out"),
     ],
@@ -133,6 +164,13 @@ def test_replicas_on_the_cpu_have_a_thread_each() -> None:
     assert resolve(RunConfig(), environment).device == "cpu"
 
 
+def test_one_process_on_the_cpu_has_all_its_devices() -> None:
+    environment = host(0, "", {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"})
+    plan = resolve(RunConfig(device="tpu", xla_spmd=True), environment)
+    assert (plan.num_processes, plan.replicas) == (1, 1)
+    assert plan.variables.items() >= {"CPU_NUM_DEVICES": "4", "XLA_USE_SPMD": "1"}.items()
+
+
 def test_chips_are_told_by_their_pci_ids(tmp_path: Path) -> None:
     for index, device in enumerate(("0x0063", "0x0063", "0x0042")):  # the last is a network card
         folder = tmp_path / f"sys/bus/pci/devices/0000:00:0{index}.0"
@@ -141,9 +179,3 @@ def test_chips_are_told_by_their_pci_ids(tmp_path: Path) -> None:
         (folder / "device").write_text(f"{device}\n")
     found = read_accelerators(tmp_path, system="linux", machine="x86_64")
     assert (found.tpu_chips, found.tpu_kind, found.tpu_held) == (2, "v5e", False)
-
-
-@pytest.mark.parametrize("asked", [{"tpu_runtime": "torch_tpu"}, {"xla_spmd": True}])
-def test_what_is_not_built_is_refused_by_name(asked: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="not built yet"):
-        RunConfig.from_mapping(asked)

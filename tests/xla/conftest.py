@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Kernel
+
+# A step is over when its call is: replicas must not begin the next one with the last still waiting for the others.
+os.environ["PJRT_CPU_ASYNC_CLIENT"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,39 +1,53 @@
-"""Training on one XLA device is training on the CPU; a checkpoint of one is loaded on the other."""
+"""Training on XLA devices is training on the CPU: on one, and on replicas whose gradients are averaged there."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nbaccel import Accelerator, notebook_launcher
+from nbaccel import Accelerator, launch
+from tests.xla import one_at_a_time
 
 pytestmark = pytest.mark.slow
 
-LEFT_OUT = 24
+SAMPLES, BATCH = 24, 12
 
 
-def train(
-    accumulation: int, precision: str | None, folder: str, *, load: bool = False
-) -> tuple[nn.Module, str, float, int]:
-    """Two epochs; the model, its device, the mean error and the samples it is a mean of."""
+class Trained(NamedTuple):
+    model: nn.Module
+    device: str
+    error: float
+    count: int
+    """Samples the error is a mean of."""
+    steps: int
+
+
+def parts() -> tuple[Any, Any, TensorDataset]:
+    torch.manual_seed(0)
+    tied = nn.Linear(4, 4)
+    model = nn.Sequential(tied, nn.Tanh(), tied, nn.Tanh(), nn.Linear(4, 3))
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(
+        torch.randn(SAMPLES, 4, generator=generator), torch.randn(SAMPLES, 3, generator=generator)
+    )
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1), data
+
+
+def train(accumulation: int, precision: str | None, folder: str, *, load: bool = False) -> Trained:
+    """Two epochs, then the mean error over all samples."""
+    one_at_a_time.install()
     acc = Accelerator(
         gradient_accumulation_steps=accumulation, mixed_precision=precision, project_dir=folder, verify=False
     )
-    torch.manual_seed(0)
-    tied = nn.Linear(4, 4)
-    model: Any = nn.Sequential(tied, nn.Tanh(), tied, nn.Tanh(), nn.Linear(4, 3))
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
-    generator = torch.Generator().manual_seed(1)
-    data = TensorDataset(
-        torch.randn(LEFT_OUT, 4, generator=generator), torch.randn(LEFT_OUT, 3, generator=generator)
-    )
-    loader: Any = DataLoader(data, batch_size=12 // accumulation)
+    with one_at_a_time.alone():  # replicas share the generator
+        model, optimizer, data = parts()
+    loader: Any = DataLoader(data, batch_size=BATCH // accumulation // acc.num_processes)
     scheduler: Any = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
     model, optimizer, loader, scheduler = acc.prepare(model, optimizer, loader, scheduler)
     if load:
@@ -51,39 +65,93 @@ def train(
     with torch.no_grad():
         for features, wanted in loader:
             errors.append(acc.gather_for_metrics((model(features) - wanted).pow(2).mean(1)).cpu())
-    found = torch.cat(errors)
     if not load:
         acc.save_state(os.path.join(folder, "saved"))
-    assert acc.unwrap_model(model)[0].weight is acc.unwrap_model(model)[2].weight
-    return acc.unwrap_model(model), str(features.device), found.mean().item(), len(found)
+    unwrapped: Any = acc.unwrap_model(model)
+    assert unwrapped[0].weight is unwrapped[2].weight
+    found = torch.cat(errors)
+    return Trained(unwrapped, str(features.device), found.mean().item(), len(found), acc.steps)
+
+
+def plain() -> nn.Module:
+    """The same in one process of plain torch."""
+    model, optimizer, data = parts()
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
+    for _ in range(2):
+        for features, wanted in DataLoader(data, batch_size=BATCH):
+            (model(features) - wanted).pow(2).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return model  # type: ignore[no-any-return]
+
+
+def run(replicas: int, device: str, *call: Any, **kwargs: Any) -> list[Trained]:
+    started = launch(train, *call, num_processes=replicas, device=device, kwargs=kwargs, stall_after=0)
+    return list(started.result(timeout=240))
 
 
 def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_one_replica_trains_as_the_cpu_does_and_loads_what_the_other_saved(tmp_path: Path) -> None:
-    found = {}
-    for device in ("cpu", "tpu"):
-        folder = tmp_path / device
-        model, place, error, count = notebook_launcher(train, (2, None, str(folder)), 1, device=device)[0]
-        assert (place.startswith("xla"), count) == (device == "tpu", LEFT_OUT)
-        found[device] = flat(model), error
-    torch.testing.assert_close(found["tpu"][0], found["cpu"][0], rtol=0, atol=1e-6)
-    assert found["tpu"][1] == pytest.approx(found["cpu"][1], abs=1e-6)
-    again = {}
-    for device, other in (("cpu", "tpu"), ("tpu", "cpu")):
-        options = {"load": True}
-        call = (2, None, str(tmp_path / other))
-        again[device] = flat(notebook_launcher(train, call, 1, device=device, kwargs=options)[0][0])
-    torch.testing.assert_close(again["tpu"], again["cpu"], rtol=0, atol=1e-6)
-    assert not torch.allclose(again["cpu"], found["cpu"][0], atol=1e-3)
+@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_replicas_train_as_plain_torch_does(replicas: int, accumulation: int, tmp_path: Path) -> None:
+    found = run(replicas, "tpu", accumulation, None, str(tmp_path))
+    assert [one.device for one in found] == [f"xla:{index}" for index in range(replicas)]
+    for one in found:
+        assert torch.equal(flat(one.model), flat(found[0].model))
+        assert (one.count, one.error, one.steps) == (SAMPLES, found[0].error, 4)
+    torch.testing.assert_close(flat(found[0].model), flat(plain()), rtol=0, atol=1e-6)
+
+
+def test_checkpoints_of_replicas_and_of_the_cpu_are_loaded_on_the_other(tmp_path: Path) -> None:
+    saved = {
+        device: run(number, device, 1, None, str(tmp_path / device))[0]
+        for number, device in ((2, "tpu"), (1, "cpu"))
+    }
+    torch.testing.assert_close(flat(saved["tpu"].model), flat(saved["cpu"].model), rtol=0, atol=1e-6)
+    again = {
+        device: run(number, device, 1, None, str(tmp_path / other), load=True)[0]
+        for number, device, other in ((2, "tpu", "cpu"), (1, "cpu", "tpu"))
+    }
+    torch.testing.assert_close(flat(again["tpu"].model), flat(again["cpu"].model), rtol=0, atol=1e-6)
+    assert not torch.allclose(flat(again["cpu"].model), flat(saved["cpu"].model), atol=1e-3)
 
 
 def test_bf16_computes_as_on_the_cpu(tmp_path: Path) -> None:
     models = [
-        notebook_launcher(train, (1, "bf16", str(tmp_path / device)), 1, device=device)[0][0]
-        for device in ("cpu", "tpu")
+        run(number, device, 1, "bf16", str(tmp_path / device))[0].model
+        for number, device in ((1, "cpu"), (2, "tpu"))
     ]
     assert {parameter.dtype for parameter in models[1].parameters()} == {torch.float32}
     torch.testing.assert_close(flat(models[1]), flat(models[0]), rtol=0, atol=2e-2)
+
+
+def exchange() -> dict[str, Any]:
+    one_at_a_time.install()
+    acc = Accelerator()
+    mine = torch.arange(2.0, device=acc.device) + 10 * acc.process_index
+    ragged = torch.ones(acc.process_index + 1, 2, device=acc.device)
+    padded = acc.pad_across_processes(ragged)
+    values = {
+        "gather": acc.gather(mine),
+        "sum": acc.reduce(mine, "sum"),
+        "mean": acc.reduce({"x": mine}, "mean")["x"],
+        "broadcast": acc.broadcast(mine, from_process=1),
+        "padded": padded,
+    }
+    places = {value.device for value in values.values()}
+    assert places == {acc.device}, places
+    return {name: value.cpu().tolist() for name, value in values.items()}
+
+
+def test_collectives_of_replicas() -> None:
+    found = list(launch(exchange, num_processes=2, device="tpu", stall_after=0).result(timeout=240))
+    for rank, one in enumerate(found):
+        assert one["gather"] == [0.0, 1.0, 10.0, 11.0]
+        assert one["sum"] == [10.0, 12.0]
+        assert one["mean"] == [5.0, 6.0]
+        assert one["broadcast"] == [10.0, 11.0]
+        assert one["padded"] == [[1.0, 1.0], [float(rank)] * 2]

@@ -3,7 +3,7 @@
 A step is traced, compiled and run as one graph: forward, backward, the all-reduce and the optimizer's step, cut by
 one `torch_xla.sync()` after the optimizer. Micro-steps before it add to the same graph. Every rank must trace
 the same graph, so a parameter has to be used on all ranks or on none. Sources: torch_xla 2.9
-`core/xla_model.py` (`reduce_gradients`, `optimizer_step`), docs on tied weights (`.to` makes new parameters).
+`core/xla_model.py` (`reduce_gradients`, `optimizer_step`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, final
 
-import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
+from nbaccel.core.lazy import Graphs, Moved
+from nbaccel.core.load_model import load_module
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
-from nbaccel.core.tied import find_tied_parameters, retie_parameters
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
@@ -40,9 +41,7 @@ class XLA(Strategy):
         self._world = world
         self._local: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Models whose next backward stays on its rank."""
-        self._moved: dict[int, tuple[Tensor, nn.Parameter]] = {}
-        """The parameter on the device for each of the user's, which is kept so that its id stays its own."""
-        self._cut: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._moved, self._graphs = Moved(world.device), Graphs()
 
     @property
     def data_axis(self) -> DataAxis:
@@ -52,28 +51,17 @@ class XLA(Strategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
         if place:
-            self._moved.update(_move(module, self._world.device))
+            self._moved.move(module)
         if self._world.size > 1:
             broadcast_module(module, world=self._world)
+        self._graphs.watch(module)
         torch_xla.sync()
         return module, [self.adopt(optimizer) for optimizer in optimizers]
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
-        self._point_at_moved(optimizer)
-        if optimizer not in self._cut:
-            self._cut.add(optimizer)
-            optimizer.register_step_post_hook(_cut_graph)
+        self._moved.point(optimizer)
+        self._graphs.cut_after(optimizer)
         return optimizer
-
-    def _point_at_moved(self, optimizer: Optimizer) -> None:
-        """Let it step the parameters that are on the device, in place of those it was made with."""
-        for group in optimizer.param_groups:
-            for at, parameter in enumerate(group["params"]):
-                if id(parameter) in self._moved:
-                    group["params"][at] = moved = self._moved[id(parameter)][1]
-                    state = optimizer.state.pop(parameter, {})
-                    if state:
-                        optimizer.state[moved] = {key: _beside(value, moved) for key, value in state.items()}
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module
@@ -127,30 +115,11 @@ class XLA(Strategy):
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return {name: value.cpu() for name, value in module.state_dict().items()}
 
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        load_module(module, folder, strict=strict)
+
     def model_state(self, module: nn.Module) -> Sharded:
         return ModelState(module)
 
     def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
         return OptimizerState(optimizer, modules)
-
-
-def _move(module: nn.Module, device: torch.device) -> dict[int, tuple[Tensor, nn.Parameter]]:
-    """Move a module in place, its ties kept; each new parameter by the id of the old one, with that one."""
-    tied, old = find_tied_parameters(module), dict(module.named_parameters())
-    module.to(device)
-    retie_parameters(module, tied)
-    new = dict(module.named_parameters())
-    return {
-        id(parameter): (parameter, new[name]) for name, parameter in old.items() if new[name] is not parameter
-    }
-
-
-def _beside(value: Any, parameter: nn.Parameter) -> Any:
-    """A part of an optimizer's state where its parameter is; step counts stay on the CPU."""
-    moves = isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
-    return value.to(parameter.device) if moves else value
-
-
-def _cut_graph(*_: Any) -> None:
-    """Compile and run what was traced; the host goes on at once."""
-    torch_xla.sync()

@@ -219,7 +219,7 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
     return Row(
         rank=rank.rank,
         state=shown,
-        detail="" if shown == "stopped" else rank.detail,
+        detail=_detail(rank, shown, progress),
         loop=progress.name if progress else "",
         step=progress.step if progress else 0,
         total=progress.total if progress else None,
@@ -235,6 +235,12 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
         last_line=lines[-1] if lines else "",
         age=None if ended or rank.seen is None or rank.state in ENDED else max(0.0, now - rank.seen),
     )
+
+
+def _detail(rank: RankState, shown: str, progress: Progress | None) -> str:
+    if shown == "compiling" and progress is not None:
+        return f"step {max(progress.step, 1)} …"
+    return "" if shown == "stopped" else rank.detail
 
 
 def _current(rank: RankState) -> Progress | None:

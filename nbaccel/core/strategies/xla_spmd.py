@@ -1,0 +1,119 @@
+"""One process for all devices of the host: arrays are sharded over a mesh, and XLA divides the computation (SPMD).
+
+The user's program is that of one process with the batch of all devices. Each parameter is sharded along its longest
+dimension that divides by the number of devices, as under FSDP, and so are its gradient and the optimizer's state;
+batches are sharded along their first dimension. Where a layer needs a parameter whole, or gradients their sum, XLA's
+partitioner puts the collective. Sources: torch_xla 2.9 `distributed/spmd`; Xu et al. 2021, "GSPMD".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, final
+
+import torch_xla
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.lazy import Graphs, Moved
+from nbaccel.core.load_model import load_module
+from nbaccel.core.nested import leaves
+from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
+from nbaccel.core.world import World
+
+__all__ = ["XLASharded"]
+
+_AXIS = "devices"
+
+
+@final
+class XLASharded(Strategy):
+    """Parameters and batches are sharded over the process's XLA devices."""
+
+    name = "xla"
+
+    def __init__(self, world: World) -> None:
+        spmd: Any = importlib.import_module("torch_xla.distributed.spmd")
+        numpy: Any = importlib.import_module("numpy")
+        self._num_devices = int(torch_xla._XLAC._xla_num_runtime_devices())
+        self._mesh = spmd.Mesh(numpy.arange(self._num_devices), (self._num_devices,), (_AXIS,))
+        self._shard = spmd.mark_sharding
+        self._moved, self._graphs = Moved(world.device), Graphs()
+
+    @property
+    def data_axis(self) -> DataAxis:
+        return DataAxis(rank=0, size=1)
+
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        if place:
+            self._moved.move(module)
+        for parameter in module.parameters():
+            self._shard_along(parameter, _longest(parameter, self._num_devices))
+        module.register_forward_pre_hook(self._shard_batch, with_kwargs=True)
+        self._graphs.watch(module)
+        torch_xla.sync()
+        return module, [self.adopt(optimizer) for optimizer in optimizers]
+
+    def _shard_batch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for _, leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.device.type == "xla" and leaf.ndim:
+                self._shard_along(leaf, 0 if leaf.shape[0] % self._num_devices == 0 else None)
+
+    def _shard_along(self, tensor: Tensor, dim: int | None) -> None:
+        """`dim` None: every device holds all of it."""
+        if dim is not None:
+            self._shard(tensor, self._mesh, tuple(_AXIS if at == dim else None for at in range(tensor.ndim)))
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        self._moved.point(optimizer)
+        self._graphs.cut_after(optimizer)
+        return optimizer
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def set_sync(self, module: nn.Module, synchronize: bool) -> None:
+        pass
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
+        pass
+
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
+    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
+        scale_whole_gradients(modules, ratio)
+
+    def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        return clip_local_norm(parameters, max_norm, norm_type)
+
+    def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
+        return {name: value.cpu() for name, value in module.state_dict().items()}
+
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        load_module(module, folder, strict=strict)
+
+    def model_state(self, module: nn.Module) -> Sharded:
+        return ModelState(module)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
+        return OptimizerState(optimizer, modules)
+
+
+def _longest(tensor: Tensor, parts: int) -> int | None:
+    """The longest dimension that divides into `parts`; None without one."""
+    fitting = [dim for dim, size in enumerate(tensor.shape) if size and size % parts == 0]
+    return max(fitting, key=lambda dim: tensor.shape[dim], default=None)

@@ -1,0 +1,106 @@
+"""Lets thread replicas of torch_xla's CPU device compile one at a time, so that their collectives meet. For tests.
+
+XLA:CPU knows a collective by the program it is in. Two replicas that compile one graph at the same moment get two
+programs, and each waits in its own for the other (pytorch/xla#5005, #9089). Where the second compiles after the first
+it finds the first's program in torch_xla's cache. So whatever may compile takes its turn here. The turn ends with the
+compilation and not with the call: the call also lets go of the step's old buffers, which waits for the program to
+end, and that waits in its collective for the replica whose turn it is next. TPUs need none of this.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+_READS = ("__bool__", "__float__", "__int__", "__repr__", "cpu", "item", "numpy", "to", "tolist")
+_state = threading.RLock()
+_installed = threading.Event()
+_turns: list[int] = []
+"""For the call whose turn it is, the number of look-ups in the cache when it began."""
+
+
+def install() -> None:
+    """In the process of the replicas, by any of their threads, before the first collective; again is no harm."""
+    with _state:
+        if not _installed.is_set():
+            _installed.set()
+            for name in ("_xla_step_marker", "_xla_sync_multi"):
+                _take_turns(name)
+            for name in _READS:
+                _cut_before(name)
+
+
+def alone() -> AbstractContextManager[Any]:
+    """For what replicas share besides, held by one at a time."""
+    return _state
+
+
+def _native() -> Any:
+    import torch_xla
+
+    return torch_xla._XLAC
+
+
+def _take_turns(name: str) -> None:
+    native = _native()
+    original = getattr(native, name)
+
+    def in_turn(*args: Any, **kwargs: Any) -> Any:
+        with _turn():
+            result = original(*args, **kwargs)
+        device = native._xla_get_default_device()
+        native._xla_wait_device_ops([f"CPU:{native._xla_get_device_ordinal(device)}"])
+        return result
+
+    setattr(native, name, in_turn)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    while True:
+        with _state:
+            if not _turns or _has_compiled(_turns[0]):
+                _turns[:] = mine = [_lookups()]
+                break
+        time.sleep(0.002)
+    try:
+        yield
+    finally:
+        with _state:
+            if _turns and _turns[0] == mine[0]:
+                _turns.clear()
+
+
+def _has_compiled(lookups: int) -> bool:
+    """Whether the call that began at so many look-ups has found its program, or made it and put it in the cache."""
+    for _ in range(2):
+        ended = (_native()._xla_metric_data("CompileTime") or (0,))[0]
+        if _lookups() == lookups or _count("UncachedCompile") > ended:
+            return False
+        time.sleep(0.002)  # from the end of the compilation to the cache
+    return True
+
+
+def _lookups() -> int:
+    return _count("CachedCompile") + _count("UncachedCompile")
+
+
+def _count(name: str) -> int:
+    return int(_native()._xla_counter_value(name) or 0)
+
+
+def _cut_before(name: str) -> None:
+    """Reading a value compiles too: have it done before, in turn."""
+    original: Callable[..., Any] = getattr(torch.Tensor, name)
+
+    def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.device.type == "xla":
+            _native()._xla_sync_multi([self.detach()], [], False, True)
+        return original(self, *args, **kwargs)
+
+    setattr(torch.Tensor, name, read)
