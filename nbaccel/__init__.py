@@ -11,11 +11,13 @@ __version__ = "0.1.0.dev0"
 # The public names and where they live; nothing is imported before it is used.
 _HOMES = {
     "Accelerator": "nbaccel.core.accelerator",
+    "ContextParallel": "nbaccel.parallel",
     "DDPOptions": "nbaccel.core.strategies.ddp",
     "DeepSpeed": "nbaccel.parallel",
     "FP8Options": "nbaccel.fp8",
     "FSDP": "nbaccel.parallel",
     "LocalSGD": "nbaccel.core.local_sgd",
+    "Pipeline": "nbaccel.parallel",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",
     "ScalerOptions": "nbaccel.core.precision",

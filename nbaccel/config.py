@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
-from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, named, read_options
+from nbaccel.parallel import FSDP, ContextParallel, DeepSpeed, Pipeline, TensorParallel, named, read_options
 
 __all__ = [
     "RUN_CONFIG_VARIABLE",
@@ -43,7 +43,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tpu_runtime": get_args(TpuRuntime),
     "returns": ("all", "rank0", "none"),
     "output": ("auto", "all", "rank0", "none"),
-    "strategy": ("auto", "single", "ddp", "xla", "fsdp", "tensor_parallel", "deepspeed"),
+    "strategy": (
+        *("auto", "single", "ddp", "xla", "fsdp", "tensor_parallel", "context_parallel", "pipeline"),
+        "deepspeed",
+    ),
     "log_with": get_args(TrackerName),
     "loss_weighting": ("samples", "equal"),
     "scheduler_steps": ("one", "per_rank"),
@@ -73,6 +76,8 @@ _OPTIONS: dict[str, type] = {
     "fsdp": FSDP,
     "tensor_parallel": TensorParallel,
     "deepspeed": DeepSpeed,
+    "context_parallel": ContextParallel,
+    "pipeline": Pipeline,
     "fp8": FP8Options,
 }
 _TEXTS = ("project_dir", "stop_after", "resume")
@@ -80,8 +85,6 @@ _TEXTS = ("project_dir", "stop_after", "resume")
 _LATER: dict[str, dict[str, str]] = {
 }
 _LATER_KEYS = {
-    "context_parallel": "context parallelism is not built yet; leave it out",
-    "pipeline": "pipeline schedules are not built yet; leave it out",
     "megatron": "Megatron-LM is not built yet; leave it out and use strategy 'ddp'",
 }
 
@@ -142,6 +145,10 @@ class RunConfig:
     """Options of the strategy "deepspeed", by the names of `DeepSpeed`."""
     tensor_parallel: Mapping[str, Any] | None = None
     """Options of tensor parallelism, by the names of `TensorParallel`: alone or with "fsdp"."""
+    context_parallel: Mapping[str, Any] | None = None
+    """Options of context parallelism, by the names of `ContextParallel`: alone or with "fsdp"."""
+    pipeline: Mapping[str, Any] | None = None
+    """Options of the strategy "pipeline", by the names of `Pipeline`."""
     check_collectives: Literal["sampled", "always", "never"] | None = None
     """How often the ranks' arguments to collectives are compared."""
     seed: int | None = None

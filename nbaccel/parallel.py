@@ -17,7 +17,17 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["FSDP", "DeepSpeed", "ParallelStyle", "StrategyLike", "TensorParallel", "named", "read_options"]
+__all__ = [
+    "FSDP",
+    "ContextParallel",
+    "DeepSpeed",
+    "ParallelStyle",
+    "Pipeline",
+    "StrategyLike",
+    "TensorParallel",
+    "named",
+    "read_options",
+]
 
 Sharding = Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "auto"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -48,6 +58,50 @@ class TensorParallel:
             for name, style in self.plan.items():
                 if isinstance(style, str):
                     _choice(f"tensor_parallel: the style of {name!r}", style, get_args(ParallelStyle))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextParallel:
+    """Each sequence is cut over `size` neighbouring ranks, which see the same batch; for sequences that do not
+    fit. What is cut is said in the loop, by `Accelerator.maybe_context_parallel`.
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    size: int = 0
+    """Ranks that share a sequence; 0: all of them."""
+
+    def __post_init__(self) -> None:
+        _count("context_parallel: size", self.size, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """The layers of an nn.Sequential are divided over `size` neighbouring ranks, and microbatches pass through
+    them; `Accelerator.pipeline_step` takes the place of forward and backward.
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    loss: Callable[[Any, Any], Any] | None = None
+    """The loss of (outputs, targets), a mean over the samples; computed on the last rank. Needed."""
+    size: int = 0
+    """Stages of a model; 0: all ranks. With fewer than there are ranks, copies are averaged."""
+    microbatches: int | None = None
+    """Into how many parts a batch is cut; None: twice as many as stages. More leave ranks less idle."""
+    split: Sequence[str] | None = None
+    """Names of the layers that begin the second stage and later ones; None: stages of about as many parameters."""
+
+    def __post_init__(self) -> None:
+        _count("pipeline: size", self.size, 0)
+        if self.microbatches is not None:
+            _count("pipeline: microbatches", self.microbatches, 1)
+        if not (self.loss is None or callable(self.loss)):
+            raise ConfigError(f"pipeline: loss is {self.loss!r}; it must be a function of (outputs, targets)")
+        if isinstance(self.split, str):
+            raise ConfigError(f"pipeline: split is {self.split!r}; it must be a list of names of layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +139,8 @@ class FSDP:
     """Blocks compute their activations again in backward instead of keeping them."""
     tensor_parallel: TensorParallel | None = None
     """Divide matrices too, over the inner dimension of a 2-D mesh."""
+    context_parallel: ContextParallel | None = None
+    """Cut sequences too; parameters are sharded over the ranks of one sequence as over the others."""
 
     def __post_init__(self) -> None:
         _choice("fsdp: sharding", self.sharding, get_args(Sharding))
@@ -169,7 +225,7 @@ class DeepSpeed:
             _choice("deepspeed: communication_dtype", self.communication_dtype, ("fp16", "bf16", "fp32"))
 
 
-StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed
+StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed | ContextParallel | Pipeline
 """What `strategy=` takes everywhere."""
 
 
@@ -186,18 +242,19 @@ def named(strategy: object) -> dict[str, Any]:
     if isinstance(strategy, TensorParallel):
         return {"strategy": "tensor_parallel", "tensor_parallel": _mapping(strategy)}
     if isinstance(strategy, FSDP):
-        inner = strategy.tensor_parallel
-        rest = {"tensor_parallel": _mapping(inner)} if inner is not None else {}
-        return {
-            "strategy": "fsdp",
-            "fsdp": _mapping(dataclasses.replace(strategy, tensor_parallel=None)),
-            **rest,
-        }
+        inner = {name: getattr(strategy, name) for name in ("tensor_parallel", "context_parallel")}
+        rest = {name: _mapping(one) for name, one in inner.items() if one is not None}
+        alone = dataclasses.replace(strategy, tensor_parallel=None, context_parallel=None)
+        return {"strategy": "fsdp", "fsdp": _mapping(alone), **rest}
+    if isinstance(strategy, ContextParallel):
+        return {"strategy": "context_parallel", "context_parallel": _mapping(strategy)}
+    if isinstance(strategy, Pipeline):
+        return {"strategy": "pipeline", "pipeline": _mapping(strategy)}
     if isinstance(strategy, DeepSpeed):
         return {"strategy": "deepspeed", "deepspeed": _mapping(strategy)}
     raise ConfigError(
-        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...) or "
-        "DeepSpeed(...)"
+        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...), "
+        "ContextParallel(...), Pipeline(...) or DeepSpeed(...)"
     )
 
 

@@ -29,6 +29,7 @@ from nbaccel.core.assembly import (
 from nbaccel.core.checkpoint import Loaded
 from nbaccel.core.choosing import leave_to_planner
 from nbaccel.core.communicator import Communicator
+from nbaccel.core.context import divide_context
 from nbaccel.core.data import Shard, ShardedLoader
 from nbaccel.core.knobs import Knobs
 from nbaccel.core.load_model import load_model
@@ -433,6 +434,37 @@ class Accelerator:
             loop.simple_backward(loss, kwargs)
         else:
             loop.backward(loss, weight, kwargs)
+
+    def pipeline_step(self, batch: Any) -> Tensor:
+        """Forward and backward of (inputs, targets) under strategy=Pipeline(...), whose passes alternate: in place of
+        calling the model and `backward`. Under `torch.no_grad()` the forward only. Called on all ranks; the mean
+        loss comes back on each, 0-d.
+
+        Raises:
+            ConfigError: another strategy, or the batch is no pair of tensors.
+        """
+        return self._loop.pipeline_step(batch)
+
+    def maybe_context_parallel(
+        self,
+        buffers: Sequence[Tensor] | None = None,
+        buffer_seq_dims: Sequence[int] | None = None,
+        no_restore_buffers: set[Tensor] | None = None,
+    ) -> AbstractContextManager[Any]:
+        """A context in which, under ContextParallel(...), each of `buffers` is in place this rank's piece of the
+        sequence, and attention sees the whole; under others nothing happens.
+
+        Args:
+            buffers: inputs, labels (shifted already: a piece does not see the next one's first token), positions.
+            buffer_seq_dims: the sequence's dimension in each.
+            no_restore_buffers: those that need not be put together again afterwards.
+
+        Raises:
+            ConfigError: a sequence that does not divide.
+        """
+        return divide_context(
+            self.strategy.context_mesh, buffers or (), buffer_seq_dims or (), no_restore_buffers or set()
+        )
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
         """A micro-step: gradients of these models (of all, if none is named) are synchronised in the last

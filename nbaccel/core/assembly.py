@@ -17,13 +17,19 @@ from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
-from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel, read_options
+from nbaccel.parallel import FSDP, ContextParallel, DeepSpeed, Pipeline, TensorParallel, read_options
 from nbaccel.wire import events
 
 __all__ = ["asked_config", "choose_strategy", "ddp_options", "fp8_options", "make_control", "split_trackers"]
 
 _PLACE = "Accelerator(...)"
-_OPTIONS_OF = {"fsdp": ("fsdp",), "tensor_parallel": ("tensor_parallel", "fsdp"), "deepspeed": ("deepspeed",)}
+_OPTIONS_OF = {
+    "fsdp": ("fsdp",),
+    "tensor_parallel": ("tensor_parallel", "fsdp"),
+    "context_parallel": ("context_parallel", "fsdp"),
+    "deepspeed": ("deepspeed",),
+    "pipeline": ("pipeline",),
+}
 """Keys that hold a strategy's options, with the strategies that read them."""
 
 
@@ -80,10 +86,12 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
             accumulation=config.gradient_accumulation_steps or 1,
             clipping=config.gradient_clipping,
         )
-    if name in ("fsdp", "tensor_parallel"):
+    accumulates = (config.gradient_accumulation_steps or 1) > 1
+    if name == "pipeline":
+        return _pipeline(config, world, precision, accumulates=accumulates)
+    if name in ("fsdp", "tensor_parallel", "context_parallel"):
         _check_half(precision, name)
         return _sharded(config, world, precision)
-    accumulates = (config.gradient_accumulation_steps or 1) > 1
     return DDP(world, options=ddp, accumulates=accumulates)
 
 
@@ -114,7 +122,23 @@ def _sharded(config: RunConfig, world: World, precision: Precision) -> Strategy:
             # several copies of the model, whose gradients are averaged
             options = replace(options, sharding="no_shard")
         options = replace(options, tensor_parallel=tensor)
+    if config.context_parallel is not None or config.strategy == "context_parallel":
+        context = read_options(ContextParallel, config.context_parallel or {}, "context_parallel")
+        if config.strategy == "context_parallel":
+            options = replace(options, sharding="no_shard")
+        options = replace(options, context_parallel=context)
     return FullyShardedDataParallel(world, options=options, dtype=precision.dtype)
+
+
+def _pipeline(config: RunConfig, world: World, precision: Precision, *, accumulates: bool) -> Strategy:
+    from nbaccel.core.strategies.pipeline import PipelineParallelism
+
+    if precision.kind == "fp16":
+        raise ConfigError(
+            "mixed_precision='fp16' cannot go with strategy 'pipeline', whose backward is not ours to scale; use 'bf16'"
+        )
+    options = read_options(Pipeline, config.pipeline or {}, "pipeline")
+    return PipelineParallelism(world, options=options, accumulates=accumulates)
 
 
 def _check_options(config: RunConfig) -> None:

@@ -61,7 +61,7 @@ def compute_in_float8(model: nn.Module, options: FP8Options, *, emulate: bool) -
     chosen = _choose(model, options.skip)
     make = _torchao(options, emulate) if options.backend == "torchao" else _transformer_engine(emulate)
     for layer in chosen:
-        layer.forward = Float8Forward(layer, make(layer))
+        layer.forward = Float8Forward(layer, make(layer))  # type: ignore[method-assign]
 
 
 def restore_linears(model: nn.Module) -> None:

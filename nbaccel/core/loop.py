@@ -239,6 +239,23 @@ class Loop:
         if not self.led and window.sync:
             self._tick_unled()
 
+    def pipeline_step(self, batch: Any) -> torch.Tensor:
+        """Forward and backward of a batch through a pipeline; only the loss where gradients are off."""
+        window, watch = self.window, self.stopwatch
+        factor = window.tail_factor(self.loader)
+        if watch is None:
+            loss = self.strategy.pipeline_step(window.models, batch, factor)
+        else:
+            started, before = _clock(), watch.forward
+            loss = self.strategy.pipeline_step(window.models, batch, factor)
+            watch.backward += _clock() - started - (watch.forward - before)
+        if torch.is_grad_enabled():
+            if self._observer is not None:
+                self._observer.backward()
+            if not self.led:
+                self._tick_unled()
+        return loss
+
     def _timed_backward(self, watch: Stopwatch, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
         communicates = self._several and self.window.sync and loss.requires_grad
         device = watch.device

@@ -24,7 +24,6 @@ ATTRIBUTES: Mapping[str, str] = {
     "is_fsdp2": "is `acc.strategy.name == 'fsdp'` here; there is no older FSDP",
     "logging_dir": "is project_dir here",
     "lomo_backward": "does not exist here; LOMO fuses the optimizer into backward: call it yourself",
-    "maybe_context_parallel": "does not exist here; context parallelism is not built yet",
     "non_blocking": "is always so here: batches are moved to the device asynchronously",
     "parallelism_config": _MESH,
     "pipeline_parallel_rank": _MESH,

@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import Sharded
+from nbaccel.errors import ConfigError
 
 __all__ = ["DataAxis", "Strategy", "clip_local_norm", "scale_whole_gradients", "trainable"]
 
@@ -52,7 +54,9 @@ class Strategy(ABC):
     replicates: bool = False
     """Whether every rank holds the whole model, so that ranks can train apart for a while."""
     apart: Collection[nn.Module] = ()
-    """Models within `no_sync`, whose ranks need not be equal."""
+    """Models whose ranks need not be equal: within `no_sync`, or divided by layers."""
+    context_mesh: DeviceMesh | None = None
+    """The ranks that share each sequence; None: every rank has whole ones."""
 
     @property
     @abstractmethod
@@ -109,6 +113,20 @@ class Strategy(ABC):
 
         `options` are those of `Tensor.backward`.
         """
+
+    def pipeline_step(self, modules: Sequence[nn.Module], batch: Any, factor: float) -> Tensor:
+        """Forward and backward of a batch in one, where they alternate; the loss, 0-d, the same on all stages.
+
+        Args:
+            factor: what this batch's gradients are multiplied with.
+
+        Raises:
+            ConfigError: forward and backward are two here, or the batch is no pair of tensors.
+        """
+        raise ConfigError(
+            f"pipeline_step belongs to strategy=Pipeline(...), and the strategy is {self.name!r}: call the model and "
+            "backward(loss)"
+        )
 
     @abstractmethod
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:

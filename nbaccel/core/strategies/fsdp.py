@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.blocks import find_blocks, keep_ties_together
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.context import context_ranks, make_context_mesh
 from nbaccel.core.materialise import give_back_memory, materialise
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.sharded import (
@@ -60,7 +62,12 @@ class FullyShardedDataParallel(Strategy):
     ) -> None:
         self._world, self._options, self._tensor = world, options, options.tensor_parallel
         tensor_size = 1 if self._tensor is None else tensor_ranks(self._tensor, world.size)
-        self._axis = DataAxis(rank=world.rank // tensor_size, size=world.size // tensor_size)
+        share = tensor_size
+        if options.context_parallel is not None:
+            size = context_ranks(options.context_parallel.size, world.size, tensor_size)
+            self.context_mesh = make_context_mesh(world, size, tensor_size)
+            share *= size
+        self._axis = DataAxis(rank=world.rank // share, size=world.size // share)
         self._mesh, self._tensor_mesh = _make_meshes(world, options, tensor_size)
         self._policy = _policy(options, dtype)
         self._replaced = WeakTensorKeyDictionary()

@@ -37,7 +37,7 @@ def build(family: str) -> torch.nn.Module:
 def train(family: str, strategy: Any, save: str | None = None, load: str | None = None) -> dict[str, Any]:
     from nbaccel.core import Accelerator
 
-    acc = Accelerator(cpu=True, strategy=strategy, gradient_accumulation_steps=2)
+    acc = Accelerator(cpu=True, strategy=strategy, gradient_accumulation_steps=2, verify=True)
     torch.manual_seed(3)
     model = build(family)
     # moved a little: at a norm's initial ones a mistake in its gradient does not show
