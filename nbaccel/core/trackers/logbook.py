@@ -13,13 +13,16 @@ from torch import Tensor
 from nbaccel.core.trackers.base import Tracker, Trackers
 from nbaccel.core.trackers.metriclog import MetricLog
 from nbaccel.core.trackers.opening import open_trackers
-from nbaccel.core.trackers.shapes import pictures, rows
+from nbaccel.core.trackers.shapes import flat, pictures, rows
 from nbaccel.core.trackers.system import Sampler, facts, sample
 from nbaccel.core.trackers.timings import Timings
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.wire import events
 
 __all__ = ["Logbook"]
+
+_MOST_TOLD = 100
 
 
 @final
@@ -68,6 +71,10 @@ class Logbook:
             config=config,
             options=options,
         )
+        if self._world.is_main:
+            # the run folder has them too, so that nbaccel.compare can tell how two runs differ
+            for name, value in list(flat(config or {}).items())[:_MOST_TOLD]:
+                events.emit(events.Applied(option=f"config.{name}", value=str(value)))
         if trackers.can("store_system"):
             trackers.store_system(facts(self._world))
         sampler = Sampler(sample(self._world.device)) if trackers.can("log_system") else None

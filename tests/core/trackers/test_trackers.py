@@ -263,3 +263,144 @@ def test_logging_a_device_tensor_does_not_synchronise() -> None:
         torch.cuda.set_sync_debug_mode("default")
     log.flush()
     assert [values["loss"] for _, values in memory.lines] == [0, 1, 2, 3, 4]
+
+
+def test_csv_gains_columns_and_continues_after_a_restart(tmp_path: Path) -> None:
+    import csv
+
+    for lines_ in ([{"loss": 1.0}, {"loss": 0.5, "lr": 0.1}], [{"acc": math.nan, "note": 'a "b", c'}]):
+        trackers = open_trackers(["csv"], folder=tmp_path, project="p", world=single(), config={"lr": 0.1})
+        for step, values in enumerate(lines_):
+            trackers.log(values, step)
+        trackers.finish()
+    with (tmp_path / "p" / "metrics.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == ["step", "time", "loss", "lr", "acc", "note"]
+    assert [(row["step"], row["loss"], row["lr"], row["acc"]) for row in found] == [
+        ("0", "1.0", "", ""),
+        ("1", "0.5", "0.1", ""),
+        ("0", "", "", "NaN"),
+    ]
+    assert found[2]["note"] == 'a "b", c'
+
+
+def test_pictures_of_any_kind_become_png_files_that_pillow_reads(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from nbaccel.core.trackers.beside import write_images
+    from nbaccel.core.trackers.shapes import pictures
+
+    red = torch.zeros(3, 5, 4)
+    red[0] = 1.0
+    given = {
+        "tensor": red,
+        "batch": red.expand(2, 3, 5, 4),
+        "array": np.moveaxis(red.numpy(), 0, -1),
+        "bytes": np.full((5, 4), 200, dtype=np.uint8),
+        "mask": torch.ones(5, 4, dtype=torch.bool),
+        "pil": [Image.new("P", (4, 5)), Image.new("RGBA", (4, 5), (1, 2, 3, 4))],
+    }
+    written = write_images(tmp_path, {name: pictures(value) for name, value in given.items()}, 7)
+    read = {path.name: np.asarray(Image.open(path)) for path in written}
+    assert len(read) == 8
+    assert all(one.shape[:2] == (5, 4) for one in read.values())
+    for name in ("tensor-7.png", "batch-7-0.png", "batch-7-1.png", "array-7.png"):
+        assert (read[name] == [255, 0, 0]).all()
+    assert (read["bytes-7.png"] == 200).all()
+    assert (read["mask-7.png"] == 255).all()
+    assert (read["pil-7-1.png"] == [1, 2, 3, 4]).all()
+    for wrong in (torch.ones(3), torch.ones(2, 7, 5), "text", None):
+        with pytest.raises(ConfigError, match="no picture"):
+            pictures(wrong)
+
+
+def test_tracker_that_cannot_be_started_is_reported_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unwilling(Memory):
+        name = "unwilling"
+
+        def start(self) -> None:
+            raise ConnectionError("no account")
+
+    with caplog.at_level(logging.WARNING, "nbaccel"):
+        trackers = open_trackers(
+            ["jsonl", Unwilling()], folder=tmp_path, project="p", world=single(), options={"jsonl": {}}
+        )
+        trackers.log({"loss": 1.0}, 0)
+        trackers.log_images({}, 0)
+        trackers.get("unwilling").log({"loss": 2.0})
+        trackers.finish()
+    (record,) = caplog.records
+    assert "'unwilling' could not be started (ConnectionError: no account)" in record.getMessage()
+    assert [line["loss"] for line in lines(tmp_path / "p" / "metrics.jsonl")] == [1.0]
+
+
+def test_options_for_a_tracker_nobody_asked_for_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="options for 'wandb'"):
+        open_trackers(["jsonl"], folder=tmp_path, project="p", world=OTHER, options={"wandb": {}})
+
+
+def test_what_a_tracker_does_not_keep_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    trackers = Trackers([Memory()])
+    with caplog.at_level(logging.WARNING, "nbaccel"):
+        for step in range(3):
+            trackers.log_images({}, step)
+            trackers.log_system({"system/cpu_percent": 1.0}, step, 0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracker 'memory' keeps no images; it goes on without them"
+    ]
+
+
+def test_system_is_sampled_beside_the_loop_and_handed_on_in_its_thread(tmp_path: Path) -> None:
+    from nbaccel.core.trackers.system import Sampler, facts, sample
+
+    sampler = Sampler(sample(torch.device("cpu")), every=0.02)
+    trackers = open_trackers(["jsonl"], folder=tmp_path, project="p", world=single())
+    trackers.store_system(facts(single()))
+    log = MetricLog(trackers, world=single(), sampler=sampler)
+    end = time.monotonic() + 20
+    path = tmp_path / "p" / "system.jsonl"
+    while time.monotonic() < end and not path.exists():
+        time.sleep(0.02)
+        log.log({"loss": 1.0}, step=5)
+    log.close()
+    log.close()
+    found = lines(path)
+    assert found[0]["step"] == 5
+    assert 0 <= found[-1]["system/memory_percent"] <= 100
+    assert found[-1]["system/process_memory_gb"] > 0
+    assert json.loads((tmp_path / "p" / "system.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_calls_made_behind_the_loop_keep_their_order_and_tell_what_failed() -> None:
+    from nbaccel.core.trackers.behind import Behind
+
+    made: list[int] = []
+    behind = Behind("test")
+
+    def fail() -> None:
+        raise ConnectionError("gone")
+
+    behind.put(lambda: made.append(1))
+    behind.put(fail)
+    with pytest.raises(ConnectionError, match="gone"):
+        behind.close()
+    behind.close()
+    assert made == [1]
+
+
+def test_end_does_not_wait_for_a_server_that_does_not_answer() -> None:
+    import threading
+
+    from nbaccel.core.trackers.behind import Behind
+
+    answered = threading.Event()
+    behind = Behind("test")
+    behind.put(answered.wait)
+    behind.put(lambda: None)
+    with pytest.raises(TimeoutError, match="did not take"):
+        behind.close(timeout=0.1)
+    answered.set()
+    behind.close()

@@ -1,0 +1,264 @@
+"""The real packages, offline: one launch of two ranks logs to all that are installed, and each is read back by its
+own reader. MLflow once more through a real server on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbaccel import Accelerator, notebook_launcher
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+CONFIG = {"lr": 0.1, "net": {"width": 8}}
+VARIABLES = {
+    "WANDB_SILENT": "true",
+    "COMET_LOGGING_CONSOLE": "ERROR",
+    "COMET_INTERNAL_SENTRY_DSN": "",  # it would report our own use of it
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server; it starts while the first launch goes on."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/store.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, 15)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def train(folder: str, uri: str) -> dict[str, Any]:
+    """What a script does, twice; then what the packages' own readers find, as far as they read what this process
+    wrote."""
+    names = ("wandb", "mlflow", "comet_ml", "trackio")
+    before = [name for name in names if name in sys.modules]
+    acc = Accelerator(cpu=True, project_dir=folder, log_with="all")
+    acc.init_trackers(
+        "proj",
+        config=CONFIG,
+        init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}},
+    )
+    imported = [name for name in names if name in sys.modules]
+    kinds = {type(acc.get_tracker(name, unwrap=True)).__name__ for name in names}
+    loop(acc, folder)
+    found = {"before": before, "imported": imported, "kinds": kinds}
+    if acc.is_main_process:
+        found.update(mlflow=read_mlflow(), trackio=read_trackio())
+        wait_for(f"{uri}/health")
+    acc = Accelerator(cpu=True, project_dir=folder, log_with="mlflow")
+    acc.init_trackers("proj", config=CONFIG, init_kwargs={"mlflow": {"tracking_uri": uri}})
+    loop(acc, folder)
+    return {**found, "server": read_mlflow()} if acc.is_main_process else found
+
+
+def loop(acc: Accelerator, folder: str) -> None:
+    for step in range(3):
+        with acc.track("eval") as block:
+            block.count("samples", 4)
+        acc.log({"loss": torch.tensor(float(step + acc.process_index))}, step=step, reduce="mean")
+    acc.log_images({"picture": torch.rand(3, 6, 7)}, step=3)
+    acc.log_table("scores", ["name", "score"], [["a", 1.5], ["b", 2.5]], step=3)
+    path = Path(folder) / f"notes-{acc.process_index}.txt"
+    path.write_text("kept")
+    acc.log_artifact(path)
+    acc.end_training()
+
+
+def wait_for(address: str) -> None:
+    end = time.monotonic() + 150
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < end, "the server does not answer"
+            time.sleep(0.2)
+
+
+def read_mlflow() -> dict[str, Any]:
+    """The newest run of the store that is set."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("proj")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    folders = ("images", "tables", "files")
+    return {
+        "losses": [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "loss")],
+        "samples": [one.value for one in client.get_metric_history(run.info.run_id, "eval/samples")],
+        "params": dict(run.data.params),
+        "tags": dict(run.data.tags),
+        "status": run.info.status,
+        "files": sorted(file.path for one in folders for file in client.list_artifacts(run.info.run_id, one)),
+    }
+
+
+def read_trackio() -> dict[str, Any]:
+    """The newest run of the project."""
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = trackio.Api().runs("proj")
+    logs = SQLiteStorage.get_logs("proj", run.name)
+    return {
+        "losses": [(one["step"], one["loss"]) for one in logs if "loss" in one],
+        "config": {"lr": run.config["lr"], "python": run.config["system"]["python"]},
+        "kinds": sorted(
+            {value["_type"] for one in logs for value in one.values() if isinstance(value, dict)}
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def logged(
+    warm: None, server: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder, and what the two ranks found."""
+    folder = tmp_path_factory.mktemp("project")
+    variables = {**VARIABLES, "TRACKIO_DIR": str(folder / "trackio")}
+    main, other = notebook_launcher(
+        train, args=(str(folder), server), num_processes=2, env=variables, stall_after=0
+    )
+    return folder, main, other
+
+
+LOSSES = [(0, 0.5), (1, 1.5), (2, 2.5)]
+Logged = tuple[Path, dict[str, Any], dict[str, Any]]
+
+
+def test_packages_are_imported_on_the_main_process_only_and_when_started(logged: Logged) -> None:
+    _, main, other = logged
+    assert main["before"] == other["before"] == []
+    assert main["imported"] == ["wandb", "mlflow", "comet_ml", "trackio"]
+    assert other["imported"] == []
+    assert other["kinds"] == {"Absent"}
+
+
+@pytest.mark.parametrize("place", ["mlflow", "server"])
+def test_mlflow_holds_metrics_parameters_system_and_files(logged: Logged, place: str) -> None:
+    found = logged[1][place]
+    assert found["losses"] == LOSSES
+    assert found["samples"] == [12.0]
+    assert found["params"] == {"lr": "0.1", "net.width": "8"}
+    assert found["tags"]["system.python"] == sys.version.split()[0]
+    assert found["status"] == "FINISHED"
+    assert found["files"] == ["files/notes-0.txt", "images/picture-3.png", "tables/scores-3.json"]
+
+
+def test_trackio_database_holds_metrics_configuration_and_media(logged: Logged) -> None:
+    found = logged[1]["trackio"]
+    assert found["losses"] == LOSSES
+    assert found["config"] == {"lr": 0.1, "python": sys.version.split()[0]}
+    assert found["kinds"] == ["trackio.image", "trackio.table"]
+
+
+def test_comet_archive_holds_metrics_and_parameters(logged: Logged) -> None:
+    (archive,) = (logged[0] / "proj").glob("*.zip")
+    with zipfile.ZipFile(archive) as opened:
+        messages = [json.loads(line) for line in opened.read("messages.json").splitlines()]
+    metrics = [one["payload"]["metric"] for one in messages if one["type"] == "metric_msg"]
+    losses = [(one["step"], one["metricValue"]) for one in metrics if one["metricName"] == "loss"]
+    assert losses == LOSSES
+    assert '"net.width"' in json.dumps(messages)
+    assert "scores-3.csv" in json.dumps(messages)
+
+
+def test_wandb_run_holds_metrics_configuration_and_media(logged: Logged) -> None:
+    (file,) = (logged[0] / "proj" / "wandb").glob("offline-run-*/run-*.wandb")
+    history, config = read_wandb(file)
+    assert [(int(one["_step"]), float(one["loss"])) for one in history if "loss" in one] == LOSSES
+    assert config["lr"] == "0.1"
+    assert json.loads(config["system"])["num_processes"] == 2
+    media = file.parent / "files" / "media"
+    assert len(list(media.rglob("picture_*.png"))) == 1
+    assert len(list(media.rglob("scores_*.table.json"))) == 1
+
+
+def read_wandb(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """History and configuration of an offline run. Records in blocks of 32 KiB, as LevelDB's log has them, after a
+    header of seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, b""
+    history: list[dict[str, str]] = []
+    config: dict[str, str] = {}
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record: Any = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                history.append({"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item})
+            config.update({item.key: item.value_json for item in record.config.update})
+            config.update({item.key: item.value_json for item in record.run.config.update})
+    return history, config
+
+
+def test_files_and_tensorboard_hold_the_same(logged: Logged) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = logged[0] / "proj"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["loss"]) for one in lines if "loss" in one] == LOSSES
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert rows[0].startswith("step,time,")
+    assert (folder / "tables" / "scores-3.csv").read_text().splitlines() == ["name,score", "a,1.5", "b,2.5"]
+    assert (folder / "files" / "notes-0.txt").read_text() == "kept"
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == LOSSES
+    assert [(one.width, one.height) for one in events.Images("picture")] == [(7, 6)]
+    assert {"system/cpu_percent", "system/memory_percent"} <= set(events.Tags()["scalars"])
+    assert "scores/text_summary" in events.Tags()["tensors"]
