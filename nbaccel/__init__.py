@@ -23,6 +23,7 @@ _HOMES = {
     "ScalerOptions": "nbaccel.core.precision",
     "TensorParallel": "nbaccel.parallel",
     "Session": "nbaccel.notebook.session",
+    "compare": "nbaccel.session.comparing",
     "cpu_offload": "nbaccel.core.offload",
     "disk_offload": "nbaccel.core.offload",
     "dispatch_model": "nbaccel.core.offload",

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from nbaccel.errors import ConfigError
+from nbaccel.session.reopen import find_run
 from nbaccel.session.runs import RunRecord, default_root, recent
 
 __all__ = ["complete_run", "find_run", "read_json", "runs"]
@@ -83,35 +83,6 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     """For the shell: the runs there are."""
     names = ["last", *(record.folder.name for record in recent(default_root(), 50))]
     return [name for name in names if name.startswith(incomplete)]
-
-
-def find_run(text: str, root: Path | None) -> Path:
-    """The run folder that `text` names: its path, its name or the end or beginning of it, or "last".
-
-    Raises:
-        ConfigError: there is none, or several.
-    """
-    path = Path(text)
-    if (path / "run.json").is_file():
-        return path
-    root = root or default_root()
-    listed = recent(root)
-    if text == "last" and listed:
-        return listed[0].folder
-    found = [record.folder for record in listed if record.folder.name == text]
-    found = found or [
-        r.folder for r in listed if r.folder.name.startswith(text) or r.folder.name.endswith(text)
-    ]
-    found = found or [r.folder for r in listed if text == r.name][:1]  # the latest of that name
-    if not found:
-        raise ConfigError(
-            f"there is no run {text!r} in {root}; `nbaccel runs` lists them, `last` is the latest"
-        )
-    if len(found) > 1:
-        raise ConfigError(
-            f"{text!r} may be {', '.join(folder.name for folder in found[:5])}: write more of it"
-        )
-    return found[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["LIMIT", "Curve", "Span", "columns", "sparkline"]
+__all__ = ["LIMIT", "Curve", "Span", "aligned", "columns", "sparkline"]
 
 LIMIT = 128
 """The most points a curve keeps; then every second one is dropped and every second one is taken."""
@@ -62,26 +62,47 @@ def columns(curves: Sequence[Curve], count: int) -> list[Span]:
 
     Between two points a curve is a straight line, so neighbouring columns touch. Empty when there is no point.
     """
-    lines = [points for curve in curves if (points := curve.all_points())]
+    (found,) = aligned([curves], count)
+    return [span for span in found if span is not None]
+
+
+def aligned(groups: Sequence[Sequence[Curve]], count: int) -> list[list[Span | None]]:
+    """`columns` of each group over the steps of all groups together; None where a group has no line.
+
+    A group all of whose points are at one step is one column.
+    """
+    drawn = [[points for curve in curves if (points := curve.all_points())] for curves in groups]
+    lines = [points for group in drawn for points in group]
     if not lines:
-        return []
-    first = min(points[0][0] for points in lines)
-    last = max(points[-1][0] for points in lines)
+        return [[] for _ in groups]
+    first, last = min(points[0][0] for points in lines), max(points[-1][0] for points in lines)
     if first == last:
-        values = [points[-1][1] for points in lines]
-        return [Span(min(values), max(values), sum(values) / len(values))]
+        return [[_span([points[-1][1]] * 2 for points in group)] for group in drawn]
+    return [_spans(group, first, count / (last - first), count) for group in drawn]
+
+
+def _spans(
+    lines: Sequence[Sequence[tuple[int, float]]], first: int, scale: float, count: int
+) -> list[Span | None]:
+    """`count` columns of these lines; `scale` is columns per step, from step `first` on."""
     traced = []
     for points in lines:
         lows, highs = [math.inf] * count, [-math.inf] * count
-        _trace(points, first, count / (last - first), lows, highs)
+        if len(points) == 1:
+            at = min(count - 1, int((points[0][0] - first) * scale))
+            lows[at] = highs[at] = points[0][1]
+        _trace(points, first, scale, lows, highs)
         traced.append(list(zip(lows, highs, strict=True)))
-    found = []
-    for column in zip(*traced, strict=True):
-        there = [(low, high) for low, high in column if low <= high]
-        if there:
-            middle = sum(low + high for low, high in there) / 2 / len(there)
-            found.append(Span(min(there)[0], max(high for _, high in there), middle))
-    return found
+    return [_span(there) for there in zip(*traced, strict=True)] if traced else [None] * count
+
+
+def _span(there: Iterable[Sequence[float]]) -> Span | None:
+    """What lines cover that lie between these (low, high); None where none is."""
+    known = [(low, high) for low, high in there if low <= high]
+    if not known:
+        return None
+    middle = sum(low + high for low, high in known) / 2 / len(known)
+    return Span(min(low for low, _ in known), max(high for _, high in known), middle)
 
 
 def _trace(

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, final
 
+from nbaccel.errors import ConfigError
 from nbaccel.session.panel.pages import Report, page, panel_bundle, report
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.restarts import name_attempt
@@ -19,7 +20,7 @@ from nbaccel.session.state import RunState, fold, new_state
 from nbaccel.wire import events
 from nbaccel.wire.events import Event, ExceptionInfo, Frame, Output
 
-__all__ = ["PastRun", "PastRuns", "load_state", "runs"]
+__all__ = ["PastRun", "PastRuns", "find_run", "load_state", "runs"]
 
 _TAIL = 8 << 10
 _KINDS: dict[str, Any] = {
@@ -115,6 +116,35 @@ def runs(root: Path | None = None, limit: int = 20) -> PastRuns:
     """The latest runs of this user, of all processes; the newest first."""
     found = recent(root or default_root(), limit)
     return PastRuns(PastRun(record.folder, record) for record in found)
+
+
+def find_run(text: str, root: Path | None) -> Path:
+    """The run folder that `text` names: its path, its name or the end or beginning of it, or "last".
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
+    path = Path(text)
+    if (path / "run.json").is_file():
+        return path
+    root = root or default_root()
+    listed = recent(root)
+    if text == "last" and listed:
+        return listed[0].folder
+    found = [record.folder for record in listed if record.folder.name == text]
+    found = found or [
+        r.folder for r in listed if r.folder.name.startswith(text) or r.folder.name.endswith(text)
+    ]
+    found = found or [r.folder for r in listed if text == r.name][:1]  # the latest of that name
+    if not found:
+        raise ConfigError(
+            f"there is no run {text!r} in {root}; `nbaccel runs` lists them, `last` is the latest"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{text!r} may be {', '.join(folder.name for folder in found[:5])}: write more of it"
+        )
+    return found[0]
 
 
 def load_state(folder: Path, num_ranks: int) -> RunState:

@@ -24,6 +24,7 @@ __all__ = [
     "clock",
     "number",
     "read",
+    "read_charts",
     "scaling",
     "shown_state",
     "size",
@@ -165,7 +166,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         rows=rows,
         strip=_strip(states, own, len(ranks)) if len(ranks) > _MOST_ROWS else (),
         states={name: tuple(of) for name, of in states.items()},
-        charts=_charts(ranks),
+        charts=read_charts(ranks),
     )
 
 
@@ -322,13 +323,14 @@ def _headline(error: ExceptionInfo | None) -> str:
     return "" if error is None else error.message[:60]
 
 
-def _charts(ranks: Sequence[RankState]) -> tuple[Chart, ...]:
+def read_charts(ranks: Sequence[RankState], most: int = _MOST_CHARTS) -> tuple[Chart, ...]:
+    """The histories of the metrics that were logged first, at most so many."""
     names: dict[str, list[RankState]] = {}
     for rank in ranks:
         for name in rank.curves:
             names.setdefault(name, []).append(rank)
     charts = []
-    for name, holders in list(names.items())[:_MOST_CHARTS]:
+    for name, holders in list(names.items())[:most]:
         whole = [rank for rank in holders if (metric := rank.metrics.get(name)) and metric.reduced]
         shown = whole[:1] or holders
         if len(shown) > _MOST_CURVES:
