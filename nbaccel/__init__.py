@@ -37,6 +37,7 @@ _HOMES = {
     "last_run": "nbaccel.notebook.launcher",
     "load_checkpoint_and_dispatch": "nbaccel.core.offload",
     "launch": "nbaccel.notebook.launcher",
+    "map": "nbaccel.notebook.sweep",
     "notebook_launcher": "nbaccel.notebook.launcher",
     "plan": "nbaccel.session.planning",
     "remove_hooks": "nbaccel.core.offload",

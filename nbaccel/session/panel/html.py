@@ -30,7 +30,7 @@ __all__ = [
     "scrolling",
 ]
 
-_STATES = {
+STATES = {
     "starting": ("#8c8c8c", "○"),
     "idle": ("#8c8c8c", "○"),
     "compiling": ("#e69f00", "◐"),
@@ -53,9 +53,9 @@ _PARTS = {
 }
 _LINE = "#3b8fd0"
 _BAND = "rgba(59,143,208,0.3)"
-_RULE = "border-top:1px solid rgba(128,128,128,0.25)"
+RULE = "border-top:1px solid rgba(128,128,128,0.25)"
 _MONO = "font-family:monospace;font-size:12px;line-height:1.35"
-_MUTED = "opacity:0.7"
+MUTED = "opacity:0.7"
 _ONE_LINE = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
 # Seconds: a rank is asked for a sign of life twice in one.
 _SILENT = 5.0
@@ -91,7 +91,7 @@ def _box(content: str) -> str:
 
 def header(view: View) -> str:
     """Name, state, times, and what dominates."""
-    colour, sign = _STATES[view.situation]
+    colour, sign = STATES[view.situation]
     heading = view.heading
     device = heading.device + (f" · {heading.precision}" if heading.precision not in (None, "no") else "")
     ranks = f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''}"
@@ -106,7 +106,7 @@ def header(view: View) -> str:
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;align-items:center">'
         f'<b style="font-size:14px">{escape(plain(heading.name))}</b>'
         f'<span style="color:{colour};font-weight:bold">{sign} {view.situation}</span>'
-        f'<span style="{_MUTED}">{" · ".join(figures)}</span></div>'
+        f'<span style="{MUTED}">{" · ".join(figures)}</span></div>'
     )
     said = "".join(
         f'<div style="margin:3px 0 2px 0;padding:1px 8px;border-left:3px solid #e69f00">{escape(sentence)}</div>'
@@ -149,7 +149,7 @@ def output(title: str, lines: Sequence[str], *, opened: bool = False) -> str:
     """What a rank printed last, folded unless `opened`."""
     text = "\n".join(ansi_to_html(line) for line in lines)
     return (
-        f'<details{" open" if opened else ""} style="margin:2px 0"><summary style="cursor:pointer;{_MUTED}">'
+        f'<details{" open" if opened else ""} style="margin:2px 0"><summary style="cursor:pointer;{MUTED}">'
         f'{escape(title)}</summary><div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere;'
         f'max-height:320px;overflow-y:auto;padding:2px 10px">{text}</div></details>'
     )
@@ -177,7 +177,7 @@ def folder(view: View) -> str:
         return ""
     path = escape(view.heading.folder)
     return (
-        f'<div style="{_MUTED};font-size:12px;overflow-wrap:anywhere">every rank’s full output: {path}</div>'
+        f'<div style="{MUTED};font-size:12px;overflow-wrap:anywhere">every rank’s full output: {path}</div>'
     )
 
 
@@ -209,33 +209,33 @@ def _columns(view: View) -> dict[str, str]:
 def _captions(columns: Mapping[str, str]) -> str:
     """What stands above the columns; of what does not fit a narrow page, nothing."""
     names = {"rank": "rank", **columns}
-    cells = "".join(_cell(escape(name), _WIDTHS[column]) for column, name in names.items())
-    style = f"display:flex;flex-wrap:wrap;gap:0 12px;height:16px;overflow:hidden;font-size:11px;{_MUTED}"
+    cells = "".join(cell(escape(name), _WIDTHS[column]) for column, name in names.items())
+    style = f"display:flex;flex-wrap:wrap;gap:0 12px;height:16px;overflow:hidden;font-size:11px;{MUTED}"
     return f'<div style="{style}">{cells}<div style="flex:1 1 70px;{_ONE_LINE}">last output</div></div>'
 
 
 def _row(row: Row, columns: Mapping[str, str]) -> str:
     cells = [_state_cell(row)]
     if "progress" in columns:
-        cells.append(_bar_cell(row, named=columns["progress"] == "progress"))
+        cells.append(bar_cell(row, named=columns["progress"] == "progress"))
     if "latest" in columns:
         values = [
-            f'<span style="{_MUTED}">{escape(plain(name))}</span> {number(value)}'
+            f'<span style="{MUTED}">{escape(plain(name))}</span> {number(value)}'
             for name, value in row.metrics[:2]
         ]
-        cells.append(_small_cell(values, _WIDTHS["latest"]))
+        cells.append(small_cell(values, _WIDTHS["latest"]))
     if "memory" in columns:
-        cells.append(_small_cell(_sizes(row.memory), _WIDTHS["memory"]))
+        cells.append(small_cell(_sizes(row.memory), _WIDTHS["memory"]))
     if "device" in columns:
         busy = [] if row.utilization is None else [f"{row.utilization} %"]
-        cells.append(_small_cell([*_sizes(row.device_memory), *busy], _WIDTHS["device"]))
+        cells.append(small_cell([*_sizes(row.device_memory), *busy], _WIDTHS["device"]))
     if "step" in columns:
         cells.append(_parts_cell(row.parts))
-    words = f'<span style="{_MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
+    words = f'<span style="{MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
     if row.age is not None and row.age >= _SILENT:
         words = f"no sign of life for {clock(row.age)} {words}"
     cells.append(f'<div style="flex:1 1 70px;min-width:0;{_ONE_LINE}">{words}</div>')
-    style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{_RULE}"
+    style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{RULE}"
     return f'<div style="{style}">{"".join(cells)}</div>'
 
 
@@ -243,29 +243,29 @@ def _sizes(count: int | None) -> list[str]:
     return [] if count is None else [size(count)]
 
 
-def _cell(content: str, width: int) -> str:
+def cell(content: str, width: int) -> str:
     return f'<div style="width:{width}px;{_ONE_LINE}">{content}</div>'
 
 
-def _small_cell(lines: Sequence[str], width: int) -> str:
+def small_cell(lines: Sequence[str], width: int) -> str:
     """At most two lines in small letters."""
     content = "".join(f'<div style="{_ONE_LINE}">{line}</div>' for line in lines)
     return f'<div style="width:{width}px;font-size:12px;line-height:1.25">{content}</div>'
 
 
 def _state_cell(row: Row) -> str:
-    colour, sign = _STATES[row.state]
+    colour, sign = STATES[row.state]
     detail = f" {escape(plain(row.detail))}" if row.detail else ""
-    return _cell(
+    return cell(
         f'<b>{row.rank}</b> <span style="color:{colour}">{sign}</span> {row.state}'
-        f'<span style="{_MUTED}">{detail}</span>',
+        f'<span style="{MUTED}">{detail}</span>',
         _WIDTHS["rank"],
     )
 
 
-def _bar_cell(row: Row, *, named: bool) -> str:
+def bar_cell(row: Row, *, named: bool) -> str:
     """A bar with its numbers beneath it; as high when there is no loop yet, so that nothing jumps."""
-    colour = _STATES[row.state][0] if row.state in ("done", "failed", "lost") else _LINE
+    colour = STATES[row.state][0] if row.state in ("done", "failed", "lost") else _LINE
     share = 0.0 if row.fraction is None else row.fraction
     bar = (
         '<div style="height:6px;border-radius:3px;background-color:rgba(128,128,128,0.25);overflow:hidden">'
@@ -279,7 +279,7 @@ def _bar_cell(row: Row, *, named: bool) -> str:
         left = f" · {clock(row.left)}" if row.left else ""
         name = f"{escape(plain(row.loop))} " if named or not row.total else ""
         words = f"{name}{row.step}{total}{epoch}{speed}{left}"
-    return _cell(f'{bar}<div style="font-size:11px;{_MUTED};{_ONE_LINE}">{words}</div>', _WIDTHS["progress"])
+    return cell(f'{bar}<div style="font-size:11px;{MUTED};{_ONE_LINE}">{words}</div>', _WIDTHS["progress"])
 
 
 def _parts_cell(parts: Iterable[tuple[str, float]]) -> str:
@@ -298,14 +298,14 @@ def _legend(view: View) -> str:
         for name, share in row.parts:
             shares[name] = shares.get(name, 0.0) + share / len(holders)
     words = "".join(
-        f'<span>{_swatch(_PARTS[name])} <span style="{_MUTED}">{name} {shares[name]:.0%}</span></span>'
+        f'<span>{_swatch(_PARTS[name])} <span style="{MUTED}">{name} {shares[name]:.0%}</span></span>'
         for name in PARTS
         if shares.get(name, 0.0) >= 0.01
     )
     if not words:
         return ""
     style = "display:flex;flex-wrap:wrap;gap:0 10px;font-size:11px;padding:2px 0"
-    return f'<div style="{style}"><span style="{_MUTED}">each step:</span>{words}</div>'
+    return f'<div style="{style}"><span style="{MUTED}">each step:</span>{words}</div>'
 
 
 def _swatch(colour: str) -> str:
@@ -320,18 +320,18 @@ def _swatch(colour: str) -> str:
 def _strip(view: View) -> str:
     """A box for each rank: its state by colour, how fast it is by how full the colour is."""
     boxes = "".join(
-        f'<i style="width:12px;height:12px;background-color:{_STATES[state][0]};'
+        f'<i style="width:12px;height:12px;background-color:{STATES[state][0]};'
         f'opacity:{0.25 + 0.75 * speed**2:.2f}"></i>'
         for _, state, speed in view.strip
     )
     words = ", ".join(
-        f'<span style="color:{_STATES[state][0]}">{_STATES[state][1]}</span> {len(ranks)} {state}'
+        f'<span style="color:{STATES[state][0]}">{STATES[state][1]}</span> {len(ranks)} {state}'
         + (f" ({rank_ranges(ranks)})" if len(ranks) < view.num_ranks / 4 else "")
         for state, ranks in view.states.items()
     )
     return (
         f'<div style="display:flex;flex-wrap:wrap;gap:2px;max-width:448px">{boxes}</div>'
-        f'<div style="font-size:12px;{_MUTED}">{words}; paler is slower</div>'
+        f'<div style="font-size:12px;{MUTED}">{words}; paler is slower</div>'
     )
 
 
@@ -351,7 +351,7 @@ def _chart(chart: Chart) -> str:
     step = max(curve.last[0] for curve in chart.curves if curve.last is not None)
     title = (
         f'<div style="{_ONE_LINE}"><b>{escape(plain(chart.name))}</b> {number(chart.last)}'
-        f'<span style="{_MUTED}"> · step {step}</span></div>'
+        f'<span style="{MUTED}"> · step {step}</span></div>'
     )
     band = len(chart.curves) > 1
     boxes = "".join(_column(span, low, high, band=band) for span in spans)
@@ -361,7 +361,7 @@ def _chart(chart: Chart) -> str:
     )
     named = f"ranks {rank_ranges(chart.ranks)}"
     whose = f" · {named if len(named) < 16 else f'{len(chart.ranks)} ranks'}" if len(chart.ranks) > 1 else ""
-    scale = f'<div style="font-size:11px;{_MUTED}">{number(low)} to {number(high)}{whose}</div>'
+    scale = f'<div style="font-size:11px;{MUTED}">{number(low)} to {number(high)}{whose}</div>'
     return f'<div style="width:{_CHART_WIDTH}px">{title}{frame}{scale}</div>'
 
 
