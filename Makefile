@@ -18,7 +18,7 @@ PARALLEL := -n 2 --dist loadfile
 SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-browser test-ipykernel6 test-xla chromium test-fast test-gpu lint bench bench-quick binder-check outputs clean distclean
+.PHONY: help demo lab test test-browser test-ipykernel6 test-xla chromium test-fast test-gpu lint bench bench-quick docs binder-check outputs clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ bench: $(VENV)/.nbaccel-test  ## the figures of the README, beside the peers (ha
 
 bench-quick: $(VENV)/.nbaccel-test  ## the same, a few minutes, rough
 	$(PY) benchmarks/launch.py --quick --out build/bench
+
+docs: $(VENV)/.nbaccel-docs  ## the documentation's site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 binder-check:  ## build what mybinder.org builds in a fresh environment and execute the quickstart in it
 	PYTHON=$(PYTHON) bash binder/check

@@ -106,7 +106,7 @@ def test_states_when_there_is_an_accelerator_tell_of_the_newest():
     assert compat.AcceleratorState().mixed_precision == made.state.mixed_precision == "fp16"
     assert compat.GradientState().num_steps == 2
     assert compat.PartialState().distributed_type == compat.DistributedType.NO == "NO"
-    loader = made.prepare(DataLoader(TensorDataset(torch.arange(4.0)), batch_size=3))
+    loader = made.prepare(DataLoader(TensorDataset(torch.arange(4.0)), batch_size=2))
     ends = [(compat.GradientState().end_of_dataloader, made.gradient_state.active_dataloader) for _ in loader]
     assert ends == [(False, loader), (True, loader)]
     assert made.gradient_state.active_dataloader is None
@@ -143,6 +143,37 @@ def test_checkpoints_when_named_automatically_lie_in_the_project(tmp_path):
     made.load_state()
     assert model.weight.item() == 7.0
     assert made.save_iteration == 2
+
+
+def test_tracker_when_it_is_the_scripts_own():
+    class Kept(compat.GeneralTracker):
+        name = "kept"
+
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        @property
+        def tracker(self):
+            return self.seen
+
+        @compat.on_main_process
+        def start(self):
+            self.seen.append("start")
+
+        @compat.on_main_process
+        def store_init_configuration(self, values):
+            self.seen.append(values)
+
+        @compat.on_main_process
+        def log(self, values, step=None, **kwargs):
+            self.seen.append((values, step))
+
+    made = accelerator(log_with=[Kept()])
+    made.init_trackers("project", config={"lr": 0.1})
+    made.log({"loss": 2.0}, step=3)
+    assert made.get_tracker("kept", unwrap=True) == ["start", {"lr": 0.1}, ({"loss": 2.0}, 3)]
+    made.end_training()
 
 
 def test_operations_when_on_nested_structures():

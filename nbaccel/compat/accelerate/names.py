@@ -15,6 +15,8 @@ _NAMES = {
     f"{_HERE}.accelerator": "Accelerator",
     f"{_HERE}.data_loader": "DataLoaderDispatcher DataLoaderShard SeedableRandomSampler prepare_data_loader "
     "skip_first_batches",
+    f"{_HERE}.logging": "get_logger",
+    f"{_HERE}.tracking": "GeneralTracker on_main_process",
     f"{_HERE}.launchers": "debug_launcher notebook_launcher",
     f"{_HERE}.state": "AcceleratorState GradientState PartialState",
     f"{_HERE}.utils.dataclasses": "AutocastKwargs DDPCommunicationHookType DataLoaderConfiguration "
