@@ -36,7 +36,9 @@ from nbaccel.rank.membership import Membership
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.process import call_process, die_with_parent
 from nbaccel.rank.reporter import Reporter
+from nbaccel.rank.sharded import forget_broken_steps
 from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
+from nbaccel.rank.trainer import relay_trainer
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Applied, Event, Joined, Raised, Request, Returned, Status
@@ -120,6 +122,7 @@ def serve_libraries(spec: RunSpec, rank: int, port: Any) -> None:
     """Let events, bars, displays, questions and breakpoint() of this process go through `port`."""
     events.connect(port)
     relay_bars(quiet=spec.panel)
+    relay_trainer()
     display.relay_displays()
     relay_input(port)
     relay_comms(port)
@@ -354,6 +357,8 @@ class Server:
         except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt too: it is told
             self._interruptible(False)  # it may have come between the call and the line that ends it
             self._fail(call, error)
+            if self._membership is not None:
+                forget_broken_steps()
             return False
         return True
 
