@@ -1,7 +1,10 @@
-"""FSDP2 here and in Hugging Face accelerate: the same Llama, the same steps, in turns.
+"""Sharded training here and elsewhere: the same Llama, the same steps, in turns.
+
+FSDP2 beside Hugging Face accelerate's, ZeRO-3 beside a loop written for DeepSpeed itself, whose sizes of buckets
+are those that transformers derives from the model's width.
 
     python benchmarks/strategies.py                  2 ranks on the CPU
-    python benchmarks/strategies.py --device cuda    one rank per GPU, bf16
+    python benchmarks/strategies.py --device cuda    one rank per GPU, bf16 (FSDP2 only)
 
 Step time is the median of a launch's steps, memory the peak of its fullest rank above what it had before
 the model was made: allocated memory on a GPU; on the CPU anonymous memory, in a launch of its own. Launches
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -46,10 +50,12 @@ def build(device: str) -> Any:
 
 def accelerator(name: str, device: str) -> Any:
     precision = "bf16" if device == "cuda" else "no"
-    if name == "nbaccel":
+    if name != "accelerate":
         import nbaccel
 
-        strategy = nbaccel.FSDP(wrap="LlamaDecoderLayer")
+        strategy: Any = nbaccel.FSDP(wrap="LlamaDecoderLayer")
+        if name == "nbaccel zero-3":
+            strategy = nbaccel.DeepSpeed(stage=3)
         return nbaccel.Accelerator(strategy=strategy, mixed_precision=precision, cpu=device == "cpu")
     import accelerate
 
@@ -59,7 +65,38 @@ def accelerator(name: str, device: str) -> Any:
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         reshard_after_forward=True,
     )
-    return accelerate.Accelerator(fsdp_plugin=plugin, mixed_precision=precision, cpu=device == "cpu")
+    acc = accelerate.Accelerator(fsdp_plugin=plugin, mixed_precision=precision, cpu=device == "cpu")
+    if device == "cpu":
+        # It knows FSDP on accelerators only, and on the CPU takes DDP without a word: its state is told otherwise.
+        state: Any = importlib.import_module("accelerate.state")
+        state.PartialState._shared_state["distributed_type"] = accelerate.DistributedType.FSDP
+        state.AcceleratorState._shared_state["distributed_type"] = accelerate.DistributedType.FSDP
+        acc.state.fsdp_plugin = plugin
+    return acc
+
+
+def zero(model: Any, optimizer: Any) -> Any:
+    """DeepSpeed's own engine."""
+    deepspeed: Any = importlib.import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first
+    width = model.config.hidden_size
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": 3,
+                "reduce_bucket_size": width * width,
+                "stage3_prefetch_bucket_size": int(0.9 * width * width),
+                "stage3_param_persistence_threshold": 10 * width,
+            },
+        },
+    )
+    return engine
 
 
 class Memory:
@@ -90,7 +127,7 @@ class Memory:
         return (self._now() if self._cuda else self._peak) - self._before
 
 
-def warm_up() -> None:
+def warm_up(name: str) -> None:
     """Modules that either side imports in its first step are no part of what a model takes."""
     import torch
 
@@ -101,6 +138,8 @@ def warm_up() -> None:
         "torch.distributed.checkpoint",
     ):
         importlib.import_module(module)
+    if name in ("deepspeed", "nbaccel zero-3"):
+        importlib.import_module("deepspeed")
     model = build("cpu")
     model(torch.zeros(1, 4, dtype=torch.int64), labels=torch.zeros(1, 4, dtype=torch.int64)).loss.backward()
     torch.optim.AdamW(model.parameters()).step()
@@ -112,23 +151,37 @@ def work(name: str, device: str, steps: int, out: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    acc = accelerator(name, device)
+    if name == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        dist.init_process_group("gloo")
+    else:
+        acc = accelerator(name, device)
     torch.manual_seed(0)
-    warm_up()
+    warm_up(name)
     memory = Memory(device)
     model = build(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = acc.prepare(model, optimizer)
+    if name == "deepspeed":
+        engine = model = zero(model, optimizer)
+    else:
+        model, optimizer = acc.prepare(model, optimizer)
+        parameters = list(model.parameters())
+        sharded = "DTensor" if "zero" not in name else "Parameter"
+        assert {type(p).__name__ for p in parameters} == {sharded}, "it is not sharded"
     size = (8, 1024) if device == "cuda" else (2, 64)
-    tokens = torch.randint(1024, size, generator=torch.Generator().manual_seed(1)).to(acc.device)
+    tokens = torch.randint(1024, size, generator=torch.Generator().manual_seed(1)).to(device)
     times = []
     for _ in range(WARM + steps):
         started = time.perf_counter()
         loss = model(tokens, labels=tokens).loss
-        acc.backward(loss)
-        acc.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        if name == "deepspeed":
+            engine.backward(loss)
+            engine.step()
+        else:
+            acc.backward(loss)
+            acc.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         last = loss.item()
         times.append(time.perf_counter() - started)
     answer = {"step": statistics.median(times[WARM:]), "memory": memory.above(), "loss": last}
@@ -175,24 +228,32 @@ def main() -> None:
     if asked.worker:
         work(asked.worker, asked.device, asked.steps, asked.out)
         return
+    pairs = [("nbaccel", "accelerate")]
+    if asked.device == "cpu" and importlib.util.find_spec("deepspeed"):
+        pairs.append(("nbaccel zero-3", "deepspeed"))
+    for ours, theirs in pairs:
+        compare(ours, theirs, asked)
+
+
+def compare(ours: str, theirs: str, asked: argparse.Namespace) -> None:
+    """Both in turns, each round's times and memory, and the medians of their ratios."""
     ratios: dict[str, list[float]] = {"step": [], "memory": []}
     for number in range(asked.rounds):
-        ours = launch("nbaccel", asked.device, asked.ranks, asked.steps)
-        theirs = launch("accelerate", asked.device, asked.ranks, asked.steps)
+        told = {name: launch(name, asked.device, asked.ranks, asked.steps) for name in (ours, theirs)}
         if asked.device == "cpu":
-            for name, told in (("nbaccel", ours), ("accelerate", theirs)):
-                told["memory"] = launch(name, asked.device, asked.ranks, 1, lean=True)["memory"]
-        for name, listed in ratios.items():
-            listed.append(ours[name] / theirs[name])
+            for name, one in told.items():
+                one["memory"] = launch(name, asked.device, asked.ranks, 1, lean=True)["memory"]
+        for kind, listed in ratios.items():
+            listed.append(told[ours][kind] / told[theirs][kind])
+        shown = [
+            f"{name} {one['step'] * 1e3:.1f} ms, peak {one['memory'] / 2**20:.0f} MiB, loss {one['loss']:.5f}"
+            for name, one in told.items()
+        ]
+        print(f"round {number}: {'; '.join(shown)}", flush=True)
+    for kind, listed in ratios.items():
         print(
-            f"round {number}: step {ours['step'] * 1e3:.1f} and {theirs['step'] * 1e3:.1f} ms, peak "
-            f"{ours['memory'] / 2**20:.0f} and {theirs['memory'] / 2**20:.0f} MiB, loss {ours['loss']:.5f} and "
-            f"{theirs['loss']:.5f} (ours, accelerate)",
+            f"{ours}, {kind}: {statistics.median(listed):.3f} of {theirs}'s (each: {[round(r, 3) for r in listed]})",
             flush=True,
-        )
-    for name, listed in ratios.items():
-        print(
-            f"{name}: {statistics.median(listed):.3f} of accelerate's (each: {[round(r, 3) for r in listed]})"
         )
 
 
