@@ -80,8 +80,9 @@ class Run:
             RunTimeout: it took longer than `max_time`.
             KeyboardInterrupt: the run was interrupted or killed.
         """
-        with Presses() as presses:
-            self.wait_done(presses, timeout)
+        if not self._future.done():
+            with Presses() as presses:
+                self.wait_done(presses, timeout)
         return self._future.result()
 
     def take_result(self) -> Results:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import io
 import linecache
 import mmap
 import os
@@ -21,7 +22,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import cloudpickle
 
@@ -32,12 +33,15 @@ __all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "unpack"]
 
 _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
+_PLAIN = (type(None), bool, int, float, str, bytes)
 _INLINE = 1 << 16  # contents up to this travel in the message itself, without a file
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """How to open what `pack` made. A larger content is in a descriptor that travels beside it."""
+class Parcel(NamedTuple):
+    """How to open what `pack` made. A larger content is in a descriptor that travels beside it.
+
+    A named tuple because one travels with every call and every value: a frozen dataclass pickles slower.
+    """
 
     pickled: int
     """Bytes of the pickle, at the start of the content."""
@@ -45,6 +49,8 @@ class Parcel:
     """(offset, size) in bytes of each out-of-band buffer in the content."""
     inline: bytes | None = None
     """The content itself when it is small."""
+    sidecar: bool = False
+    """Whether a `Sidecar` follows the value."""
     modules: tuple[str, ...] = ()
     """Modules that opening it will import, unless they are imported already."""
     on_device: bool = False
@@ -83,6 +89,8 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
     Raises:
         PayloadError: a part of it cannot be pickled; the message names it.
     """
+    if type(value) in _PLAIN and len(plain := pickle.dumps(value, protocol=5)) < _INLINE:
+        return Parcel(len(plain), inline=plain), None
     file = _Content()
     try:
         pickler = _Pickler(file, outward=outward)
@@ -90,7 +98,9 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
             pickler.dump(value)
         except Exception as error:  # any __reduce__ may raise anything
             raise PayloadError(explain(value, error)) from error
-        pickler.dump(Sidecar(pickler.names, pickler.classes, pickler.sources))
+        sidecar = bool(pickler.names or pickler.classes or pickler.sources)
+        if sidecar:
+            pickler.dump(Sidecar(pickler.names, pickler.classes, pickler.sources))
         pickled = file.size
         buffers, end = [], pickled
         for buffer in pickler.buffers:
@@ -103,6 +113,7 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
             pickled,
             tuple(buffers),
             inline=file.small,
+            sidecar=sidecar,
             modules=tuple(sorted(pickler.modules)),
             on_device=pickler.on_device,
         )
@@ -120,16 +131,18 @@ def unpack(parcel: Parcel, fd: int | None = None) -> tuple[Any, Sidecar]:
 
     Large buffers are private, writable views of the file: nothing is copied until it is written to.
     """
-    content: memoryview
+    file: Any
+    buffers: list[memoryview] = []
     if parcel.inline is not None:
-        content = memoryview(bytearray(parcel.inline))
+        file = io.BytesIO(parcel.inline)
     else:
         assert fd is not None, "this parcel's content travels in a descriptor"
         content = memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
-    buffers = [content[offset : offset + size] for offset, size in parcel.buffers]
-    unpickler = pickle.Unpickler(_Reader(content[: parcel.pickled]), buffers=buffers)
+        buffers = [content[offset : offset + size] for offset, size in parcel.buffers]
+        file = _Reader(content[: parcel.pickled])
+    unpickler = pickle.Unpickler(file, buffers=buffers)
     value = unpickler.load()
-    sidecar: Sidecar = unpickler.load()
+    sidecar: Sidecar = unpickler.load() if parcel.sidecar else Sidecar()
     for identity, cls in sidecar.classes.items():
         _known[cls] = identity
     return value, sidecar
