@@ -14,6 +14,7 @@ from nbaccel.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(300)
 HEADS = 4
+PLAN = {"blocks.*.up": "column", "blocks.*.down": "row"}
 
 
 def build(family: str) -> torch.nn.Module:
@@ -106,8 +107,7 @@ def test_training_when_matrices_are_divided_is_that_of_one_process(alone: dict[s
 
 
 def test_training_when_a_plan_is_given_is_that_of_one_process(alone: dict[str, Any]) -> None:
-    plan = TensorParallel(plan={"blocks.*.up": "column", "blocks.*.down": "row"}, size=2)
-    for one in run_ranks(train, "tiny", plan):
+    for one in run_ranks(train, "tiny", TensorParallel(plan=PLAN, size=2)):
         agrees(one, alone["tiny"])
 
 
@@ -128,6 +128,44 @@ def test_training_on_a_mesh_of_two_by_two_is_that_of_one_process_and_its_checkpo
 def test_training_when_copies_are_divided_averages_over_the_copies(alone: dict[str, Any]) -> None:
     for one in run_ranks(train, "gpt2", TensorParallel(size=2), num_processes=4):
         agrees(one, alone["gpt2"])
+
+
+def from_nothing(folder: str) -> dict[str, Any]:
+    """An empty model, divided, then filled from files; the same made the ordinary way."""
+    from nbaccel.core import Accelerator
+    from nbaccel.core.offload import init_empty_weights
+
+    found: dict[str, Any] = {}
+    for strategy in (TensorParallel(plan=PLAN), FSDP(tensor_parallel=TensorParallel(size=2, plan=PLAN))):
+        acc = Accelerator(cpu=True, strategy=strategy)
+        with init_empty_weights():
+            model = TinyLM(2)
+        model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        acc.load_model(model, folder)
+        loss = model(torch.arange(12).view(2, 6)).square().mean()
+        acc.step(loss, optimizer)
+        found[acc.strategy.name] = loss.item(), acc.get_state_dict(model), held_bytes(model, optimizer)
+        acc.free_memory()
+    return found
+
+
+def test_empty_model_when_it_is_divided_is_filled_from_files(tmp_path: Any) -> None:
+    from nbaccel.core.save_model import save_model
+    from nbaccel.core.world import single
+
+    torch.manual_seed(4)
+    model = TinyLM(2)
+    save_model(model.state_dict(), tmp_path, world=single())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(torch.arange(12).view(2, 6)).square().mean()
+    loss.backward()
+    optimizer.step()
+    for found in run_ranks(from_nothing, str(tmp_path)):
+        for name, (theirs, state, held) in found.items():
+            assert theirs == pytest.approx(loss.item(), rel=1e-5), name
+            assert held < sum(p.nbytes for p in model.parameters()), name
+            for key, value in model.state_dict().items():
+                torch.testing.assert_close(state[key], value, msg=f"{name}: {key}")
 
 
 def refusals() -> list[str]:
