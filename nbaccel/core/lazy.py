@@ -7,6 +7,7 @@ Sources: torch_xla 2.9, `torch_xla.sync`, its documentation on tied weights (`.t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from nbaccel.core.recompiles import Recompiles
 from nbaccel.core.tied import find_tied_parameters, retie_parameters
 
-__all__ = ["Graphs", "Moved", "graphs_compiled"]
+__all__ = ["Graphs", "Moved", "backward", "graphs_compiled"]
 
 
 @final
@@ -70,6 +71,14 @@ class Graphs:
     def _step(self, *_: Any) -> None:
         torch_xla.sync()
         self._recompiles.stepped()
+
+
+def backward(loss: Tensor, options: Mapping[str, Any]) -> None:
+    """`loss.backward`, all of it in this thread. Autograd's own threads hold what they computed last a moment
+    longer than the call: when the graph is cut, that would be one of its results on one rank and not on another,
+    whose graphs would differ then."""
+    with torch.autograd.set_multithreading_enabled(False):
+        loss.backward(**options)  # type: ignore[no-untyped-call]
 
 
 def graphs_compiled() -> int:

@@ -20,8 +20,8 @@ import torch
 _READS = ("__bool__", "__float__", "__int__", "__repr__", "cpu", "item", "numpy", "to", "tolist")
 _state = threading.RLock()
 _installed = threading.Event()
-_turns: list[int] = []
-"""For the call whose turn it is, the number of look-ups in the cache when it began."""
+_turns: list[tuple[int, int]] = []
+"""For the call whose turn it is, the state of the cache when it began: another one says that it has its program."""
 
 
 def install() -> None:
@@ -64,34 +64,25 @@ def _take_turns(name: str) -> None:
 def _turn() -> Iterator[None]:
     while True:
         with _state:
-            if not _turns or _has_compiled(_turns[0]):
-                _turns[:] = mine = [_lookups()]
+            now = _programs()
+            if not _turns or now != _turns[0]:
+                _turns[:] = [now]
                 break
         time.sleep(0.002)
     try:
         yield
     finally:
         with _state:
-            if _turns and _turns[0] == mine[0]:
+            if _turns == [now]:
                 _turns.clear()
 
 
-def _has_compiled(lookups: int) -> bool:
-    """Whether the call that began at so many look-ups has found its program, or made it and put it in the cache."""
-    for _ in range(2):
-        ended = (_native()._xla_metric_data("CompileTime") or (0,))[0]
-        if _lookups() == lookups or _count("UncachedCompile") > ended:
-            return False
-        time.sleep(0.002)  # from the end of the compilation to the cache
-    return True
-
-
-def _lookups() -> int:
-    return _count("CachedCompile") + _count("UncachedCompile")
-
-
-def _count(name: str) -> int:
-    return int(_native()._xla_counter_value(name) or 0)
+def _programs() -> tuple[int, int]:
+    """How often a program was found in the cache, and how many it holds."""
+    native = _native()
+    return int(
+        native._xla_counter_value("CachedCompile") or 0
+    ), native._xla_get_num_cached_compilation_graph()
 
 
 def _cut_before(name: str) -> None:

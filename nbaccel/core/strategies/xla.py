@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
-from nbaccel.core.lazy import Graphs, Moved
+from nbaccel.core.lazy import Graphs, Moved, backward
 from nbaccel.core.load_model import load_module
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
 from nbaccel.core.world import World
@@ -88,15 +88,21 @@ class XLA(Strategy):
         self.set_sync(module, True)
 
     def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
-        if self._world.size == 1:
-            return
-        grads = [
-            p.grad for m in modules if m not in self._local for p in m.parameters() if p.grad is not None
-        ]
+        backward(loss, options)
+        if self._world.size > 1:
+            self._average([p for m in modules if m not in self._local for p in m.parameters()])
+
+    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients over the ranks; of what is equal already (an earlier backward of this step) the
+        average is the same."""
+        own = [p for p in parameters if p.grad is not None]
+        # Copies, which cost nothing once compiled: written in place, what autograd has added up itself is
+        # partly read back as it was before.
+        grads = [p.grad.detach().clone() for p in own if p.grad is not None]
         if grads:
-            # an average of what is equal already (an earlier backward of this step) changes nothing
             xm.all_reduce(xm.REDUCE_SUM, grads, scale=1.0 / self._world.size)
+            for parameter, grad in zip(own, grads, strict=True):
+                parameter.grad = grad
 
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
         scale_whole_gradients(modules, ratio)

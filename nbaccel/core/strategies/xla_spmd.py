@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
-from nbaccel.core.lazy import Graphs, Moved
+from nbaccel.core.lazy import Graphs, Moved, backward
 from nbaccel.core.load_model import load_module
 from nbaccel.core.nested import leaves
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
@@ -89,7 +89,7 @@ class XLASharded(Strategy):
         pass
 
     def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
+        backward(loss, options)
 
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
         scale_whole_gradients(modules, ratio)
