@@ -126,6 +126,9 @@ def _with_options(options, accumulation):
     model = acc.prepare(model)
     optimizer = acc.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
     x = torch.full((1, 2), 1.0 + acc.process_index)
+    if model.static_graph:
+        with pytest.raises(ConfigError, match="no_sync cannot go with static_graph=True"):
+            acc.no_sync(model)
     for _ in range(2):
         acc.step(model(x).sum(), optimizer)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), model.static_graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ranks import run_ranks
 
-from nbaccel import DeepSpeed
+from nbaccel import FSDP, DeepSpeed
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
@@ -92,12 +92,15 @@ def measured(strategies: dict[str, object]) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("families", [{"ddp": "ddp", "fsdp": "fsdp"}, "zero"], ids=["torch", "zero"])
+SHARDED = {"ddp": "ddp", "fsdp": "fsdp", "fsdp grad op": FSDP(sharding="shard_grad_op")}
+
+
+@pytest.mark.parametrize("families", [SHARDED, "zero"], ids=["torch", "zero"])
 def test_planned_memory_is_the_measured_peak(families: object) -> None:
     strategies = families
     if families == "zero":
         pytest.importorskip("deepspeed")
-        strategies = {"zero-2": DeepSpeed(stage=2)}
+        strategies = {"zero-2": DeepSpeed(stage=2), "zero-3": DeepSpeed(stage=3)}
     found = run_ranks(measured, strategies, num_processes=2, deadline=300)[0]
     ratios = {name: planned / peak for name, (planned, peak) in found.items()}
     assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), (ratios, found)
