@@ -94,6 +94,7 @@ class Logbook:
         """Takes values of this rank; with `reduction` those of all ranks, which then all call it."""
         if reduction not in (None, "mean", "sum"):
             raise ConfigError(f"log(reduce={reduction!r}): it must be 'mean', 'sum' or None")
+        self.timings.flush(before=step)
         if reduction is not None and self._world.size > 1:
             numbers = {
                 name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))

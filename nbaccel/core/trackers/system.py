@@ -150,16 +150,16 @@ def _devices(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     found: dict[str, float] = {}
-    readings: dict[str, tuple[Callable[[int], float], float]] = {
-        "percent": (torch.cuda.utilization, 1),
-        "memory_gb": (torch.cuda.device_memory_used, 1e-9),
-        "watts": (torch.cuda.power_draw, 1e-3),
-        "celsius": (torch.cuda.temperature, 1),
+    readings = {
+        "percent": ("utilization", 1.0),
+        "memory_gb": ("device_memory_used", 1e-9),
+        "watts": ("power_draw", 1e-3),
+        "celsius": ("temperature", 1.0),
     }
     for index in range(torch.cuda.device_count()):
-        for name, (read, scale) in readings.items():
+        for name, (reading, scale) in readings.items():
             try:
-                found[f"system/gpu{index}_{name}"] = read(index) * scale
-            except Exception:  # noqa: BLE001  # NVML's errors have a base of their own; nvidia-ml-py may be missing
+                found[f"system/gpu{index}_{name}"] = getattr(torch.cuda, reading)(index) * scale
+            except Exception:  # noqa: BLE001  # NVML's errors have a base of their own; it, or the reading, may be missing
                 continue
     return found

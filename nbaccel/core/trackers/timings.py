@@ -116,9 +116,9 @@ class Timings:
             for name, sums in self._all.items()
         }
 
-    def flush(self) -> None:
-        """Log what is held back."""
-        if self._now:
+    def flush(self, *, before: int | None = None) -> None:
+        """Log what is held back; with `before` only if that is of an earlier step."""
+        if self._now and (before is None or self._at < before):
             held, self._now = self._now, {}
             values: dict[str, Any] = {}
             for name, sums in held.items():

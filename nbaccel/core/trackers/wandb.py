@@ -39,18 +39,20 @@ class WandbTracker:
         self._run.config.update({"system": plain(facts)}, allow_val_change=True)
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        self._run.log(values, step=step)
+        self._run.log(values, step=self._not_before(step))
 
     def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
         shown = {
             name: [self._wandb.Image(pixels) for pixels in pictures] for name, pictures in values.items()
         }
-        self._run.log(shown, step=step)
+        self._run.log(shown, step=self._not_before(step))
 
     def log_table(
         self, table_name: str, columns: list[str], data: list[list[Any]], step: int | None = None
     ) -> None:
-        self._run.log({table_name: self._wandb.Table(columns=columns, data=data)}, step=step)
+        self._run.log(
+            {table_name: self._wandb.Table(columns=columns, data=data)}, step=self._not_before(step)
+        )
 
     def log_file(self, path: Path, name: str) -> None:
         artifact = self._wandb.Artifact(file_name(name, None, ""), type="folder" if path.is_dir() else "file")
@@ -62,3 +64,7 @@ class WandbTracker:
 
     def finish(self) -> None:
         self._run.finish()
+
+    def _not_before(self, step: int | None) -> int | None:
+        """The step, or the newest so far: wandb drops what is logged for an earlier one."""
+        return None if step is None else max(step, self._run.step)

@@ -96,3 +96,15 @@ def test_accelerator_logs_blocks_of_the_main_process(tmp_path: Path) -> None:
     assert run_ranks(_tracked, str(tmp_path)) == [["eval"], []]
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (line["step"], line["eval/count"], line["eval/rank"]) == (0, 1, 0)
+
+
+def test_block_of_an_earlier_step_is_logged_before_what_is_logged_now(tmp_path: Path) -> None:
+    acc = Accelerator(cpu=True, project_dir=tmp_path, log_with="jsonl")
+    acc.init_trackers("run")
+    with acc.track("eval"):
+        pass
+    acc.log({"loss": 1.0}, step=0)
+    acc.log({"loss": 0.5}, step=1)
+    acc.end_training()
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval/count" in line) for line in found] == [(0, False), (0, True), (1, False)]
