@@ -17,6 +17,7 @@ import torch
 
 from nbaccel.core.checkpoint.files import layout_of, write_file, write_tensors
 from nbaccel.core.checkpoint.filesystem import FileSystem, LocalFileSystem
+from nbaccel.core.composed import is_composed
 from nbaccel.core.tied import same_memory
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError, ConfigError
@@ -75,11 +76,17 @@ def save_model(
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: `max_shard_size` is no size; or weights are quantised.
     """
     limit = byte_count(max_shard_size)
     if not world.is_main:
         return []
+    quantised = [name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_composed(tensor)]
+    if quantised:
+        raise ConfigError(
+            f"{quantised[0]} is a {type(state[quantised[0]]).__name__}, and files in Hugging Face's layout hold plain "
+            "tensors: save adapters with their own save_pretrained, dequantise the weights, or use save_state"
+        )
     filesystem = filesystem or LocalFileSystem()
     folder = Path(folder)
     aliases = same_memory(state)

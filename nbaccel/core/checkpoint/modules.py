@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nbaccel.core.checkpoint.contents import Entries, Saved
+from nbaccel.core.composed import is_composed, parts_of
 from nbaccel.errors import CheckpointError
 
 __all__ = ["ModelState", "OptimizerState", "canonical_name", "differences"]
@@ -60,8 +61,15 @@ class ModelState:
         self._model = model
 
     def _state(self) -> dict[str, Any]:
-        state: Mapping[str, Any] = self._model.state_dict()
-        return {canonical_name(self._model, name): value for name, value in state.items()}
+        """By canonical name; of tensors made of others, as quantised weights are, each part."""
+        state: dict[str, Any] = {}
+        for name, value in self._model.state_dict().items():
+            name = canonical_name(self._model, name)
+            if isinstance(value, torch.Tensor) and is_composed(value):
+                state.update((f"{name}.{part}", tensor) for part, tensor in parts_of(value))
+            else:
+                state[name] = value
+        return state
 
     def entries(self) -> Entries:
         state = self._state()
@@ -90,7 +98,9 @@ class ModelState:
         # (state hooks, extra state) still gets its say.
         own = {canonical_name(self._model, name): name for name in self._model.state_dict()}
         merged = {**saved.plain, **tensors}
-        self._model.load_state_dict({own[name]: value for name, value in merged.items()})
+        # parts of composed tensors are filled, and no entries of the model's
+        given = {own[name]: value for name, value in merged.items() if name in own}
+        self._model.load_state_dict(given, strict=len(given) == len(merged))
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

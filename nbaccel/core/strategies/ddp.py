@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
+from nbaccel.core.composed import share_composed
 from nbaccel.core.strategies.base import (
     DataAxis,
     Strategy,
@@ -97,6 +98,7 @@ class DDP(Strategy):
         if not trainable(module):
             broadcast_module(module, world=self._world)
             return module
+        share_composed(module, self._world)
         options = self._options
         indexed = self._world.device.type != "cpu" and place
         # torch 2.13 warns whoever names an old option, its default too
