@@ -204,6 +204,19 @@ class DeepSpeed:
     """Reduce gradients while backward computes: more memory, and a stream of its own."""
     communication_dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """What gradients are sent in; None: float32, as under the other strategies."""
+    reduce_bucket_size: int | None = None
+    """Numbers of gradients that are sent at a time. None, here and below: by the size of the model."""
+    allgather_bucket_size: int | None = None
+    """Numbers of parameters that are gathered at a time after a step, in stages 1 and 2."""
+    prefetch_bucket_size: int | None = None
+    """Numbers of parameters that stage 3 gathers ahead of their use."""
+    max_live_parameters: int | None = None
+    """Numbers of parameters that stage 3 holds whole at once."""
+    param_persistence_threshold: int | None = None
+    """Parameters of stage 3 with fewer numbers stay whole on every rank."""
+    leaf_modules: Sequence[str] = ()
+    """Classes of modules whose parameters stage 3 gathers all at once, with no hooks inside: mixtures of experts,
+    of which ranks run different ones."""
     activation_checkpointing: bool = False
     """Blocks compute their activations again in backward instead of keeping them."""
     untested_optimizer: bool = False
@@ -223,7 +236,26 @@ class DeepSpeed:
             raise ConfigError("deepspeed: offloading to 'nvme' needs nvme_path, a folder on that disk")
         if self.communication_dtype is not None:
             _choice("deepspeed: communication_dtype", self.communication_dtype, ("fp16", "bf16", "fp32"))
+        for name, least in _ZERO_SIZES.items():
+            if getattr(self, name) is not None:
+                _count(f"deepspeed: {name}", getattr(self, name), least)
+        if isinstance(self.leaf_modules, str):
+            raise ConfigError(
+                f"deepspeed: leaf_modules is {self.leaf_modules!r}; it must be a list of class names"
+            )
+        for name in _STAGE_THREE:
+            if getattr(self, name) and self.stage not in (3, "auto"):
+                raise ConfigError(f"deepspeed: {name} needs stage=3, where parameters are sharded")
 
+
+_ZERO_SIZES = {
+    "reduce_bucket_size": 1,
+    "allgather_bucket_size": 1,
+    "prefetch_bucket_size": 0,
+    "max_live_parameters": 0,
+    "param_persistence_threshold": 0,
+}
+_STAGE_THREE = ("prefetch_bucket_size", "max_live_parameters", "param_persistence_threshold", "leaf_modules")
 
 StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed | ContextParallel | Pipeline
 """What `strategy=` takes everywhere."""

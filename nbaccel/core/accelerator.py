@@ -7,7 +7,7 @@ there are many; nothing is decided here that `loop`, `strategies`, `saving` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, final
 
@@ -32,7 +32,6 @@ from nbaccel.core.communicator import Communicator
 from nbaccel.core.context import divide_context
 from nbaccel.core.data import Shard, ShardedLoader
 from nbaccel.core.knobs import Knobs
-from nbaccel.core.load_model import load_model
 from nbaccel.core.loop import Loop
 from nbaccel.core.micro_steps import MicroSteps
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
@@ -42,7 +41,6 @@ from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
 from nbaccel.core.step_times import StepTimes, Stopwatch, profiled
 from nbaccel.core.strategies.ddp import DDPOptions
-from nbaccel.core.tied import find_tied_parameters
 from nbaccel.core.trackers import Block, Logbook, Tracked, Tracker
 from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
@@ -79,7 +77,7 @@ class Accelerator:
         gradient_clipping: what `step` and `clip_grad_norm_` clip to when the loop names no norm.
         loss_weighting: "samples": unequal batches count by their samples; "equal": each micro-step alike.
         scheduler_steps: scheduler steps per optimizer step: "one", or one "per_rank" as in scripts whose
-            schedule was written for that.
+            schedule was written for that (still one with split_batches).
         step_scheduler_with_optimizer: False when the loop steps the scheduler on its own account.
         split_batches, even_batches, dispatch_batches, shard, per_sample_seed: see `ShardedLoader`.
         seed: of all generators.
@@ -226,7 +224,9 @@ class Accelerator:
             compile=config.compile,
             loader_options=self._loader_options,
             scheduler_follows=config.step_scheduler_with_optimizer is not False,
-            scheduler_repeat=world.size if config.scheduler_steps == "per_rank" else 1,
+            scheduler_repeat=world.size
+            if config.scheduler_steps == "per_rank" and not config.split_batches
+            else 1,
             trust=trust,
             chooser=self._auto,
         )
@@ -564,8 +564,16 @@ class Accelerator:
     def join_uneven_inputs(
         self, joinables: Sequence[Any], even_batches: bool | None = None
     ) -> Iterator[None]:
-        """A context in which ranks may run out of batches at different times."""
-        with self._loop.unevenly(), self.strategy.join([m for m in joinables if isinstance(m, nn.Module)]):
+        """A context in which ranks may run out of batches at different times.
+
+        Prepared loaders give every rank equally many anyway. `even_batches`: whether passes that begin inside
+        fill the last batch with repeated samples.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._loop.unevenly())
+            stack.enter_context(self.strategy.join([m for m in joinables if isinstance(m, nn.Module)]))
+            for loader in self._saving.loaders if even_batches is not None else ():
+                stack.enter_context(loader.filling(bool(even_batches)))
             yield
 
     def unwrap_model(
@@ -802,9 +810,7 @@ class Accelerator:
     def load_model(self, model: nn.Module, folder: str | Path, strict: bool = True) -> None:
         """Fills a prepared model from safetensors in Hugging Face's layout; each rank reads its part only, so a
         model made with `init_empty_weights` never is in any rank's memory as a whole. Called on all ranks."""
-        inner = self.strategy.unwrap(model)
-        tied = {name: group[0] for group in find_tied_parameters(inner) for name in group[1:]}
-        load_model(inner.state_dict(), tied, folder, strict=strict)
+        self.strategy.load_weights(model, folder, strict=strict)
         self.wait_for_everyone()
 
     def register_for_checkpointing(self, *objects: Any) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from nbaccel.core.checkpoint import FileSystem, LocalFileSystem
 from nbaccel.core.checkpoint.modules import differences
 from nbaccel.core.checkpoint.shards import Index, read_into
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
+from nbaccel.core.tied import find_tied_parameters
 from nbaccel.errors import CheckpointError
 
-__all__ = ["load_model"]
+__all__ = ["Weights", "find_weights", "load_model", "load_module", "tied_names"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -39,25 +42,69 @@ def load_model(
     Raises:
         CheckpointError: nothing there, unreadable, or of another model; nothing has been changed then.
     """
+    shapes = {name: tensor.shape for name, tensor in targets.items()}
+    found = find_weights(shapes, tied, folder, strict=strict, filesystem=filesystem)
+    found.read({name: targets[name] for name in found.names})
+
+
+def load_module(module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+    """`load_model` for a module whose state dict gives its own tensors."""
+    load_model(module.state_dict(), tied_names(module), folder, strict=strict)
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another's, with that other's name."""
+    return {name: group[0] for group in find_tied_parameters(module) for name in group[1:]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Safetensors files that fit a model."""
+
+    folder: Path
+    names: Mapping[str, str]
+    """Of the model's tensors that are there, tied ones once: each with its name in the files."""
+    index: Index
+    filesystem: FileSystem
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor in the files, by the model's name."""
+        return self.index.tensor(self.names[name]).properties.dtype
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fills tensors, given by the model's names, in place."""
+        with torch.no_grad():
+            stored = {self.names[name]: tensor for name, tensor in targets.items()}
+            read_into(stored, self.index, self.folder, self.filesystem)
+
+
+def find_weights(
+    shapes: Mapping[str, torch.Size],
+    tied: Mapping[str, str],
+    folder: str | Path,
+    *,
+    strict: bool,
+    filesystem: FileSystem | None = None,
+) -> Weights:
+    """Opens the files and compares names and shapes with the model's. See `load_model`."""
     filesystem = filesystem or LocalFileSystem()
     path = Path(folder)
     index = Index.of_whole(_headers(path, filesystem))
     present = set(index.names)
-    wanted = {name: tensor for name, tensor in targets.items() if name not in tied}
     renamed = {other: name for name, other in tied.items() if other not in present and name in present}
-    wanted = {renamed.get(name, name): tensor for name, tensor in wanted.items()}
-    found = differences(wanted, present - tied.keys() if strict else present & wanted.keys())
+    names = {name: renamed.get(name, name) for name in shapes if name not in tied}
+    found = differences(names.values(), present - tied.keys() | set(renamed.values()))
     if found and strict:
         raise CheckpointError(f"{path} holds the weights of another model: {found}")
-    wanted = {name: tensor for name, tensor in wanted.items() if name in present}
-    for name, tensor in wanted.items():
-        shape = index.tensor(name).size
-        if shape != tensor.shape:
+    names = {name: stored for name, stored in names.items() if stored in present}
+    for name, stored in names.items():
+        shape = index.tensor(stored).size
+        if shape != shapes[name]:
             raise CheckpointError(
-                f"{name} is {tuple(shape)} in {path} and {tuple(tensor.shape)} in the model"
+                f"{stored} is {tuple(shape)} in {path} and {tuple(shapes[name])} in the model"
             )
-    with torch.no_grad():
-        read_into(wanted, index, path if path.is_dir() else path.parent, filesystem)
+    root = path if path.is_dir() else path.parent
+    return Weights(folder=root, names=names, index=index, filesystem=filesystem)
 
 
 def _headers(path: Path, filesystem: FileSystem) -> dict[str, dict[str, Entry]]:

@@ -13,6 +13,7 @@ from nbaccel.core.checkpoint.manifest import MANIFEST, check_bytes, check_sizes,
 from nbaccel.core.checkpoint.shards import INDEX, Index, read_into
 from nbaccel.core.save_model import save_model
 from nbaccel.core.world import single
+from nbaccel.core.zero.native import find_native, read_native
 from nbaccel.errors import CheckpointError
 
 __all__ = ["Merged", "merge"]
@@ -38,12 +39,16 @@ def merge(
     """Write the weights of a checkpoint's model; every byte that is read is verified first.
 
     Args:
-        checkpoint: its folder, or a project folder, of which the newest complete one is taken.
+        checkpoint: its folder, or a project folder, of which the newest complete one is taken; or what DeepSpeed's
+            own `save_checkpoint` wrote under ZeRO, whose float32 weights are put together.
         model: which one, where it holds several: "model_0".
 
     Raises:
         CheckpointError: it is incomplete or damaged, there is no such model, or `out` cannot be written.
     """
+    native = find_native(checkpoint)
+    if native is not None:
+        return _merge_native(native, out, model, max_shard_size)
     filesystem = LocalFileSystem()
     folder = _one(checkpoint, filesystem)
     manifest = read_manifest(folder, filesystem)
@@ -67,6 +72,23 @@ def merge(
         step=manifest.step,
         world_size=manifest.world_size,
         model=name,
+        files=tuple(files),
+        num_tensors=len(tensors),
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def _merge_native(folder: Path, out: Path, model: str | None, max_shard_size: int | str) -> Merged:
+    if model not in (None, "model_0"):
+        raise CheckpointError(f"checkpoint {folder} has no {model}; it has model_0")
+    native = read_native(folder)
+    files = save_model(native.model, out, world=single(), max_shard_size=max_shard_size)
+    tensors = {tensor.data_ptr(): tensor for tensor in native.model.values()}
+    return Merged(
+        checkpoint=folder,
+        step=native.step,
+        world_size=native.world_size,
+        model="model_0",
         files=tuple(files),
         num_tensors=len(tensors),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),

@@ -29,6 +29,7 @@ from nbaccel.core.knobs import Knobs
 from nbaccel.core.loop import Loop
 from nbaccel.core.rng import RngState
 from nbaccel.core.world import World
+from nbaccel.core.zero.universal import convert
 from nbaccel.errors import CheckpointError, ConfigError
 
 __all__ = ["Saving"]
@@ -135,6 +136,8 @@ class Saving:
     def load(self, folder: str | Path | None, *, strict: bool = True, allow_pickle: bool = False) -> Loaded:
         """Loads `folder`, or the newest complete checkpoint of the project.
 
+        A folder that DeepSpeed wrote itself is converted first, which is said; data and random state are not in it.
+
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model.
         """
@@ -147,9 +150,32 @@ class Saving:
 
     def _load(self, folder: Path, *, strict: bool, allow_pickle: bool, verify: bool) -> Loaded:
         contents = self._contents(self._hooked_load)
-        return self._checkpoints.load(
-            folder, contents, strict=strict, allow_pickle=allow_pickle, verify=verify
-        )
+        universal = self._universal(folder)
+        if universal is None:
+            return self._checkpoints.load(
+                folder, contents, strict=strict, allow_pickle=allow_pickle, verify=verify
+            )
+        loaded = self._checkpoints.load(universal, contents, strict=False)
+        if self._world.is_main and loaded.untouched:
+            print(
+                f"not in it, and left as they are: {', '.join(name for name, _ in loaded.untouched)}",
+                flush=True,
+            )
+        return loaded
+
+    def _universal(self, folder: Path) -> Path | None:
+        """What stands for a checkpoint that DeepSpeed wrote itself, converted by the main rank; None for ours."""
+        found, problem = None, None
+        if self._world.is_main:
+            try:
+                found = convert(folder)
+            except CheckpointError as error:
+                problem = error
+        said = None if problem is None else str(problem)
+        found, said = broadcast_object_list([(found, said)], world=self._world)[0]
+        if said is not None:
+            raise CheckpointError(said) from problem
+        return found  # type: ignore[no-any-return]
 
     def _newest(self) -> Found:
         """The newest complete checkpoint of the project, every byte of it read and compared."""

@@ -146,14 +146,17 @@ def _from_python(text: str) -> Size:
 def size_of(model: nn.Module, *, name: str = "", source: str = "python") -> Size:
     """The size of a module, which may be on the meta device."""
     parameters = dict(model.named_parameters())
-    counts = {key: parameter.numel() for key, parameter in parameters.items()}
+    # a parameter that was made under DeepSpeed's zero.Init is empty, and says what it is the shard of
+    counts = {key: int(getattr(p, "ds_numel", p.numel())) for key, p in parameters.items()}
     total = sum(counts.values())
     return Size(
         name=name or type(model).__name__,
         source=source,
         parameters=total,
-        trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        element_bytes=sum(p.nbytes for p in parameters.values()) / total if total else 4.0,
+        trainable=sum(counts[key] for key, p in parameters.items() if p.requires_grad),
+        element_bytes=sum(n * parameters[key].itemsize for key, n in counts.items()) / total
+        if total
+        else 4.0,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         **_structure(counts),
     )

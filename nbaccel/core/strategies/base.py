@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,6 +151,14 @@ class Strategy(ABC):
 
         With `rank_zero_only` sharded strategies put it together on the CPU of rank 0, one tensor after
         another, and other ranks may get an empty one.
+        """
+
+    @abstractmethod
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        """Fills a wrapped module from safetensors files, of which each rank keeps its part only.
+
+        Raises:
+            CheckpointError: nothing there, or of another model; nothing has been changed then.
         """
 
     @abstractmethod

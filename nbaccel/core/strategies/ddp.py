@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
 from nbaccel.core.composed import share_composed
+from nbaccel.core.load_model import load_module
 from nbaccel.core.strategies.base import (
     DataAxis,
     Strategy,
@@ -169,6 +171,9 @@ class DDP(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self.unwrap(module).state_dict()
+
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        load_module(self.unwrap(module), folder, strict=strict)
 
     def model_state(self, module: nn.Module) -> Sharded:
         return ModelState(module)

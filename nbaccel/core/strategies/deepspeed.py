@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -22,6 +23,7 @@ from nbaccel.core.blocks import find_blocks
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.checkpoint.modules import canonical_name
 from nbaccel.core.collectives import broadcast_module
+from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import materialise
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.plan import size_of
@@ -29,8 +31,16 @@ from nbaccel.core.precision import Precision
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
+from nbaccel.core.zero.ops import load_ops
 from nbaccel.core.zero.settings import settings, with_stage_of_file
-from nbaccel.core.zero.state import ZeroModelState, ZeroOptimizerState, part_of, whole_state_dict, write_part
+from nbaccel.core.zero.state import (
+    ZeroModelState,
+    ZeroOptimizerState,
+    load_weights,
+    part_of,
+    whole_state_dict,
+    write_part,
+)
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
@@ -91,6 +101,11 @@ class Zero(Strategy):
             return module, list(optimizers)
         (optimizer,) = self._checked(optimizers)
         stage = self._stage
+        if stage != 3 and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
+            raise ConfigError(
+                f"the model was built under zero.Init, in shards, which stage {stage} of ZeRO does not have; ask for "
+                "DeepSpeed(stage=3), or build it without"
+            )
         known: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         size = size_of(module)
         config = settings(
@@ -102,7 +117,7 @@ class Zero(Strategy):
             accumulation=self._accumulation,
             clipping=self._clipping,
         )
-        _say_what_compiles(self._deepspeed, config, self._world)
+        load_ops(config, self._world)
         groups = [[known.get(p) for p in group["params"]] for group in optimizer.param_groups]
         if self._options.activation_checkpointing:
             for block in find_blocks(module, "auto") or [module]:
@@ -147,6 +162,10 @@ class Zero(Strategy):
             fresh = [p for p in part.parameters() if id(p) not in done]
             done.update(map(id, fresh))
             for parameter in fresh:
+                if hasattr(parameter, "ds_tensor"):  # from DeepSpeed's own zero.Init: in shards already
+                    if self._precision.dtype is not None and parameter.requires_grad:
+                        exact[names[id(parameter)]] = parameter.ds_tensor.float().clone()
+                    continue
                 parameter.data = parameter.data.to(self._world.device).contiguous()
                 dist.broadcast(parameter.data, src=0)
                 if self._precision.dtype is not None and parameter.requires_grad and stage:
@@ -261,6 +280,12 @@ class Zero(Strategy):
             return module.state_dict()
         return whole_state_dict(self.unwrap(module), keep=self._world.is_main or not rank_zero_only)
 
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        if self._zero is None or module is not self._engine:
+            load_module(self.unwrap(module), folder, strict=strict)
+        else:
+            load_weights(self.unwrap(module), folder, strict=strict)
+
     def model_state(self, module: nn.Module) -> Sharded:
         zero = self._zero
         inner = self.unwrap(module)
@@ -368,17 +393,3 @@ def _import(world: World) -> Any:
         # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _say_what_compiles(deepspeed: Any, config: Mapping[str, Any], world: World) -> None:
-    zero = config["zero_optimization"]
-    places = [zero.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")]
-    if "nvme" not in places:
-        return
-    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise ConfigError(
-            "DeepSpeed's NVMe offload needs libaio and a compiler: apt-get install libaio-dev g++ ninja-build"
-        )
-    if world.is_main:
-        print("deepspeed: compiling async_io for NVMe offload, once (about a minute)", flush=True)

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nbaccel.core.blocks import find_blocks, keep_ties_together
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.context import context_ranks, make_context_mesh
+from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import give_back_memory, materialise
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.sharded import (
@@ -199,6 +200,9 @@ class FullyShardedDataParallel(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
+
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        load_module(module, folder, strict=strict)
 
     def model_state(self, module: nn.Module) -> Sharded:
         return ModelState(module)

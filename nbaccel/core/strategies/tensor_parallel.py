@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import materialise
 from nbaccel.core.sharded import (
     clip_sharded_norm,
@@ -94,6 +96,9 @@ class TensorParallelism(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
+
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+        load_module(module, folder, strict=strict)
 
     def model_state(self, module: nn.Module) -> Sharded:
         return ModelState(module)

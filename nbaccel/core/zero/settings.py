@@ -51,6 +51,7 @@ def settings(
             "stage3_param_persistence_threshold": buckets.persistent,
             "sub_group_size": buckets.sub_group,
         }
+    zero |= _asked(options, stage)
     for name, place in (
         ("offload_optimizer", options.offload_optimizer),
         ("offload_param", options.offload_param),
@@ -85,6 +86,22 @@ def settings(
     merged = _merge(filled, given)
     merged["train_micro_batch_size_per_gpu"] = 1
     return merged
+
+
+def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
+    """The sizes and lists that were named, by DeepSpeed's names."""
+    found: dict[str, Any] = {
+        "reduce_bucket_size": options.reduce_bucket_size,
+        "allgather_bucket_size": options.allgather_bucket_size,
+    }
+    if stage == 3:
+        found |= {
+            "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
+            "stage3_max_live_parameters": options.max_live_parameters,
+            "stage3_param_persistence_threshold": options.param_persistence_threshold,
+            "leaf_module": {"classes": list(options.leaf_modules)} if options.leaf_modules else None,
+        }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def with_stage_of_file(options: DeepSpeed) -> DeepSpeed:

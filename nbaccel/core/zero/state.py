@@ -8,6 +8,7 @@ rank's parts of them. Whole tensors are on the CPU of every rank while a checkpo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -16,9 +17,17 @@ from torch import Tensor, nn
 
 from nbaccel.core.checkpoint import Entries, Saved
 from nbaccel.core.checkpoint.modules import differences
+from nbaccel.core.load_model import find_weights, tied_names
 from nbaccel.errors import CheckpointError
 
-__all__ = ["ZeroModelState", "ZeroOptimizerState", "part_of", "whole_state_dict", "write_part"]
+__all__ = [
+    "ZeroModelState",
+    "ZeroOptimizerState",
+    "load_weights",
+    "part_of",
+    "whole_state_dict",
+    "write_part",
+]
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
@@ -50,6 +59,18 @@ def whole_state_dict(module: nn.Module, *, keep: bool = True) -> dict[str, Any]:
         else:
             found[name] = value.detach().clone() if isinstance(value, Tensor) else value
     return found if keep else {}
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+    """Fills the engine's module from safetensors files, one tensor after another. See `load_model`."""
+    state = module.state_dict(keep_vars=True)
+    shapes = {name: _shape(value) for name, value in state.items() if isinstance(value, Tensor)}
+    found = find_weights(shapes, tied_names(module), folder, strict=strict)
+    for name in found.names:
+        value = torch.empty(shapes[name], dtype=found.dtype(name))
+        found.read({name: value})
+        _write(state[name], value)
 
 
 @final
@@ -87,11 +108,7 @@ class ZeroModelState:
     def finish(self, tensors: Mapping[str, Tensor], saved: Saved) -> None:
         state = self._module.state_dict(keep_vars=True)
         for name, value in tensors.items():
-            current = state[name]
-            if isinstance(current, nn.Parameter):
-                write_parameter(current, value)
-            else:
-                current.copy_(value)
+            _write(state[name], value)
 
 
 @final
@@ -207,6 +224,14 @@ def _shared(state: Mapping[str, Any] | None, flat: Tensor) -> list[tuple[str, Te
 def _shape(value: Tensor) -> torch.Size:
     shape: torch.Size = getattr(value, "ds_shape", value.shape)
     return shape
+
+
+def _write(current: Tensor, value: Tensor) -> None:
+    """A whole value into a parameter or a buffer."""
+    if isinstance(current, nn.Parameter):
+        write_parameter(current, value)
+    else:
+        current.copy_(value)
 
 
 def write_parameter(parameter: Any, value: Tensor) -> None:
