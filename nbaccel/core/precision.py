@@ -65,7 +65,10 @@ class Precision:
         """A fresh context in which operations compute in this precision."""
         if self.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, self.dtype, enabled=enabled, cache_enabled=cache_enabled)
+        # Ranks that are threads share the cache of casts, and one that leaves its context empties it for the others:
+        # their graphs would differ. XLA finds equal casts itself.
+        cached = cache_enabled and self.device_type != "xla"
+        return torch.autocast(self.device_type, self.dtype, enabled=enabled, cache_enabled=cached)
 
     def make_scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler fp16 needs, on the right device; None for the others."""

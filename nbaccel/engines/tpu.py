@@ -2,7 +2,7 @@
 
 Its own `set_tpu_launch_env` chooses ports and the topology for all of a host's processes and puts them in the
 environment of the one that is about to start them. It is asked in an interpreter of its own: the process that forks
-ranks has to stay single-threaded and away from the chips. Source: torch-tpu, `torch.tpu.distributed.environment`.
+ranks has to stay single-threaded and away from the chips. Source: torch-tpu 0.2, `torch.tpu.distributed`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import json, os, sys
 sys.path[:] = {{path!r}}
 before = dict(os.environ)
 import torch, torch_tpu
-from torch.tpu.distributed import environment
-environment.set_tpu_launch_env(nproc_per_node={{count}})
+from torch.tpu import distributed
+distributed.set_tpu_launch_env(nproc_per_node={{count}})
 changed = {{{{name: value for name, value in os.environ.items() if before.get(name) != value}}}}
 print({_MARK!r} + json.dumps(changed))
 """

@@ -30,13 +30,13 @@ def set_up(spec: RunSpec, process: int) -> list[torch.device]:
     Raises:
         RuntimeError: the runtime has another number of devices than were planned, or numbers them otherwise.
     """
+    processes = spec.num_processes // spec.replicas
     if spec.runtime == "torch_tpu":
         importlib.import_module("torch_tpu")
         return [_device("tpu:0")]
     if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":  # the CPU's programs cannot be read back
-        os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", _cache_folder())
+        os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", _cache_folder(process, processes))
     pjrt = importlib.import_module("torch_xla._internal.pjrt")
-    processes = spec.num_processes // spec.replicas
     if os.environ.get("XLA_USE_SPMD") == "1":
         return [current_device()]
     if spec.num_processes == 1:
@@ -86,7 +86,8 @@ def _device(name: str) -> torch.device:
     return made
 
 
-def _cache_folder() -> str:
-    """Where compiled programs outlive the process: beside our other caches."""
+def _cache_folder(process: int, processes: int) -> str:
+    """Where compiled programs outlive the process: beside our other caches, each process's apart, as torch_xla's
+    documentation has it."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "nbaccel", "xla")
+    return os.path.join(home, "nbaccel", "xla", f"{process}-of-{processes}")

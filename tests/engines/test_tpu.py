@@ -26,12 +26,9 @@ def set_tpu_launch_env(nproc_per_node):
 """
 PACKAGE = """
 import sys, types
-torch_tpu = types.ModuleType("torch.tpu")
-for name in ("torch.tpu", "torch.tpu.distributed"):
-    sys.modules[name] = types.ModuleType(name)
 from torch_tpu import environment
-sys.modules["torch.tpu.distributed"].environment = environment
-sys.modules["torch.tpu.distributed.environment"] = environment
+sys.modules["torch.tpu"] = types.ModuleType("torch.tpu")
+sys.modules["torch.tpu"].distributed = sys.modules["torch.tpu.distributed"] = environment
 """
 
 

@@ -1,0 +1,87 @@
+"""What is compiled again, what is not, and how either is seen."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nbaccel import Accelerator, Session, launch
+
+pytestmark = pytest.mark.slow
+
+
+def counts(*names: str) -> list[int]:
+    import torch_xla
+
+    return [int(torch_xla._XLAC._xla_counter_value(name) or 0) for name in names]
+
+
+def train(sizes: list[int]) -> dict[str, int]:
+    """A step for each batch size; how many graphs were compiled, and what the cache on disk said."""
+    before = counts("UncachedCompile")[0]
+    acc = Accelerator()
+    model: Any = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches: Any = DataLoader([torch.ones(size, 8) for size in sizes], batch_size=None)
+    model, optimizer = acc.prepare(model, optimizer)
+    for batch in batches:
+        acc.step(model(batch.to(acc.device)).mean(), optimizer)
+    value = next(iter(model.parameters())).cpu()
+    compiled, known = counts("UncachedCompile", "PersistentCacheDeserializeFailure")
+    return {"compiled": compiled - before, "known on disk": known, "parameters": len(value)}
+
+
+def test_second_call_of_a_session_compiles_nothing() -> None:
+    with Session(num_processes=1, device="tpu") as session:
+        first, second = (session.run(train, [4, 4, 4])[0] for _ in range(2))
+        other = session.run(train, [4, 5, 5])[0]
+    assert first["compiled"] > 0
+    assert second["compiled"] == 0
+    assert 0 < other["compiled"] <= first["compiled"]
+
+
+def test_second_launch_finds_its_programs_on_disk(tmp_path: Path) -> None:
+    """The CPU's programs are written and found again, by the same names; only TPU's can be read back."""
+    env = {"XLA_PERSISTENT_CACHE_PATH": str(tmp_path)}
+    found = []
+    for _ in range(2):
+        ended = launch(train, [4, 4], num_processes=1, device="tpu", env=env).result(timeout=200)[0]
+        found.append((ended["compiled"], ended["known on disk"], len(list(tmp_path.rglob("*")))))
+    (compiled, known, files), again = found
+    assert known == 0
+    assert files >= compiled > 0
+    assert again == (compiled, compiled, files)
+
+
+def test_shapes_that_are_compiled_again_and_again_are_named() -> None:
+    run = launch(train, [8, 8, 7, 6, 8], num_processes=1, device="tpu")
+    run.result(timeout=200)
+    logged = run.logs(0)
+    assert "compiled the training step for 3 different shapes of the model's inputs" in logged
+    assert "step 1: float32[8, 8]; step 3: float32[7, 8]; step 4: float32[6, 8]" in logged
+
+
+def deep(layers: int) -> float:
+    """A graph that takes long to compile: no two of its matrices are of one size."""
+    acc = Accelerator()
+    value = torch.ones(2, 3).to(acc.device)
+    for size in range(3, 3 + layers):
+        value = torch.tanh(value @ torch.ones(size, size + 1, device=acc.device) / size)
+    return value.mean().item()
+
+
+def test_rank_that_compiles_says_so() -> None:
+    run = launch(deep, 150, num_processes=1, device="tpu")
+    seen = set()
+    deadline = time.monotonic() + 200
+    while not run.done() and time.monotonic() < deadline:
+        seen.add(run.state.ranks[0].state)
+        time.sleep(0.05)
+    assert 0 < run.result(timeout=10)[0] <= 1
+    assert "compiling" in seen
