@@ -14,7 +14,7 @@ from nbaccel.session.panel.reading import Row, clock, number
 
 __all__ = ["Line", "paint_html", "paint_text"]
 
-_STATE_WIDTH, _ARGUMENT_WIDTH, _METRIC_WIDTH = 100, 92, 110
+_STATE_WIDTH, _ARGUMENT_WIDTH, _METRIC_WIDTH = 132, 92, 130
 _WAITING = ("#8c8c8c", "○")
 _MOST_ARGUMENTS, _MOST_METRICS = 6, 2
 _TEXT_WIDTH = 108
@@ -63,7 +63,7 @@ def _row(line: Line, columns: Sequence[str]) -> str:
     given = _arguments(line)
     cells += [cell(escape(plain(given.get(name, ""))), _ARGUMENT_WIDTH) for name in columns]
     row = line.row
-    if row is not None and line.state == "running":
+    if row is not None and row.loop and line.state == "running":
         cells.append(bar_cell(row, named=True))
     if row is not None:
         metrics = " ".join(
