@@ -45,7 +45,7 @@ ARGUMENTS: Mapping[str, str] = {
     "deepspeed_plugins": _DEEPSPEED,
     "fsdp_plugin": "is strategy=FSDP(...); see docs/strategies.md",
     "torch_tp_plugin": "is strategy=TensorParallel(...) or FSDP(tensor_parallel=TensorParallel(...))",
-    "megatron_lm_plugin": "is not supported; DDP is",
+    "megatron_lm_plugin": "is strategy=TensorParallel(...) or Pipeline(...), by torch; see docs/strategies.md",
     "parallelism_config": "is strategy=FSDP(tensor_parallel=TensorParallel(...)) and the like",
     "rng_types": "is not needed: loaders' orders come from (seed, epoch), equal on all ranks; "
     "nbaccel.core.rng.synchronize_rng_states does it by hand",
