@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import secrets
 import sys
 import time
@@ -88,7 +89,7 @@ def map(
     source = cell_source()
 
     def start(trial: Trial, plan: Plan) -> Run:
-        return _start(replace(requests[trial.number], plan=plan), source)
+        return _start(replace(requests[trial.number], plan=plan), source, trial.arguments)
 
     sweep = Sweep(trials, plans, start)
     with Presses() as presses:
@@ -123,7 +124,7 @@ def _call(trial: Trial) -> tuple[tuple[Any, ...], Mapping[str, Any] | None]:
     return ((), given) if isinstance(given, Mapping) else ((given,), None)
 
 
-def _start(request: Request, source: str | None) -> Run:
+def _start(request: Request, source: str | None, arguments: Any) -> Run:
     made: list[Run] = []
     folder = make_folder(request.task.name, request.folder, _say)
 
@@ -135,7 +136,10 @@ def _start(request: Request, source: str | None) -> Run:
     if folder is not None:
         facts = run_facts(request.task.function, request.task.name, source, request.plan, request.environment)
         asked = json.loads(request.config.to_json())
-        sinks.append(FolderSink(folder, config=asked, run=facts, report=_say))
+        told = {name: _brief(value) for name, value in _named(arguments).items()}
+        sinks.append(
+            FolderSink(folder, config=asked, run=lambda: {**facts(), "arguments": told}, report=_say)
+        )
     run = start_run(
         request.task,
         config=request.config,
@@ -150,6 +154,15 @@ def _start(request: Request, source: str | None) -> Run:
     )
     made.append(run)
     return run
+
+
+def _named(arguments: Any) -> Mapping[str, Any]:
+    return arguments if isinstance(arguments, Mapping) else {"argument": arguments}
+
+
+def _brief(value: Any) -> Any:
+    """An argument for the run folder, by which `compare` tells trials apart."""
+    return value if isinstance(value, (bool, int, float, str)) else reprlib.repr(value)
 
 
 def _say(note: str) -> None:

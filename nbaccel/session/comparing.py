@@ -94,6 +94,7 @@ class _Run:
         view = read(state, heading, time.time())
         self.source: str = str(run.get("cell") or run.get("source") or "")
         self.asked = {
+            **_flat(run.get("arguments") or {}),
             **_flat({name: plan[name] for name in _PLAN if name in plan}),
             **_flat({name: value for name, value in asked.items() if name != "sources"}),
             **state.options,
