@@ -72,6 +72,11 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         asked = "strategy='xla'" if name == "xla" else "xla_spmd"
         raise ConfigError(f"{asked} needs XLA devices: launch with device='tpu'")
     if world.size == 1:
+        if name == "pipeline":
+            raise ConfigError(
+                "strategy 'pipeline' divides a model over at least two ranks, and there is one; launch more, or leave "
+                "it out and call the model and backward(loss)"
+            )
         return Single(world.device)
     _check_fp8(config, precision)
     if name == "deepspeed":
@@ -97,7 +102,9 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
 
 def _on_xla(config: RunConfig, world: World) -> Strategy:
     if config.strategy not in (None, "auto", "xla", "ddp", "single"):
-        raise ConfigError(f"strategy={config.strategy!r} cannot run on XLA devices; use 'xla', or leave it out")
+        raise ConfigError(
+            f"strategy={config.strategy!r} cannot run on XLA devices; use 'xla', or leave it out"
+        )
     # imported where they are used: they need torch_xla
     if config.xla_spmd:
         from nbaccel.core.strategies.xla_spmd import XLASharded

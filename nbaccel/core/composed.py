@@ -19,7 +19,7 @@ __all__ = ["is_composed", "parts_of", "share_composed"]
 
 def is_composed(tensor: Tensor) -> bool:
     """Whether what holds the numbers are other tensors."""
-    return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
+    return not isinstance(tensor, DTensor) and bool(is_traceable_wrapper_subclass(tensor))
 
 
 def parts_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -81,7 +81,9 @@ def save_model(
     limit = byte_count(max_shard_size)
     if not world.is_main:
         return []
-    quantised = [name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_composed(tensor)]
+    quantised = [
+        name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_composed(tensor)
+    ]
     if quantised:
         raise ConfigError(
             f"{quantised[0]} is a {type(state[quantised[0]]).__name__}, and files in Hugging Face's layout hold plain "

@@ -168,12 +168,13 @@ class TrustChecks:
             return
         apart = self._loop.strategy.apart  # training on their own for a while, so not equal
         models = [self._unwrap(model) for model in self._loop.models if model not in apart]
+        first = self._has_own_data()
         mine = Facts(
             models=[describe_model(model, self._before.get(model)) for model in models],
             places=self._places,
-            samples={key: sorted(seen) for key, seen in self._samples.items()} if self._has_own_data() else {},
+            samples={key: sorted(seen) for key, seen in self._samples.items()} if first else {},
             orders=self._orders,
-            inputs=self._inputs if self._has_own_data() else [],
+            inputs=self._inputs if first else [],
             prepared_loader=self._prepared_loader,
         )
         told = gather_object(mine, world=self._loop.world)

@@ -129,6 +129,13 @@ def test_training_when_there_are_copies_averages_over_them(alone: tuple[dict[str
         assert max(difference(one["state"][n], alone[0]["state"][n]) for n in one["state"]) <= 1e-3
 
 
+def test_pipeline_when_there_is_one_process_is_refused() -> None:
+    from nbaccel import Accelerator
+
+    with pytest.raises(ConfigError, match="at least two ranks"):
+        Accelerator(cpu=True, strategy=Pipeline(loss=cross_entropy))
+
+
 def refusals() -> list[str]:
     from nbaccel import Accelerator
 
