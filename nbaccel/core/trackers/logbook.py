@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,8 +80,10 @@ class Logbook:
             trackers.store_system(facts(self._world))
         sampler = Sampler(sample(self._world.device)) if trackers.can("log_system") else None
         self._log = MetricLog(trackers, world=self._world, sampler=sampler)
-        # a loop that never says end_training
-        weakref.finalize(self, self._log.close)
+        # a loop that never says end_training; at exit before the trackers' own handlers, which came before
+        finalizer = weakref.finalize(self, self._log.close)
+        finalizer.atexit = False
+        atexit.register(finalizer)
 
     def get(self, name: str) -> Tracker:
         """The running tracker of that name; where it was asked for and does not run, one that keeps nothing.
