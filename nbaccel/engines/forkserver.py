@@ -90,7 +90,7 @@ class ForkServer:
         self._guardian = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=fds,
-            env=dict(environ),
+            env={**environ, **_kept_from_loading()},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Jupyter interrupts by killpg
         )
@@ -275,6 +275,12 @@ def _abandon_all() -> None:
 
 atexit.register(shut_down)
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _kept_from_loading() -> dict[str, str]:
+    """TorchTPU is loaded with torch where it is installed, and starts a thread: not in processes that are forked.
+    Ranks on its chips import it themselves."""
+    return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if importlib.util.find_spec("torch_tpu") else {}
 
 
 def frozen(environ: Mapping[str, str]) -> dict[str, str]:
