@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import nbaccel.compat.accelerate as compat
 from nbaccel.compat.accelerate import names
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel
 
 
@@ -92,6 +93,15 @@ def test_plugins_when_given_become_strategies():
 def test_argument_when_it_cannot_be_honoured_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         accelerator(**options)
+
+
+def test_fp8_recipes_when_given_become_options():
+    assert compat.AORecipeKwargs().options() == compat.FP8RecipeKwargs(backend="ao").options() == FP8Options()
+    assert compat.TERecipeKwargs().options().backend == "transformer_engine"
+    with pytest.raises(ConfigError, match="margin"):
+        accelerator(mixed_precision="fp8", kwargs_handlers=[compat.TERecipeKwargs(margin=1)])
+    with pytest.raises(ConfigError, match="MSAMP"):
+        compat.FP8RecipeKwargs(backend="MSAMP").options()
 
 
 def test_attribute_when_it_cannot_be_set_is_refused():

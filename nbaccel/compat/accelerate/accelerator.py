@@ -19,15 +19,18 @@ from nbaccel import core
 from nbaccel.compat.accelerate.data_loader import skip_first_batches
 from nbaccel.compat.accelerate.state import AcceleratorState, GradientState, asked, remember, type_of
 from nbaccel.compat.accelerate.utils.dataclasses import (
+    AORecipeKwargs,
     AutocastKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
+    FP8RecipeKwargs,
     GradientAccumulationPlugin,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
     ProjectConfiguration,
+    TERecipeKwargs,
 )
 from nbaccel.compat.accelerate.utils.other import save
 from nbaccel.compat.accelerate.utils.plugins import (
@@ -92,6 +95,11 @@ class Accelerator:
         self._autocast = by_kind.get(AutocastKwargs, AutocastKwargs())
         self._profile = by_kind.get(ProfileKwargs, ProfileKwargs())
         ddp, scaler = by_kind.get(DistributedDataParallelKwargs), by_kind.get(GradScalerKwargs)
+        fp8 = [
+            one for kind, one in by_kind.items() if kind in (AORecipeKwargs, FP8RecipeKwargs, TERecipeKwargs)
+        ]
+        if len(fp8) > 1:
+            raise ConfigError(f"kwargs_handlers holds {len(fp8)} recipes for fp8")
         if group := by_kind.get(InitProcessGroupKwargs):
             join(asked(cpu, group.timeout))
         dynamo = dynamo_plugin or TorchDynamoPlugin(backend=dynamo_backend)
@@ -112,6 +120,7 @@ class Accelerator:
             "step_scheduler_with_optimizer": None if step_scheduler_with_optimizer else False,
             "ddp": ddp and ddp.options(),
             "scaler": scaler and scaler.options(),
+            "fp8": fp8[0].options() if fp8 else None,
             "compile": dynamo.compile(),
         }
         for name in [name for name, value in given.items() if value is None or name in options]:
@@ -303,11 +312,14 @@ def _project(given: ProjectConfiguration | None, project_dir: Any) -> ProjectCon
 
 def _by_kind(handlers: Sequence[Any] | None) -> dict[type, Any]:
     known = (
+        AORecipeKwargs,
         AutocastKwargs,
         DistributedDataParallelKwargs,
+        FP8RecipeKwargs,
         GradScalerKwargs,
         InitProcessGroupKwargs,
         ProfileKwargs,
+        TERecipeKwargs,
     )
     found: dict[type, Any] = {}
     for one in handlers or ():

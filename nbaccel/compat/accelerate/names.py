@@ -19,9 +19,9 @@ _NAMES = {
     f"{_HERE}.tracking": "GeneralTracker on_main_process",
     f"{_HERE}.launchers": "debug_launcher notebook_launcher",
     f"{_HERE}.state": "AcceleratorState GradientState PartialState",
-    f"{_HERE}.utils.dataclasses": "AutocastKwargs DDPCommunicationHookType DataLoaderConfiguration "
-    "DistributedDataParallelKwargs DistributedType GradScalerKwargs GradientAccumulationPlugin "
-    "InitProcessGroupKwargs LoggerType PrecisionType ProfileKwargs ProjectConfiguration RNGType",
+    f"{_HERE}.utils.dataclasses": "AORecipeKwargs AutocastKwargs DDPCommunicationHookType DataLoaderConfiguration "
+    "DistributedDataParallelKwargs DistributedType FP8RecipeKwargs GradScalerKwargs GradientAccumulationPlugin "
+    "InitProcessGroupKwargs LoggerType PrecisionType ProfileKwargs ProjectConfiguration RNGType TERecipeKwargs",
     f"{_HERE}.utils.plugins": "DeepSpeedPlugin FullyShardedDataParallelPlugin TorchDynamoPlugin "
     "TorchTensorParallelPlugin",
     f"{_HERE}.utils.operations": "DistributedOperationException broadcast broadcast_object_list concatenate "

@@ -14,13 +14,16 @@ from typing import Any
 from nbaccel.core.precision import ScalerOptions
 from nbaccel.core.strategies.ddp import DDPOptions
 from nbaccel.errors import ConfigError
+from nbaccel.fp8 import FP8Options
 
 __all__ = [
+    "AORecipeKwargs",
     "AutocastKwargs",
     "DDPCommunicationHookType",
     "DataLoaderConfiguration",
     "DistributedDataParallelKwargs",
     "DistributedType",
+    "FP8RecipeKwargs",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
     "InitProcessGroupKwargs",
@@ -29,6 +32,7 @@ __all__ = [
     "ProfileKwargs",
     "ProjectConfiguration",
     "RNGType",
+    "TERecipeKwargs",
 ]
 
 
@@ -271,3 +275,65 @@ class DistributedDataParallelKwargs:
         if state:
             raise ConfigError(f"comm_state_option: {', '.join(state)} cannot be given here")
         return options
+
+
+@dataclass
+class AORecipeKwargs:
+    """Float8 by torchao; details are given by `fp8=FP8Options(recipe=..., skip=[...])`."""
+
+    config: Any = None
+    module_filter_func: Callable[..., bool] | None = None
+    pad_inner_dim: bool | None = None
+    enable_fsdp_float8_all_gather: bool | None = None
+
+    def options(self) -> FP8Options:
+        """The same as nbaccel has it."""
+        _refuse_given(self, ())
+        return FP8Options()
+
+
+@dataclass
+class TERecipeKwargs:
+    """Float8 by transformer-engine; its recipe is that package's default here."""
+
+    use_autocast_during_eval: bool | None = None
+    margin: int | None = None
+    interval: int | None = None
+    fp8_format: Any = None
+    amax_history_len: int | None = None
+    amax_compute_algo: Any = None
+    override_linear_precision: Any = None
+    use_mxfp8_block_scaling: bool | None = None
+
+    def options(self) -> FP8Options:
+        """The same as nbaccel has it."""
+        _refuse_given(self, ())
+        return FP8Options(backend="transformer_engine")
+
+
+@dataclass
+class FP8RecipeKwargs:
+    """Float8 by the backend named: "AO" or "TE"."""
+
+    backend: str | None = None
+    opt_level: str | None = None
+
+    def options(self) -> FP8Options:
+        """The same as nbaccel has it."""
+        _refuse_given(self, ("backend",))
+        known = {"AO": "torchao", "TE": "transformer_engine"}
+        name = (self.backend or "TE").upper()
+        if name not in known:
+            raise ConfigError(
+                f"FP8RecipeKwargs(backend={self.backend!r}) does not exist here; use 'AO' or 'TE'"
+            )
+        return FP8Options(backend=known[name])  # type: ignore[arg-type]
+
+
+def _refuse_given(recipe: Any, but: tuple[str, ...]) -> None:
+    given = [name for name, value in vars(recipe).items() if value is not None and name not in but]
+    if given:
+        raise ConfigError(
+            f"{type(recipe).__name__}({given[0]}=...) does not exist here; give Accelerator(fp8=FP8Options(...)), "
+            "which names the recipe and the layers to leave out"
+        )
