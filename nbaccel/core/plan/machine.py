@@ -24,6 +24,8 @@ class Machine:
     """Between hosts: 10 Gbit/s unless somebody knows better."""
     host_bandwidth: float = 2.5e10
     """Between host memory and the device."""
+    packing_bandwidth: float = 1e12
+    """At which shards are copied into one buffer and out of it, around each collective."""
     latency: float = 5e-5
     """Seconds of a collective that carries nothing."""
     overlaps: bool = True
@@ -46,6 +48,8 @@ _GPUS: dict[str, tuple[float, float, float, float]] = {
 _OTHER_GPU = (2.0e13, 6.0e13, 5.0e11, 2.0e10)
 _CORE = (4.0e10, 4.0e10, 6.0e9, 1.0e9)
 """One core of a server, and the memory and loopback bandwidth that come to a rank."""
+_CORE_PACKING = 1e9
+"""Seen with FSDP2 on one core: torch copies row by row there."""
 
 
 def machine_for(
@@ -75,6 +79,7 @@ def machine_for(
         narrow_flops=narrow,
         memory_bandwidth=memory,
         link_bandwidth=link,
+        packing_bandwidth=_CORE_PACKING if device_type == "cpu" else memory,
         latency=latency,
         overlaps=device_type != "cpu",
     )

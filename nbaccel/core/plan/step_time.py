@@ -80,8 +80,9 @@ def _communication(size: Size, spread: Spread, setting: Setting, machine: Machin
         moved, calls = passes * ring * whole, passes * (size.num_blocks + 1)
     else:
         # DeepSpeed's reduction of stage 1 and 2 is an all-reduce on gloo; then parameters are gathered.
+        passes = 1
         moved, calls = 2 * ring * whole, 2 + size.parameters // max(1, zero_buckets(size, n).reduce)
-    seconds = moved / across + machine.latency * calls
+    seconds = moved / across + machine.latency * calls + 2 * passes * whole / machine.packing_bandwidth
     if spread.offload:
         seconds += 2 * whole / n / machine.host_bandwidth
     return seconds
