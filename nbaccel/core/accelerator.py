@@ -676,9 +676,7 @@ class Accelerator:
         step: int | None = None,
     ) -> None:
         """Gives a table of the main process to its trackers: columns and rows, or a dataframe."""
-        self._log.log_table(
-            name, columns, data, dataframe, step=self._loop.steps if step is None else step
-        )
+        self._log.log_table(name, columns, data, dataframe, step=self._loop.steps if step is None else step)
 
     def log_artifact(self, path: str | Path, name: str | None = None) -> None:
         """Gives a file or folder of the main process to its trackers."""

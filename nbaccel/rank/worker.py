@@ -39,7 +39,6 @@ from nbaccel.rank.reporter import Reporter
 from nbaccel.rank.sharded import forget_broken_steps
 from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
 from nbaccel.rank.trainer import relay_trainer
-from nbaccel.rank.trainer import relay_trainer
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Applied, Event, Joined, Raised, Request, Returned, Status
@@ -123,7 +122,6 @@ def serve_libraries(spec: RunSpec, rank: int, port: Any) -> None:
     """Let events, bars, displays, questions and breakpoint() of this process go through `port`."""
     events.connect(port)
     relay_bars(quiet=spec.panel)
-    relay_trainer()
     relay_trainer()
     display.relay_displays()
     relay_input(port)
