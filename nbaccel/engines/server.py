@@ -106,6 +106,8 @@ def _warm_up(names: Sequence[str]) -> None:
     """Import what every run needs; single-threaded, no device touched."""
     # an import of NumPy starts BLAS threads, and a forked child inherits a pool without its threads
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # pandas brings pyarrow, whose allocator keeps a thread unless told
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:
