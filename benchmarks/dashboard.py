@@ -121,7 +121,7 @@ def flood(num_lines: int = 1_000_000) -> dict[str, float]:
 
 def progress_step(count: int = 2_000_000) -> dict[str, float]:
     """Nanoseconds a tqdm step costs in a rank, as it is and with its bar relayed."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     class Port:
         emitted = 0
