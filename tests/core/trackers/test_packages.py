@@ -173,9 +173,9 @@ Logged = tuple[Path, dict[str, Any], dict[str, Any]]
 
 def test_packages_are_imported_on_the_main_process_only_and_when_started(logged: Logged) -> None:
     _, main, other = logged
-    assert main["before"] == other["before"] == []
     assert main["imported"] == ["wandb", "mlflow", "comet_ml", "trackio"]
-    assert other["imported"] == []
+    # what this process has imported for another test is there before the ranks begin
+    assert other["imported"] == other["before"] == main["before"] != main["imported"]
     assert other["kinds"] == {"Absent"}
 
 
