@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 import nbaccel
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_MARK = re.compile(r"<!-- results: (\w+) -->")
+_PROGRAMS = "<!-- programs -->"
+_TOLD = {
+    "checkpoint": "training.md#what-it-costs",
+    "collectives": "training.md#what-it-costs",
+    "dashboard": "dashboard.md#what-it-costs",
+    "hangs": "debugging.md#what-it-costs",
+    "loader": "training.md#what-it-costs",
+    "step": "training.md#what-it-costs",
+}
+"""Pages with figures of programs that have left no file in benchmarks/results."""
 _NAMES = re.compile(r"<!-- names: (.*?) -->")
 
 
@@ -41,15 +50,33 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     named = {name for found in _NAMES.findall(markdown) for name in found.split()}
     others = " ".join(sorted(set(nbaccel.__all__) - named))
     markdown = _NAMES.sub(lambda mark: _reference(others if mark[1] == "others" else mark[1]), markdown)
-    return _MARK.sub(_results, markdown)
+    return markdown.replace(_PROGRAMS, _programs()) if _PROGRAMS in markdown else markdown
 
 
 def _reference(names: str) -> str:
     return "\n\n".join(f"::: {nbaccel._HOMES[name]}.{name}" for name in names.split())
 
 
-def _results(mark: re.Match[str]) -> str:
-    path = RESULTS / f"{mark[1]}.md"
-    if not path.exists():
-        raise PluginError(f"{path} is missing: copy it from build/bench after `make bench`")
-    return path.read_text()
+def _programs() -> str:
+    """A section for each benchmark that can be run: its own words, and its results where there are any."""
+    sections = []
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        code = path.read_text()
+        title, _, text = (ast.get_docstring(ast.parse(code)) or "").partition("\n")
+        if "__main__" in code:
+            sections.append(f"## {title.rstrip('.')}\n\n{text}\n\n{_results(path.stem)}")
+    return "\n\n".join(sections)
+
+
+def _results(name: str) -> str:
+    """What it wrote; else where its figures are told."""
+    if (RESULTS / f"{name}.md").exists():
+        return (RESULTS / f"{name}.md").read_text()
+    if (RESULTS / f"{name}.txt").exists():
+        return f"```\n{(RESULTS / f'{name}.txt').read_text()}```"
+    page = _TOLD.get(name)
+    return (
+        f"Its figures: [{page.partition('.')[0]}]({page})."
+        if page
+        else "No figures of it are kept here: run it."
+    )

@@ -203,7 +203,7 @@ class Accelerator:
             step=lambda: loop.steps,
         )
         loop.after_pass = self._log.flush
-        events.at_call_end(self._log.flush)
+        events.at_call_end(self._log.returned)
         trust = None
         if watched if config.verify is None else config.verify:
             trust = TrustChecks(loop, self.strategy.unwrap)

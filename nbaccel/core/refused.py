@@ -11,29 +11,42 @@ from nbaccel.errors import ConfigError
 __all__ = ["ARGUMENTS", "ATTRIBUTES", "PARAMETERS", "explain", "refuse_arguments", "refuse_parameters"]
 
 _DEEPSPEED = "is strategy=DeepSpeed(...)"
-_MESH = "belongs to parallelisms that are not built yet; ranks are in process_index and num_processes"
+_PLACE = (
+    "does not exist here: this rank's place among those with different data is acc.strategy.data_axis.rank, and ranks "
+    "that share a model or a sequence are neighbours in process_index"
+)
 
 ATTRIBUTES: Mapping[str, str] = {
-    "context_parallel_rank": _MESH,
+    "context_parallel_rank": _PLACE,
     "data_parallel_rank": "is acc.strategy.data_axis.rank here",
-    "data_parallel_shard_rank": _MESH,
+    "data_parallel_shard_rank": _PLACE,
+    "dataloader_config": "is split_batches, even_batches, dispatch_batches of the Accelerator itself",
     "deepspeed_plugin": "does not exist here; what was asked is acc.config.deepspeed",
-    "deepspeed_ulysses_dl_adapter": "does not exist here; sequence parallelism is not built yet",
+    "deepspeed_ulysses_dl_adapter": "does not exist here; ContextParallel and acc.maybe_context_parallel cut sequences",
     "fp8_backend": "is FP8Options(backend=...), given as Accelerator(fp8=...)",
-    "is_composable_parallelism_enabled": _MESH,
+    "gradient_state": "is sync_gradients and gradient_accumulation_steps of the Accelerator itself; a prepared loader "
+    "has at_end",
+    "is_composable_parallelism_enabled": "does not exist here; what goes together is "
+    "strategy=FSDP(tensor_parallel=..., context_parallel=...)",
     "is_fsdp2": "is `acc.strategy.name == 'fsdp'` here; there is no older FSDP",
     "logging_dir": "is project_dir here",
     "lomo_backward": "does not exist here; LOMO fuses the optimizer into backward: call it yourself",
     "non_blocking": "is always so here: batches are moved to the device asynchronously",
-    "parallelism_config": _MESH,
-    "pipeline_parallel_rank": _MESH,
+    "parallelism_config": "does not exist here; what was asked is acc.config.strategy and what it names, such as "
+    "acc.config.fsdp",
+    "pipeline_parallel_rank": _PLACE,
+    "project_configuration": "is project_dir here, and acc.config.keep",
     "save": "is torch.save on the main process: `if acc.is_main_process: torch.save(obj, path)`",
     "save_iteration": "does not exist here; checkpoint folders are numbered by what is there",
+    "scaler": "does its work inside step() and clip_grad_norm_(); its options are "
+    "Accelerator(scaler=ScalerOptions(...))",
     "should_save_model": "does not exist here; save_state is called on all ranks, and each writes its part",
     "skip_first_batches": "is loader.skip_batches(count) here, on the prepared loader, and reads none of what it "
     "skips; load_state() and resume='auto' put loaders where they were by themselves",
-    "tensor_parallel_rank": _MESH,
-    "torch_device_mesh": _MESH,
+    "state": "is the Accelerator itself: process_index, num_processes, device, mixed_precision, ...",
+    "tensor_parallel_rank": _PLACE,
+    "torch_device_mesh": _PLACE,
+    "trackers": "are asked for by name: acc.get_tracker(name)",
     "use_seedable_sampler": "is always so here: orders come from (seed, epoch)",
     "use_stateful_dataloader": "is always so here: every prepared loader has state_dict",
     "verify_device_map": "does not exist here; dispatch_model(model, ...) says what does not fit",
@@ -46,7 +59,8 @@ ARGUMENTS: Mapping[str, str] = {
     "fsdp_plugin": "is strategy=FSDP(...); see docs/strategies.md",
     "torch_tp_plugin": "is strategy=TensorParallel(...) or FSDP(tensor_parallel=TensorParallel(...))",
     "megatron_lm_plugin": "is strategy=TensorParallel(...) or Pipeline(...), by torch; see docs/strategies.md",
-    "parallelism_config": "is strategy=FSDP(tensor_parallel=TensorParallel(...)) and the like",
+    "parallelism_config": "is strategy=FSDP(sharding=..., tensor_parallel=TensorParallel(...), "
+    "context_parallel=ContextParallel(...)), TensorParallel(...) or ContextParallel(...)",
     "rng_types": "is not needed: loaders' orders come from (seed, epoch), equal on all ranks; "
     "nbaccel.core.rng.synchronize_rng_states does it by hand",
     "project_config": "is project_dir= and keep=",

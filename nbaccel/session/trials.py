@@ -28,9 +28,14 @@ def expand(grid: Mapping[str, Iterable[Any]] | Iterable[Any]) -> list[Any]:
     varying fastest; of anything else its items.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or a name has no list of values.
     """
     if isinstance(grid, Mapping):
+        for name, values in grid.items():
+            if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+                raise ConfigError(
+                    f"the grid's {name!r} is {values!r}; it must be a list of values: [{values!r}]"
+                )
         axes = {name: list(values) for name, values in grid.items()}
         found: list[Any] = [dict(zip(axes, one, strict=True)) for one in itertools.product(*axes.values())]
         found = found if axes else []

@@ -18,6 +18,22 @@ OWN_LOADER = (
     "a prepared loader divides by itself: no sampler objects stand between, iterables are filled up too"
 )
 NOT_PICKLED = "an Accelerator holds a process group and a loop in progress, which cannot be pickled"
+HOOKS = "gradients are compressed by one hook, without a wrapper around it, and PowerSGD is not batched"
+NO_DEVICE = "no difference: what the script keeps for devices is done on the CPU"
+
+NOT_RUN = {
+    "test_merge_weights": "merges the files of FSDP's first version with accelerate's own functions; here any "
+    "strategy's checkpoint is merged by `nbaccel merge` (tests/core/test_merge.py)",
+    "test_notebook": "of accelerate's launcher, not of its Accelerator: it passes a queue to the forked ranks and "
+    "expects torchelastic's error (our launcher: tests/notebook, tests/session)",
+    "external_deps/test_ds_alst_ulysses_sp": "DeepSpeed's sequence parallelism does not exist here",
+    "external_deps/test_ds_multiple_model": "reads DeepSpeed configurations that the wheel does not hold, and needs "
+    "several plugins in one Accelerator, which has one strategy here",
+    "external_deps/test_peak_memory_usage": "reads the counters of a GPU's memory",
+    "external_deps/test_pippy": "does nothing without GPUs: 'Less than two GPUs found, not running tests!'",
+    "external_deps/test_zero3_integration": "starts NCCL, which needs GPUs",
+}
+"""Scripts that are not run, each with its reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +78,34 @@ DIFFERENCES = [
         new="        state, steps = accelerator.gradient_state, accelerator.gradient_accumulation_steps\n"
         "        rest = len(state.active_dataloader) % steps\n"
         "        loss /= rest if state.end_of_dataloader and rest else steps\n",
+    ),
+    Difference(
+        script="test_metrics",
+        reason=NO_DEVICE,
+        old='accelerator.device.type != "cpu" and not',
+        new="not",
+    ),
+    Difference(
+        script="test_ddp_comm_hook",
+        reason=NO_DEVICE,
+        old="        device_ids=[accelerator.local_process_index],\n"
+        "        output_device=accelerator.local_process_index,\n",
+        new="",
+    ),
+    Difference(
+        script="test_ddp_comm_hook",
+        reason=HOOKS,
+        old="        (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.FP16, {}),\n"
+        "        (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BF16, {}),\n",
+        new="",
+    ),
+    Difference(
+        script="test_ddp_comm_hook",
+        reason=HOOKS,
+        old="        (DDPCommunicationHookType.BATCHED_POWER_SGD, DDPCommunicationHookType.NO, {}),\n"
+        "        (DDPCommunicationHookType.BATCHED_POWER_SGD, DDPCommunicationHookType.FP16, {}),\n"
+        "        (DDPCommunicationHookType.BATCHED_POWER_SGD, DDPCommunicationHookType.BF16, {}),\n",
+        new="",
     ),
     Difference(
         script="test_distributed_data_loop",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate.test_utils.scripts
@@ -12,17 +15,43 @@ import pytest
 
 from nbaccel import notebook_launcher
 from nbaccel.errors import WorkerError
-from tests.compat.differences import DIFFERENCES, SCHEDULER
+from tests.compat.differences import DIFFERENCES, NOT_RUN, SCHEDULER
+from tests.compat.hub import MODEL, make_hub, variables
 
-pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("clean")]
+pytestmark = [pytest.mark.peers, pytest.mark.slow, pytest.mark.timeout(400)]
 
-SCRIPTS = Path(next(iter(accelerate.test_utils.scripts.__path__)))
+HOME = Path(next(iter(accelerate.test_utils.scripts.__path__)))
 IMPORT = re.compile(r"^(\s*from )accelerate(\.test_utils(?:\.testing)?)?\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of the wheel, as `python script.py arguments` would run it."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = (1, 2, 4)
+    """Numbers of ranks it runs on."""
+
+
+_SMALL = ("--model_name_or_path", MODEL, "--output_dir", "out-{n}")
+SCRIPTS = [
+    Script("test_ops"),
+    Script("test_script"),
+    Script("test_sync"),
+    Script("test_cli", sizes=(1,)),
+    Script("test_distributed_data_loop", sizes=(2,)),  # which it insists on
+    Script("test_ddp_comm_hook", sizes=(2,)),
+    Script("external_deps/test_metrics"),
+    Script("external_deps/test_performance", (*_SMALL, "--num_epochs", "2"), (1, 2)),
+    Script("external_deps/test_checkpointing", (*_SMALL, "--partial_train_epoch", "1"), (1, 2)),
+    Script("external_deps/test_checkpointing", (*_SMALL, "--resume_from_checkpoint", "out-{n}/epoch_0"), (1, 2)),
+]  # fmt: skip
 
 
 def rewritten(name: str, folder: Path) -> str:
     """A copy of the script in `folder` whose imports are ours, with the listed differences; its path."""
-    text = (SCRIPTS / f"{name}.py").read_text()
+    text = (HOME / f"{name}.py").read_text()
     text, count = IMPORT.subn(
         lambda found: found[1] + ("tests.compat.script_utils" if found[2] else "nbaccel.compat.accelerate"),
         text,
@@ -37,39 +66,71 @@ def rewritten(name: str, folder: Path) -> str:
     return str(path)
 
 
-def run(paths: list[str]) -> str:
-    """In a rank: each script as `python script.py` would run it."""
-    for path in paths:
+def run(commands: list[list[str]], hub: str = "") -> list[str]:
+    """In a rank: each script in its folder; the names of those that came to their end."""
+    if hub:
+        make_hub(Path(hub))
+    ran = []
+    for path, *arguments in commands:
         os.chdir(os.path.dirname(path))
+        sys.argv = [path, *arguments]
         runpy.run_path(path, run_name="__main__")
-    return "ran"
+        ran.append(os.path.basename(path))
+    return ran
 
 
-def on_ranks(num_processes: int, paths: list[str], config: dict[str, str] | None = None) -> None:
+def on_ranks(num_processes: int, folder: Path, hub: str = "") -> None:
+    """Run all scripts that are for so many ranks in one launch. Schedulers step as accelerate's do."""
+    commands = [
+        [rewritten(one.name, folder), *(word.format(n=num_processes) for word in one.arguments)]
+        for one in SCRIPTS
+        if num_processes in one.sizes
+    ]
+    (folder / f"out-{num_processes}").mkdir()
     done = notebook_launcher(
-        run, (paths,), num_processes, device="cpu", config=config, output="none", folder=False
+        run,
+        (commands, hub),
+        num_processes,
+        device="cpu",
+        config={"scheduler_steps": "per_rank"},
+        env=variables(folder),
+        output="none",
+        folder=False,
     )
-    assert list(done) == ["ran"] * num_processes
+    assert list(done) == [[os.path.basename(path) for path, *_ in commands]] * num_processes
+
+
+@pytest.fixture(scope="module")
+def hub(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder the scripts run in, with what they load; they have passed there on one rank, which made it."""
+    folder = tmp_path_factory.mktemp("hub")
+    on_ranks(1, folder, str(folder))
+    return folder
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_accelerates_scripts_pass_when_only_their_imports_are_ours(
-    num_processes: int, tmp_path: Path
-) -> None:
-    names = ["test_ops", "test_script", "external_deps/test_metrics"]
-    if num_processes == 2:  # which it insists on
-        names.append("test_distributed_data_loop")
-    on_ranks(num_processes, [rewritten(name, tmp_path) for name in names])
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_accelerates_accumulation_script_passes_when_schedulers_step_per_rank(
-    num_processes: int, tmp_path: Path
-) -> None:
-    on_ranks(num_processes, [rewritten("test_sync", tmp_path)], {"scheduler_steps": "per_rank"})
+def test_accelerates_scripts_pass_when_only_their_imports_are_ours(num_processes: int, hub: Path) -> None:
+    if num_processes > 1:
+        on_ranks(num_processes, hub)
+    if num_processes < 4:
+        out = hub / f"out-{num_processes}"
+        assert json.loads((out / "state_0.json").read_text())["epoch"] == 0
+        assert set(json.loads((out / "all_results.json").read_text())) == {"epoch-0", "epoch-1"}
+        assert (out / "model.safetensors").is_file()
 
 
 def test_accelerates_accumulation_script_fails_when_schedulers_step_once(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="Learning rates found in each optimizer did not align"):
-        on_ranks(2, [rewritten("test_sync", tmp_path)])
+        notebook_launcher(
+            run, ([[rewritten("test_sync", tmp_path)]],), 2, device="cpu", output="none", folder=False
+        )
     assert "scheduler_steps='per_rank'" in SCHEDULER
+
+
+def test_script_of_the_wheel_when_it_is_not_run_has_a_reason() -> None:
+    there = {
+        str(path.relative_to(HOME).with_suffix(""))
+        for path in HOME.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert there == {one.name for one in SCRIPTS} | set(NOT_RUN)

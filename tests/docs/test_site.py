@@ -7,15 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
 
+import accelerate
 import pytest
 
 import nbaccel
 from nbaccel import errors
-from nbaccel.session.panel import reading
-from nbaccel.session.report import explain_exit
-from nbaccel.session.stacks import Finding
+from nbaccel.core.refused import ATTRIBUTES
 from tests.compat import differences
 from tests.docs.pages import ROOT
 
@@ -61,19 +59,11 @@ def test_public_name_when_looked_up_is_in_the_reference(site: Path, name: str) -
 
 def test_benchmarks_page_when_built_has_the_measured_tables(site: Path) -> None:
     page = (site / "benchmarks" / "index.html").read_text()
+    for program in (ROOT / "benchmarks").glob("*.py"):
+        assert "__main__" not in program.read_text() or f"benchmarks/{program.name}" in page, program
     for result in (ROOT / "benchmarks" / "results").glob("*.md"):
         first = next(line for line in result.read_text().splitlines() if line.startswith("|"))
         assert first.strip("| ").partition(" | ")[0].strip() in page, result
-
-
-def test_signals_when_said_are_explained() -> None:
-    text = (DOCS / "signals.md").read_text()
-    for advice in reading._ADVICE.values():
-        assert advice.strip() in text
-    for kind in get_args(get_type_hints(Finding)["kind"]):
-        assert f"| `{kind}` |" in text
-    for number in (-9, -11, -6, -7):
-        assert explain_exit(number) in text
 
 
 def test_error_messages_when_looked_up_are_those_of_the_code() -> None:
@@ -97,6 +87,19 @@ def test_differences_when_edited_in_scripts_are_told_in_the_migration_page() -> 
         differences.NO_SHARED_STATE: "**shared state**",
         differences.OWN_LOADER: "**prepared loaders**",
         differences.NOT_PICKLED: "**pickling an accelerator**",
+        differences.HOOKS: "**communication hooks**",
+        differences.NO_DEVICE: "",
     }
     for one in differences.DIFFERENCES:
         assert told[one.reason] in text, one
+
+
+def test_member_of_accelerates_accelerator_when_looked_up_is_in_the_migration_page() -> None:
+    text = (DOCS / "migration.md").read_text()
+    same, others = text.partition("## Each member")[2].partition("\n## ")[0].split("\n\nThe others.")
+    members = {name for name in dir(accelerate.Accelerator) if not name.startswith("_")}
+    missing = {name for name in members if f"`{name}`" not in same + others}
+    assert not missing, f"docs/migration.md does not name {sorted(missing)}"
+    assert {name for name in members if f"`{name}`" in same} == members & set(dir(nbaccel.Accelerator))
+    explained = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", others, re.MULTILINE))))
+    assert explained == set(ATTRIBUTES)  # the Accelerator's own errors explain the same

@@ -33,7 +33,7 @@ def trial(lr: float, width: int, folder: str) -> dict[str, Any]:
 
 
 def test_grid_is_every_combination_or_the_items_themselves() -> None:
-    assert expand({"a": [1, 2], "b": "xy"}) == [
+    assert expand({"a": [1, 2], "b": ("x", "y")}) == [
         {"a": 1, "b": "x"},
         {"a": 1, "b": "y"},
         {"a": 2, "b": "x"},
@@ -43,6 +43,9 @@ def test_grid_is_every_combination_or_the_items_themselves() -> None:
     for nothing in ({}, {"a": []}, []):
         with pytest.raises(ConfigError, match="no trial"):
             expand(nothing)
+    for value in ("adam", 0.1):
+        with pytest.raises(ConfigError, match="must be a list of values"):
+            expand({"optimizer": value})
 
 
 def test_trials_run_beside_each_other_and_a_failing_one_stops_nobody(

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nbaccel import core
 from nbaccel.compat.accelerate.data_loader import skip_first_batches
+from nbaccel.compat.accelerate.parallelism_config import ParallelismConfig
 from nbaccel.compat.accelerate.state import AcceleratorState, GradientState, asked, remember, type_of
 from nbaccel.compat.accelerate.utils.dataclasses import (
     AORecipeKwargs,
@@ -65,6 +66,7 @@ class Accelerator:
         "_profile",
         "_state",
         "dataloader_config",
+        "parallelism_config",
         "project_configuration",
     )
 
@@ -87,6 +89,7 @@ class Accelerator:
         kwargs_handlers: Sequence[Any] | None = None,
         dynamo_backend: Any = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
+        parallelism_config: ParallelismConfig | None = None,
         **options: Any,
     ) -> None:
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
@@ -110,7 +113,7 @@ class Accelerator:
             "mixed_precision": None if mixed_precision is None else _value(mixed_precision),
             "gradient_accumulation_steps": steps,
             "gradient_clipping": clipping,
-            "strategy": _strategy(fsdp_plugin, deepspeed_plugin, torch_tp_plugin),
+            "strategy": _strategy(parallelism_config, fsdp_plugin, deepspeed_plugin, torch_tp_plugin),
             "split_batches": self.dataloader_config.split_batches or None,
             "dispatch_batches": self.dataloader_config.dispatch_batches,
             "even_batches": None if self.dataloader_config.even_batches else False,
@@ -127,6 +130,9 @@ class Accelerator:
             if given.pop(name) is not None:
                 raise ConfigError(f"{name} is asked twice: by accelerate's argument for it and by nbaccel's")
         self._core = core.Accelerator(cpu=cpu, device_placement=device_placement, **given, **options)
+        if parallelism_config is not None:
+            parallelism_config.check(self._core.num_processes)
+        self.parallelism_config = parallelism_config
         remember(self._core)
         self._state = AcceleratorState(accelerator=self._core)
 
@@ -151,6 +157,17 @@ class Accelerator:
     def is_fsdp2(self) -> bool:
         """Whether models are sharded by FSDP."""
         return self._state.is_fsdp2
+
+    is_composable_parallelism_enabled = is_fsdp2
+
+    @property
+    def should_save_model(self) -> bool:
+        """Always: every rank calls `save_model`, and each writes its part."""
+        return True
+
+    @property
+    def deepspeed_plugin(self) -> None:
+        """None, as in the state."""
 
     @property
     def split_batches(self) -> bool:
@@ -353,14 +370,15 @@ def _accumulation(
     return (asked.pop() if asked else None), clipping
 
 
-def _strategy(*plugins: Any) -> Any:
+def _strategy(parallelism: ParallelismConfig | None, *plugins: Any) -> Any:
     given = [one for one in plugins if one is not None]
     if len(given) > 1:
         names = " and ".join(type(one).__name__ for one in given)
         raise ConfigError(
             f"{names} cannot go together; nbaccel has FSDP(tensor_parallel=TensorParallel(...))"
         )
-    return given[0].strategy() if given else None
+    asked = given[0].strategy() if given else None
+    return asked if parallelism is None else parallelism.strategy(asked)
 
 
 def _trackers(log_with: Any) -> Any:

@@ -17,11 +17,14 @@ _NAMES = {
     "skip_first_batches",
     f"{_HERE}.logging": "get_logger",
     f"{_HERE}.tracking": "GeneralTracker on_main_process",
+    f"{_HERE}.parallelism_config": "ParallelismConfig",
     f"{_HERE}.launchers": "debug_launcher notebook_launcher",
     f"{_HERE}.state": "AcceleratorState GradientState PartialState",
     f"{_HERE}.utils.dataclasses": "AORecipeKwargs AutocastKwargs DDPCommunicationHookType DataLoaderConfiguration "
     "DistributedDataParallelKwargs DistributedType FP8RecipeKwargs GradScalerKwargs GradientAccumulationPlugin "
     "InitProcessGroupKwargs LoggerType PrecisionType ProfileKwargs ProjectConfiguration RNGType TERecipeKwargs",
+    f"{_HERE}.utils.constants": "SAFE_MODEL_NAME SAFE_WEIGHTS_INDEX_NAME SAFE_WEIGHTS_NAME",
+    f"{_HERE}.utils.deepspeed": "DummyOptim DummyScheduler get_active_deepspeed_plugin",
     f"{_HERE}.utils.plugins": "DeepSpeedPlugin FullyShardedDataParallelPlugin TorchDynamoPlugin "
     "TorchTensorParallelPlugin",
     f"{_HERE}.utils.operations": "DistributedOperationException broadcast broadcast_object_list concatenate "

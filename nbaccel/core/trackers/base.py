@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
 
+from nbaccel.core.trackers.place import Place
 from nbaccel.errors import ConfigError
 
 __all__ = ["Absent", "FullTracker", "Tracker", "Trackers"]
@@ -59,16 +60,22 @@ class FullTracker(Tracker, Protocol):
     def log_file(self, path: Path, name: str) -> Any:
         """Keeps a file, or a folder with all that is in it, under `name`."""
 
+    def finish_failed(self) -> Any:
+        """Called in the place of `finish` when the function that was launched has raised, or was interrupted."""
+
 
 @final
 class Trackers:
     """Several trackers as one. What one of them raises is reported once and goes no further."""
 
-    def __init__(self, trackers: Sequence[Tracker] = (), *, asked: Sequence[str] = ()) -> None:
+    def __init__(
+        self, trackers: Sequence[Tracker] = (), *, asked: Sequence[str] = (), place: Place | None = None
+    ) -> None:
         """`asked`: names of trackers that do not run here, because this is not the main process or because
-        they could not be started."""
+        they could not be started. `place`: what is let go of at the end."""
         self._trackers = {tracker.name: tracker for tracker in trackers}
         self._asked = frozenset(asked)
+        self._place = place
         self._failures: dict[str, int] = {}
         self._lacking: set[tuple[str, str]] = set()
 
@@ -122,15 +129,17 @@ class Trackers:
         """Gives a file or folder to those that keep them; says once who does not."""
         self._offer("log_file", path, name, thing="files")
 
-    def finish(self) -> None:
-        """Ends all; may be called twice."""
+    def finish(self, *, failed: bool = False) -> None:
+        """Ends all; may be called twice. `failed`: those that can are told that the run has."""
         for name, tracker in self._trackers.items():
-            self._guard(name, tracker.finish)
+            self._guard(name, (failed and getattr(tracker, "finish_failed", None)) or tracker.finish)
         for name, count in self._failures.items():
             if count > 1:
                 _logger.warning("tracker %r failed %d times; what it was given then is lost", name, count)
         self._asked |= self._trackers.keys()
         self._trackers, self._failures = {}, {}
+        if self._place is not None:
+            self._place.release()
 
     def _offer(self, what: str, *args: Any, thing: str = "", **kwargs: Any) -> None:
         for name, tracker in self._trackers.items():

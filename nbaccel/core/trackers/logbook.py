@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, final
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from nbaccel.core.trackers.base import Tracker, Trackers
 from nbaccel.core.trackers.metriclog import MetricLog
 from nbaccel.core.trackers.opening import open_trackers
-from nbaccel.core.trackers.shapes import flat, pictures, rows
+from nbaccel.core.trackers.shapes import flat, pictures, rows, simple
 from nbaccel.core.trackers.system import Sampler, facts, sample
 from nbaccel.core.trackers.timings import Timings
 from nbaccel.core.world import World
@@ -23,6 +24,7 @@ from nbaccel.wire import events
 
 __all__ = ["Logbook"]
 
+_logger = logging.getLogger("nbaccel")
 _MOST_TOLD = 100
 
 
@@ -48,6 +50,7 @@ class Logbook:
     ) -> None:
         self._world, self._wanted, self._folder, self._reduce = world, wanted, folder, reduce
         self._log = MetricLog(Trackers(), world=world)
+        self._started = self._told = False
         self.timings = Timings(
             active=world.is_main, log=lambda values, at: self._log.log(values, step=at), step=step
         )
@@ -72,6 +75,7 @@ class Logbook:
             config=config,
             options=options,
         )
+        self._started = True
         if self._world.is_main:
             # the run folder has them too, so that nbaccel.compare can tell how two runs differ
             for name, value in list(flat(config or {}).items())[:_MOST_TOLD]:
@@ -83,25 +87,28 @@ class Logbook:
         # a loop that never says end_training; at exit before the trackers' own handlers, which came before
         finalizer = weakref.finalize(self, self._log.close)
         finalizer.atexit = False
-        atexit.register(finalizer)
+        atexit.register(_leave, finalizer, self._log)
 
     def get(self, name: str) -> Tracker:
         """The running tracker of that name; where it was asked for and does not run, one that keeps nothing.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or they have not been started.
         """
+        if self._wanted and not self._started:
+            raise ConfigError(f"get_tracker({name!r}): no tracker runs yet; call init_trackers first")
         return self._log.trackers.get(name)
 
     def log(self, values: Mapping[str, Any], *, step: int, reduction: Literal["mean", "sum"] | None) -> None:
         """Takes values of this rank; with `reduction` those of all ranks, which then all call it."""
         if reduction not in (None, "mean", "sum"):
             raise ConfigError(f"log(reduce={reduction!r}): it must be 'mean', 'sum' or None")
+        self._tell_missed()
         self.timings.flush(before=step)
         if reduction is not None and self._world.size > 1:
             numbers = {
                 name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
-                for name, value in values.items()
+                for name, value in ((name, simple(value)) for name, value in values.items())
                 if isinstance(value, (Tensor, int, float))
             }
             values = {**values, **self._reduce(numbers, reduction, 1.0)}
@@ -109,6 +116,7 @@ class Logbook:
 
     def log_images(self, values: Mapping[str, Any], *, step: int) -> None:
         """Takes pictures of this rank; the main process keeps its own."""
+        self._tell_missed()
         if len(self._log.trackers):
             self._log.flush()
             self._log.trackers.log_images({name: pictures(value) for name, value in values.items()}, step)
@@ -117,6 +125,7 @@ class Logbook:
         self, name: str, columns: Sequence[str] | None, data: Any, dataframe: Any, *, step: int
     ) -> None:
         """Takes a table of this rank; the main process keeps its own."""
+        self._tell_missed()
         if len(self._log.trackers):
             self._log.flush()
             self._log.trackers.log_table(name, *rows(columns, data, dataframe), step)
@@ -125,20 +134,44 @@ class Logbook:
         """Takes a file or folder that the main process can read.
 
         Raises:
-            ConfigError: on the main process: there is none.
+            ConfigError: on the main process: there is none, or it is to be kept outside the tracker's place.
         """
+        self._tell_missed()
         if len(self._log.trackers):
             source = Path(path)
             if not source.exists():
                 raise ConfigError(f"log_artifact: there is no {source}")
-            self._log.trackers.log_file(source, name or source.name)
+            called = PurePath(name or source.resolve().name)
+            if called.is_absolute() or ".." in called.parts:
+                raise ConfigError(f"log_artifact(name={name!r}): give a name or a relative path without '..'")
+            self._log.trackers.log_file(source, str(called))
+
+    def _tell_missed(self) -> None:
+        """Says once that trackers were asked for and are not there yet."""
+        if self._wanted and not (self._started or self._told) and self._world.is_main:
+            self._told = True
+            _logger.warning(
+                "log_with asks for trackers, and init_trackers was not called before the first log: they keep "
+                "nothing of it"
+            )
 
     def flush(self) -> None:
         """Hands on what is held back."""
         self.timings.flush()
         self._log.flush()
 
+    def returned(self) -> None:
+        """The function that was launched has: hands on what is held back."""
+        self.flush()
+        self._log.returned()
+
     def close(self) -> None:
         """Hands on the last values and ends the trackers; may be called twice."""
         self.timings.flush()
         self._log.close()
+
+
+def _leave(finalizer: weakref.finalize[..., Any], log: MetricLog) -> None:
+    """The process ends, and nobody has ended the trackers."""
+    if finalizer.detach() is not None:
+        log.leave()

@@ -14,6 +14,7 @@ from typing import Any, Literal, final
 import torch
 
 from nbaccel.core.trackers.base import Trackers
+from nbaccel.core.trackers.shapes import simple
 from nbaccel.core.trackers.system import Sampler
 from nbaccel.core.world import World
 from nbaccel.wire import events
@@ -22,6 +23,8 @@ __all__ = ["MetricLog", "Snapshot"]
 
 _INTERVAL = 0.1
 """Seconds between two points of one rank on the dashboard."""
+_UNKNOWN_TO_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Trackers take tensors through NumPy."""
 _MAX_WAITING = 256
 """Calls whose values may be on their way; beyond it the oldest is waited for, to bound the memory."""
 
@@ -38,11 +41,11 @@ class Snapshot:
         devices = set()
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                self._values[name] = _to_main_memory(value.detach())
+                self._values[str(name)] = _to_main_memory(value.detach())
                 if value.is_cuda:
                     devices.add(value.device)
             else:
-                self._values[name] = value
+                self._values[str(name)] = simple(value)
         for device in devices:
             arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrival.record(torch.cuda.current_stream(device))
@@ -57,9 +60,15 @@ class Snapshot:
         for arrival in self._arrivals:
             arrival.synchronize()
         return {
-            name: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            name: _read(value) if isinstance(value, torch.Tensor) else value
             for name, value in self._values.items()
         }
+
+
+def _read(value: torch.Tensor) -> Any:
+    if value.numel() == 1:
+        return value.item()
+    return value.float() if value.dtype in _UNKNOWN_TO_NUMPY else value
 
 
 def _to_main_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,6 +91,7 @@ class MetricLog:
     def __init__(self, trackers: Trackers, *, world: World, sampler: Sampler | None = None) -> None:
         self._trackers, self._is_main, self._sampler = trackers, world.is_main, sampler
         self._step = 0
+        self._fails = events.active()  # until the function that was launched has returned
         self._waiting: deque[tuple[Snapshot, int, Reduced]] = deque()
         self._held: dict[str, tuple[float, int, Reduced]] = {}
         self._emitted = float("-inf")
@@ -111,13 +121,24 @@ class MetricLog:
         if self._held:
             self._emit()
 
+    def returned(self) -> None:
+        """The function that was launched has: what comes to an end by itself from now on has not failed."""
+        self._fails = False
+
+    def leave(self) -> None:
+        """`close` when the process ends: trackers are told when the launched function has not returned."""
+        self._close(failed=self._fails)
+
     def close(self) -> None:
         """Delivers everything and ends the trackers; may be called twice."""
+        self._close(failed=False)
+
+    def _close(self, *, failed: bool) -> None:
         self.flush()
         if self._sampler is not None:
             self._sampler.close()
             self._deliver_samples(self._sampler)
-        self._trackers.finish()
+        self._trackers.finish(failed=failed)
 
     def _deliver_samples(self, sampler: Sampler) -> None:
         for at, values in sampler.take():

@@ -103,10 +103,16 @@ class MlflowTracker:
             self._behind.put(partial(self._client.log_artifact, self._id, str(path), within))
 
     def finish(self) -> None:
+        self._end("FINISHED")
+
+    def finish_failed(self) -> None:
+        self._end("FAILED")
+
+    def _end(self, status: str) -> None:
         try:
             self._behind.close()
         finally:
-            self._mlflow.end_run()
+            self._mlflow.end_run(status)
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment of that name, made if there is none."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
 from nbaccel.core.trackers.base import Tracker, Trackers
+from nbaccel.core.trackers.place import Place, below
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
@@ -43,6 +45,9 @@ _KINDS: Mapping[str, _Kind] = {
 }
 """By the names Hugging Face Accelerate has for them."""
 
+_METHODS = ("name", "tracker", "store_init_configuration", "log", "finish")
+_LACKS = object()
+
 
 def open_trackers(
     log_with: Sequence[str | Tracker],
@@ -64,24 +69,32 @@ def open_trackers(
         options: by tracker name, passed to its constructor.
 
     Raises:
-        ConfigError: on every rank alike: an unknown name, its package is not installed, or options for a tracker
-            that was not asked for.
+        ConfigError: on every rank alike: an unknown name, its package is not installed, an object that is no
+            tracker, two of one name, or options for a tracker that was not asked for.
     """
     asked = _asked(log_with)
     for item in asked:
         _check(item, folder)
     names = [item if isinstance(item, str) else item.name for item in asked]
+    if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+        raise ConfigError(f"log_with has two trackers called {twice[0]!r}; give one of them another name")
     for name in options or {}:
         if name not in names:
             raise ConfigError(f"init_kwargs has options for {name!r}, which is not in log_with={names}")
     if not world.is_main:
         return Trackers(asked=names)
-    place = None if folder is None else folder / project
+    home = None if folder is None else below(folder, project)
+    place = Place(home) if home is not None and any(map(needs_folder, asked)) else None
     made = [
-        _start(item, place, project, (options or {}).get(name, {}))
+        _start(
+            item,
+            place.path if place is not None and needs_folder(item) else home,
+            project,
+            (options or {}).get(name, {}),
+        )
         for item, name in zip(asked, names, strict=True)
     ]
-    trackers = Trackers([one for one in made if one is not None], asked=names)
+    trackers = Trackers([one for one in made if one is not None], asked=names, place=place)
     if config:
         trackers.store_init_configuration(config)
     return trackers
@@ -107,6 +120,13 @@ def _installed(name: str) -> bool:
 
 def _check(item: str | Tracker, folder: Path | None) -> None:
     if not isinstance(item, str):
+        # not hasattr: `tracker` may be a property of what is there only once it was started
+        lacks = [name for name in _METHODS if getattr_static(item, name, _LACKS) is _LACKS]
+        if isinstance(item, type) or lacks:
+            why = "is a class: give an object of it" if isinstance(item, type) else f"has no {lacks[0]}"
+            raise ConfigError(
+                f"log_with: {item!r} {why}. A tracker has {', '.join(_METHODS)}; those built in are given by name."
+            )
         return
     if item not in _KINDS:
         known = ", ".join(map(repr, _KINDS))

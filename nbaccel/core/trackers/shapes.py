@@ -11,7 +11,7 @@ import torch
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["flat", "pictures", "plain", "rows"]
+__all__ = ["flat", "pictures", "plain", "rows", "simple"]
 
 _CHANNELS = (1, 3, 4)
 
@@ -51,6 +51,8 @@ def pictures(value: Any) -> list[Any]:
         array = np.nan_to_num(array).clip(0, 1) * 255 + 0.5
     elif array.dtype.kind == "b":
         array = array * 255
+    if array.size == 0:
+        raise ConfigError(f"this is no picture: it has no pixel, shape {tuple(array.shape)}")
     array = array.clip(0, 255).astype(np.uint8)
     if array.ndim == 2:
         return [array[:, :, None]]
@@ -96,6 +98,13 @@ def rows(columns: Sequence[str] | None, data: Any, dataframe: Any) -> tuple[list
         if len(row) != len(names):
             raise ConfigError(f"log_table: row {at} has {len(row)} cells for {len(names)} columns")
     return names, found
+
+
+def simple(value: Any) -> Any:
+    """NumPy's scalars as Python's numbers and its arrays as tensors; anything else as it is."""
+    if type(value).__module__ != "numpy" or getattr(getattr(value, "dtype", None), "kind", "") not in "biuf":
+        return value
+    return torch.tensor(value) if value.ndim else value.item()
 
 
 def plain(value: Any) -> Any:

@@ -65,6 +65,9 @@ class WandbTracker:
     def finish(self) -> None:
         self._run.finish()
 
+    def finish_failed(self) -> None:
+        self._run.finish(exit_code=1)
+
     def _not_before(self, step: int | None) -> int | None:
         """The step, or the newest so far: wandb drops what is logged for an earlier one."""
         return None if step is None else max(step, self._run.step)

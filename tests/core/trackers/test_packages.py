@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from nbaccel import Accelerator, notebook_launcher
+from nbaccel import Accelerator, launch, notebook_launcher
+from nbaccel.errors import WorkerError
+from tests.conftest import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -262,3 +264,51 @@ def test_files_and_tensorboard_hold_the_same(logged: Logged) -> None:
     assert [(one.width, one.height) for one in events.Images("picture")] == [(7, 6)]
     assert {"system/cpu_percent", "system/memory_percent"} <= set(events.Tags()["scalars"])
     assert "scores/text_summary" in events.Tags()["tensors"]
+
+
+class Told:
+    """A tracker of a user that writes how the run ended."""
+
+    name = "told"
+
+    def __init__(self, path: str) -> None:
+        self.tracker = Path(path)
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        raise OSError("no room")
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        raise RuntimeError("broken")
+
+    def finish(self) -> None:
+        self.tracker.write_text("finished")
+
+    def finish_failed(self) -> None:
+        self.tracker.write_text("failed")
+
+
+def end(path: str, how: str) -> None:
+    acc = Accelerator(cpu=True, log_with=[Told(path)])
+    acc.init_trackers("p", config={"lr": 0.1})
+    acc.log({"loss": 1.0})
+    if how == "raise":
+        raise ValueError("diverged")
+    if how == "wait":
+        time.sleep(120)
+
+
+@pytest.mark.parametrize(("how", "told"), [("raise", "failed"), ("wait", "failed"), ("return", "finished")])
+def test_tracker_is_told_how_a_run_ended_that_never_said_so(
+    warm: None, tmp_path: Path, how: str, told: str
+) -> None:
+    path = tmp_path / "told"
+    run = launch(end, str(path), how, num_processes=1)
+    if how == "wait":
+        wait_until(lambda: "tracker 'told' failed" in run.logs(0), 30, "the tracker")
+        run.interrupt()
+    try:
+        run.result(60)
+    except (WorkerError, KeyboardInterrupt):
+        assert how != "return"
+    assert path.read_text() == told
+    assert run.logs(0).count("tracker 'told' failed (") == 1  # at its first call, whatever came after

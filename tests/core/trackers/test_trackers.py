@@ -120,7 +120,8 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
 def test_trackers_are_imported_only_when_asked_for() -> None:
     code = (
         "import sys, nbaccel.core.trackers; "
-        "print([m for m in ('tensorboard', 'torch.utils.tensorboard', 'tensorflow') if m in sys.modules])"
+        "print([m for m in ('tensorboard', 'torch.utils.tensorboard', 'wandb', 'mlflow', 'comet_ml', 'trackio', 'aim',"
+        "'pandas', 'PIL') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
@@ -404,3 +405,92 @@ def test_end_does_not_wait_for_a_server_that_does_not_answer() -> None:
         behind.close(timeout=0.1)
     answered.set()
     behind.close()
+
+
+def test_object_that_is_no_tracker_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    class Half:
+        name = "half"
+        tracker = None
+
+    def start(*asked: Any) -> None:
+        open_trackers(asked, folder=tmp_path, project="p", world=OTHER)
+
+    with pytest.raises(ConfigError, match="has no store_init_configuration"):
+        start(Half())
+    with pytest.raises(ConfigError, match="is a class: give an object"):
+        start(Memory)
+    with pytest.raises(ConfigError, match="two trackers called 'memory'"):
+        start(Memory(), Memory())
+
+
+def test_second_run_of_a_project_writes_beside_the_first_while_that_lives(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, opened = tmp_path / "p", []
+    first.mkdir()
+    code = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(first / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for _ in range(2):  # this process may have it twice
+            opened.append(open_trackers(["jsonl"], folder=tmp_path, project="p", world=single()))
+            opened[-1].log({"loss": 1.0}, 0)
+        other.communicate()
+    assert len(lines(tmp_path / "p-2" / "metrics.jsonl")) == 2
+    assert list(first.iterdir()) == [first / ".lock"]
+    assert "another run writes to" in caplog.text
+    opened.append(open_trackers(["jsonl"], folder=tmp_path, project="/../p", world=single()))
+    assert opened[-1].get("jsonl").tracker == first / "metrics.jsonl"
+    for trackers in opened:
+        trackers.finish()
+
+
+def test_values_of_numpy_and_odd_names_are_kept_as_numbers(tmp_path: Path) -> None:
+    import numpy as np
+
+    log = MetricLog(Trackers([memory := Memory()]), world=single())
+    log.log(
+        {
+            "a": np.float32(0.5),
+            1: np.int64(2),
+            "b/c": np.bool_(True),
+            "v": np.arange(2.0),
+            "t": np.array("x"),
+        },  # type: ignore[dict-item]
+        step=0,
+    )
+    log.log({"half": torch.ones(2, dtype=torch.bfloat16)}, step=0)
+    log.close()
+    (_, values), (_, half) = memory.lines
+    assert (values["a"], values["1"], values["b/c"]) == (0.5, 2, True)
+    assert {type(values[name]) for name in ("a", "1", "b/c")} == {float, int, bool}
+    assert values["v"].tolist() == [0.0, 1.0]
+    assert str(values["t"]) == "x"
+    assert half["half"].dtype == torch.float32
+
+
+def test_logging_before_the_start_is_said_once_and_odd_files_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from nbaccel import Accelerator
+
+    acc = Accelerator(cpu=True, log_with="jsonl", project_dir=tmp_path)
+    with caplog.at_level(logging.WARNING, "nbaccel"):
+        for step in range(3):
+            acc.log({"loss": 1.0}, step=step)
+        with pytest.raises(ConfigError, match="call init_trackers first"):
+            acc.get_tracker("jsonl")
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "log_with asks for trackers, and init_trackers was not called before the first log"
+    ]
+    acc.init_trackers("p")
+    for name in ("/etc/kept", "../kept"):
+        with pytest.raises(ConfigError, match="give a name or a relative path"):
+            acc.log_artifact(tmp_path / "p", name)
+    with pytest.raises(ConfigError, match="no pixel"):
+        acc.log_images({"empty": torch.zeros(3, 0, 4)})
+    acc.end_training()

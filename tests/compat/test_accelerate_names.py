@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nbaccel.compat.accelerate as compat
 from nbaccel.compat.accelerate import names
+from nbaccel.compat.accelerate.local_sgd import LocalSGD
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
-from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel
+from nbaccel.parallel import FSDP, ContextParallel, DeepSpeed, TensorParallel
 
 
 def accelerator(**options):
@@ -22,7 +23,7 @@ def accelerator(**options):
 @pytest.mark.parametrize("name", sorted(names.HOMES))
 def test_name_when_taken_from_either_module(name):
     assert getattr(compat, name) is getattr(compat.utils, name)
-    assert callable(getattr(compat, name))
+    assert callable(getattr(compat, name)) or name.startswith("SAFE_")
 
 
 def test_unknown_name_when_asked_for_says_what_there_is():
@@ -65,6 +66,47 @@ def test_plugins_when_given_become_strategies():
     assert compat.TorchTensorParallelPlugin(tp_size=2).strategy() == TensorParallel(size=2)
     asked = accelerator(deepspeed_plugin=compat.DeepSpeedPlugin(gradient_accumulation_steps=4)).config
     assert (asked.strategy, asked.gradient_accumulation_steps) == ("deepspeed", 4)
+
+
+def test_sizes_of_parallelism_when_given_become_strategies():
+    config = compat.ParallelismConfig
+    assert config().strategy() is config(dp_replicate_size=4).strategy() is None
+    assert config(tp_size=2).strategy() == TensorParallel(size=2)
+    assert config(dp_shard_size=4).strategy() == FSDP()
+    assert config(dp_replicate_size=2, dp_shard_size=2, cp_size=2).strategy() == FSDP(
+        sharding="hybrid_shard", shard_size=4, context_parallel=ContextParallel(size=2)
+    )
+    wrapped = FSDP(wrap=["Block"], cpu_offload=True)
+    assert config(dp_shard_size=2, tp_size=2).strategy(wrapped) == FSDP(
+        wrap=["Block"], cpu_offload=True, tensor_parallel=TensorParallel(size=2)
+    )
+    made = accelerator(parallelism_config=config())
+    assert (made.parallelism_config.total_size, made.should_save_model, made.deepspeed_plugin) == (
+        1,
+        True,
+        None,
+    )
+    assert made.is_composable_parallelism_enabled is made.is_fsdp2 is False
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: compat.ParallelismConfig(sp_size=2), "cp_size cuts sequences"),
+        (lambda: compat.ParallelismConfig(tp_size=0), "at least 1"),
+        (lambda: compat.ParallelismConfig(tp_handler=object()), "tp_handler cannot be honoured"),
+        (
+            lambda: compat.ParallelismConfig(dp_shard_size=2).strategy(DeepSpeed()),
+            "go together with DeepSpeed",
+        ),
+        (lambda: compat.ParallelismConfig(dp_replicate_size=2).check(3), "2 ranks .* and there are 3"),
+        (lambda: compat.utils.DummyOptim([]), "make the optimizer in the script"),
+        (lambda: compat.utils.DummyScheduler(None), "make the scheduler in the script"),
+    ],
+)
+def test_object_when_it_has_no_counterpart_is_refused(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
 
 
 @pytest.mark.parametrize(
@@ -197,3 +239,23 @@ def test_operations_when_on_nested_structures():
     assert compat.utils.gather_object([1]) == [1]
     with pytest.raises(TypeError, match="str"):
         compat.utils.recursively_apply(torch.neg, data, error_on_other_type=True)
+
+
+def test_module_when_scripts_take_names_from_it_has_them():
+    from nbaccel.compat.accelerate import big_modeling, local_sgd, parallelism_config
+    from nbaccel.compat.accelerate.utils import constants, deepspeed, memory
+
+    homes = (big_modeling, local_sgd, parallelism_config, constants, deepspeed, memory)
+    assert all(getattr(home, name) is not None for home in homes for name in home.__all__)
+
+
+def test_local_sgd_when_given_this_accelerator_trains():
+    made = accelerator()
+    model, optimizer = made.prepare(
+        model := torch.nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    with LocalSGD(accelerator=made, model=model, local_sgd_steps=2) as local_sgd:
+        made.backward(model(torch.ones(1, 1)).sum())
+        optimizer.step()
+        local_sgd.step()
+    assert made.steps == 1

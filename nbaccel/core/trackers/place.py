@@ -1,0 +1,63 @@
+"""Where a run's tracker files go: a folder that no other run writes to at the same time."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from pathlib import Path, PurePath
+from typing import IO, final
+
+__all__ = ["Place", "below"]
+
+_logger = logging.getLogger("nbaccel")
+_MOST = 1000
+
+
+def below(root: Path, project: str) -> Path:
+    """The project's folder; "/" at the beginning of its name, and "..", lead nowhere else."""
+    return root.joinpath(*(part for part in PurePath(project).parts if part not in ("/", "..")))
+
+
+@final
+class Place:
+    """`wanted`, or `<wanted>-2` and so on while other processes hold those before it.
+
+    Two runs of one project at a time, as the trials of a sweep, would otherwise mix their rows; one after the other
+    continues the files. Held until `release`, or the end of the process.
+    """
+
+    def __init__(self, wanted: Path) -> None:
+        self.path = wanted
+        """What is held; `wanted`, not held, where nothing can be written or locked."""
+        self._held: IO[str] | None = None
+        for number in range(1, _MOST):
+            path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            try:
+                self._held = _hold(path)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return  # a tracker that cannot write there says so itself
+            self.path = path
+            break
+        if self.path != wanted:
+            _logger.warning("another run writes to %s: tracker files of this one go to %s", wanted, self.path)
+
+    def release(self) -> None:
+        """Another run may write here; may be called twice."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+
+def _hold(path: Path) -> IO[str]:
+    """The folder's lock; BlockingIOError when another process has it. This process has it as often as it likes: a
+    cell that is run again makes new trackers before the old ones are gone."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / ".lock", "w")  # noqa: SIM115  # it is open as long as the folder is held
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
