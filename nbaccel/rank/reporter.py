@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, final
 
 from nbaccel.rank.free import close_connections
@@ -100,8 +100,7 @@ def _answer(ask: Ask, place: _Place, gauge: Gauge) -> Answer:
         return Answer(ask.id, _stacks(place), still)
     if ask.what == "records":
         return Answer(ask.id, _records(), still)
-    frame = sys._current_frames().get(place.thread.ident or 0)
-    return Answer(ask.id, None, still, gauge.read(frame, still, _pending))
+    return Answer(ask.id, None, still, gauge.read(place.codes, still, _pending))
 
 
 def _pending() -> list[Collective]:
@@ -133,10 +132,17 @@ class _Place:
 
     A frame seen twice is the same one only if the thread did not work in between: a frame's address is
     used again by the next call. So nothing is said of a thread that computes or wakes up often.
+
+    Whoever holds a frame keeps its variables alive after it has returned. On XLA a tensor that lives a moment longer
+    is one more result of the graph that is cut in this moment, on this rank alone: another graph than its peers',
+    which is compiled anew and whose collectives meet nobody. So no frame is held longer than it is read, and those of
+    a thread that traces graphs are read only while it stands still.
     """
 
     def __init__(self, thread: threading.Thread) -> None:
         self.thread = thread
+        self.codes: tuple[CodeType, ...] = ()
+        """What it was in when it was last looked at, the innermost first."""
         self._seen: dict[tuple[int, int, int], float] = {}
         self._now: tuple[tuple[int, int, int], ...] = ()
         self._since = self._looked = time.monotonic()
@@ -145,11 +151,12 @@ class _Place:
     def look(self) -> float:
         """Look again; for how many seconds it has not moved."""
         now, used = time.monotonic(), _usage(self.thread)
-        frames = list(_walk(sys._current_frames().get(self.thread.ident or 0)))
-        keys = tuple((id(frame), id(frame.f_code), lineno) for frame, lineno in frames)
         elapsed = max(now - self._looked, 1e-3)
         cpu, wakes = used[0] - self._used[0], used[1] - self._used[1]
         worked = cpu > 0.1 * elapsed + 0.02 or wakes > _WAKES * elapsed + 2 or elapsed > _APART
+        steps = () if worked and "torch_xla" in sys.modules else _steps(self.thread)
+        self.codes = tuple(code for _, code, _ in steps)
+        keys = tuple((frame, id(code), lineno) for frame, code, lineno in steps)
         if worked:
             self._seen = {}
         if worked or keys != self._now:
@@ -193,6 +200,14 @@ def _walk(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
             return
         yield frame, frame.f_lineno or 0
         frame = frame.f_back
+
+
+def _steps(thread: threading.Thread) -> tuple[tuple[int, CodeType, int], ...]:
+    """Each frame's address, code and line, the innermost first."""
+    return tuple(
+        (id(frame), frame.f_code, lineno)
+        for frame, lineno in _walk(sys._current_frames().get(thread.ident or 0))
+    )
 
 
 def _line(frame: FrameType, lineno: int, seconds: float | None = None) -> Line:

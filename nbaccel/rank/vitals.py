@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Collection
-from types import FrameType
+from collections.abc import Callable, Collection, Iterable
+from types import CodeType
 from typing import Any, final
 
 from nbaccel.wire.snapshot import Collective, Vitals
@@ -40,17 +40,17 @@ class Gauge:
         self._last = Vitals()
 
     def read(
-        self, frame: FrameType | None, still: float, pending: Callable[[], Collection[Collective]]
+        self, codes: Iterable[CodeType], still: float, pending: Callable[[], Collection[Collective]]
     ) -> Vitals | None:
         """What is worth telling now; None when nothing has changed since the last time.
 
         Args:
-            frame: the main thread's innermost one.
+            codes: what the thread that runs user code is in.
             still: for how many seconds that thread has not moved.
             pending: asks for the collectives that are under way.
         """
         now = time.monotonic()
-        doing, detail = _doing(frame, still, pending)
+        doing, detail = _doing(codes, still, pending)
         if now < self._due and (doing, detail) == (self._last.doing, self._last.detail):
             return None
         self._due = now + _EVERY
@@ -120,15 +120,12 @@ def _busy(device: Any, index: int) -> int | None:
 
 
 def _doing(
-    frame: FrameType | None, still: float, pending: Callable[[], Collection[Collective]]
+    codes: Iterable[CodeType], still: float, pending: Callable[[], Collection[Collective]]
 ) -> tuple[str, str]:
     """ "waiting" and for which collective, "compiling", or nothing worth a word."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename.endswith(_COMPILES) and "compile" in code.co_name.lower():
-            return "compiling", ""
-        frame = frame.f_back
-    if _xla_compiles():
+    if _xla_compiles() or any(
+        code.co_filename.endswith(_COMPILES) and "compile" in code.co_name.lower() for code in codes
+    ):
         return "compiling", ""
     if still >= _WAITING:
         waited = [one for one in pending() if one.seconds >= _WAITING]
