@@ -239,8 +239,12 @@ def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
         idle_stop=asked.idle_stop,
         output=asked.output,
     )
+    try:
+        session.warm_up()
+    except ConfigError:
+        session.close()
+        raise
     magics.use(session)
-    session.warm_up()
     print(f"{session.num_processes} ranks are ready: begin a cell with %%ranks to run it on them")
 
 

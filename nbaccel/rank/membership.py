@@ -34,10 +34,18 @@ class Membership:
         spec: the session.
         rank: this rank.
         renew: tells the rendezvous which generation of groups is counted from now on.
+        here: whether the code that asks is this rank's, where several are threads of one process.
     """
 
-    def __init__(self, spec: RunSpec, rank: int, renew: Callable[[int], None]) -> None:
-        self._spec, self._rank, self._renew = spec, rank, renew
+    def __init__(
+        self,
+        spec: RunSpec,
+        rank: int,
+        renew: Callable[[int], None],
+        *,
+        here: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._spec, self._rank, self._renew, self._here = spec, rank, renew, here
         seconds = spec.collective_timeout
         self._timeout = _FOR_EVER if seconds is None else timedelta(seconds=seconds)
         self._swaps = 0
@@ -49,7 +57,13 @@ class Membership:
     def join(self, generation: int) -> None:
         """Make the default group, with every other rank."""
         self._renew(generation)
-        self._init(self._spec.backend, timeout=self._timeout)
+        # the numbers are said because ranks that are threads of one process share its variables
+        self._init(
+            self._spec.backend,
+            timeout=self._timeout,
+            rank=self._rank,
+            world_size=self._spec.num_processes,
+        )
         self._group = _c10d().group.WORLD
 
     def rejoin(self, order: Join) -> dict[str, str]:
@@ -147,7 +161,7 @@ class Membership:
         original: Callable[..., None] = c10d.init_process_group
 
         def init_process_group(backend: str | None = None, *args: Any, **options: Any) -> None:
-            ours = self.num_collectives() >= 0 and not self._claimed
+            ours = self._here() and self.num_collectives() >= 0 and not self._claimed
             if ours and (backend is None or str(backend).lower() in self._spec.backend):
                 self._claimed = True
                 return

@@ -124,12 +124,10 @@ class _Rank:
         try:
             tpu.use(self._device, place.rank)
             with self.alone:
-                renew = rendezvous.install(
-                    Channel.from_fd(place.fds[3]), spec, place.rank, here=self._is_here
-                )
+                renew = rendezvous.install(Channel.from_fd(place.fds[3]), spec, place.rank, here=self.is_here)
                 call = None if spec.keep else worker.open_call(place)
                 reporter = Reporter(place.rank, thread=self.thread)
-            membership = worker.join_session(spec, place, renew, together=self.alone) if spec.keep else None
+            membership = worker.join_session(spec, place, renew, self) if spec.keep else None
             port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
             reporter.start()
             worker.Server(port, call, membership, park=False, replica=self).serve()
@@ -138,7 +136,8 @@ class _Rank:
         except BaseException as error:  # noqa: BLE001  # the notebook shows it
             port.emit(Raised(call=-1, info=describe(error)))
 
-    def _is_here(self) -> bool:
+    def is_here(self) -> bool:
+        """Whether the code that asks runs in this thread; in one of the user's own it is the first rank's."""
         return getattr(_here, "index", 0) == self._index
 
 

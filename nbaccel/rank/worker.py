@@ -242,17 +242,22 @@ def join_session(
     spec: RunSpec,
     place: Place,
     renew: Callable[[int], None],
-    together: AbstractContextManager[Any] | None = None,
+    replica: Replica | None = None,
 ) -> Membership:
     """The session's process group, and the names every cell finds.
 
     Args:
-        together: held while what the process's ranks share is changed, where it has several.
+        replica: what is otherwise when this rank is a thread of its process: it has no cells, whose names would be
+            those of all.
     """
     import torch
 
-    with together or contextlib.nullcontext():
-        membership = Membership(spec, place.rank, renew)
+    if replica is not None:
+        with replica.alone:
+            membership = Membership(spec, place.rank, renew, here=replica.is_here)
+        membership.join(place.generation)
+        return membership
+    membership = Membership(spec, place.rank, renew)
     membership.join(place.generation)
     sys.modules["__main__"].__dict__.update(
         rank=place.rank,
@@ -285,6 +290,9 @@ class Replica(Protocol):
 
     def interruptible(self, on: bool) -> None:
         """Whether an interrupt raises KeyboardInterrupt in this thread."""
+
+    def is_here(self) -> bool:
+        """Whether the code that asks runs in this thread."""
 
 
 @final
