@@ -419,6 +419,32 @@ class Accelerator:
         """The scheduler, stepping once per optimizer step."""
         return self._preparing.scheduler(scheduler)
 
+    def prepare_inference(
+        self,
+        model: nn.Module,
+        *,
+        tensor_parallel: int = 1,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> nn.Module:
+        """DeepSpeed's inference engine around a model that is only run: call it, or its `generate`.
+
+        Called on all ranks with the same weights. The model is changed in place and set to evaluation.
+
+        Args:
+            tensor_parallel: 1, or the number of ranks: each holds a part of every layer, and all are given the
+                same inputs. For the models of Hugging Face that DeepSpeed can divide.
+            dtype: what it is converted to; None: as it is.
+
+        Raises:
+            ConfigError: DeepSpeed is not installed, cannot divide the model, or an option needs CUDA kernels.
+        """
+        from nbaccel.core.inference import inference_engine
+
+        return inference_engine(
+            model, world=self.world, tensor_parallel=tensor_parallel, dtype=dtype, unknown=unknown
+        )
+
     def backward(self, loss: Tensor, weight: float | Tensor | None = None, **kwargs: Any) -> None:
         """Computes gradients; scaled so that the window's gradient is that of the mean over its samples.
 

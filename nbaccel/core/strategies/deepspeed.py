@@ -6,8 +6,6 @@ and where a window ends is told to it before each forward. DeepSpeed's own JSON 
 
 from __future__ import annotations
 
-import logging
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -31,7 +29,9 @@ from nbaccel.core.precision import Precision
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
-from nbaccel.core.zero.ops import load_ops
+from nbaccel.core.zero import gradients
+from nbaccel.core.zero.library import import_deepspeed
+from nbaccel.core.zero.nvme import claim_folder, places
 from nbaccel.core.zero.settings import settings, with_stage_of_file
 from nbaccel.core.zero.state import (
     ZeroModelState,
@@ -41,6 +41,7 @@ from nbaccel.core.zero.state import (
     whole_state_dict,
     write_part,
 )
+from nbaccel.core.zero.swapping import is_on_disk
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
@@ -78,7 +79,7 @@ class Zero(Strategy):
         assert options.stage != "auto"  # else the planner has chosen one
         self._stage: int = options.stage
         self.handles_precision = options.stage != 0
-        self._deepspeed = _import(world)
+        self._deepspeed = import_deepspeed(world, "strategy 'deepspeed'")
         self._engine: Any = None
         self._names: list[dict[str, nn.Parameter]] = []
         """The parameters of each group of the optimizer, by the names of the user's model."""
@@ -117,7 +118,8 @@ class Zero(Strategy):
             accumulation=self._accumulation,
             clipping=self._clipping,
         )
-        load_ops(config, self._world)
+        if places(config):
+            claim_folder(config, size, self._world)
         groups = [[known.get(p) for p in group["params"]] for group in optimizer.param_groups]
         if self._options.activation_checkpointing:
             for block in find_blocks(module, "auto") or [module]:
@@ -156,6 +158,7 @@ class Zero(Strategy):
         """
         exact: dict[str, Tensor] = {}
         done: set[int] = set()
+        swapper: Any = None  # for all blocks: each of its own would begin by emptying the folder on NVMe
         for part in [*reversed(find_blocks(module, "auto")), module] if stage == 3 else [module]:
             materialise(part, module, self._world.device)
             names = {id(p): name for name, p in module.named_parameters()}
@@ -163,15 +166,22 @@ class Zero(Strategy):
             done.update(map(id, fresh))
             for parameter in fresh:
                 if hasattr(parameter, "ds_tensor"):  # from DeepSpeed's own zero.Init: in shards already
-                    if self._precision.dtype is not None and parameter.requires_grad:
+                    narrowed = self._precision.dtype is not None and parameter.requires_grad
+                    if narrowed and not is_on_disk(parameter):  # there it is narrow already
                         exact[names[id(parameter)]] = parameter.ds_tensor.float().clone()
                     continue
                 parameter.data = parameter.data.to(self._world.device).contiguous()
                 dist.broadcast(parameter.data, src=0)
                 if self._precision.dtype is not None and parameter.requires_grad and stage:
                     exact[names[id(parameter)]] = self._kept(parameter.data, stage)
+                if self._precision.dtype is not None and parameter.is_floating_point() and stage == 3:
+                    # DeepSpeed narrows parameters that are whole, not those in shards
+                    parameter.data = parameter.data.to(self._precision.dtype)
             if stage == 3:
-                self._deepspeed.zero.Init(module=part, config_dict_or_path=dict(config))
+                sharding = self._deepspeed.zero.Init(
+                    module=part, config_dict_or_path=dict(config), param_swapper=swapper
+                )
+                swapper = sharding.param_swapper
         module.to(self._world.device)
         now = dict(module.named_parameters())
         for group in optimizer.param_groups:
@@ -234,15 +244,12 @@ class Zero(Strategy):
             raise ConfigError(f"backward({', '.join(options)}) cannot go with strategy 'deepspeed'")
         self._engine.backward(loss, **options)
 
-    @torch.no_grad()
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
         zero = self._zero
         if zero is None:
             scale_whole_gradients(modules, ratio)
             return
-        for kept in zero.averaged_gradients.values():
-            for gradient in kept or ():
-                gradient.mul_(ratio)
+        gradients.scale(zero, ratio)
 
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         raise ConfigError(
@@ -378,18 +385,3 @@ def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
 
     engine.register_forward_pre_hook(narrow, with_kwargs=True)
     engine.register_forward_hook(widen)
-
-
-def _import(world: World) -> Any:
-    if world.device.type == "cpu":
-        # Else DeepSpeed takes a GPU where there is one, whatever was asked.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ConfigError(f"strategy 'deepspeed' needs pip install 'nbaccel[deepspeed]' ({error})") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if world.device.type == "cpu":
-        # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

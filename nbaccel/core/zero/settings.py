@@ -10,6 +10,7 @@ from typing import Any
 
 from nbaccel.core.plan.memory import zero_buckets
 from nbaccel.core.plan.size import Size
+from nbaccel.core.zero.nvme import places
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
@@ -60,8 +61,6 @@ def settings(
             zero[name] = {"device": place}
             if place == "nvme":
                 zero[name]["nvme_path"] = options.nvme_path
-                if name == "offload_param":
-                    zero[name]["buffer_size"] = max(size.largest_parameter, 10**6)
     filled: dict[str, Any] = {
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0; the loop's clip_grad_norm_ sets it step by step
@@ -85,7 +84,24 @@ def settings(
     given.pop("gradient_clipping", None)
     merged = _merge(filled, given)
     merged["train_micro_batch_size_per_gpu"] = 1
+    on_nvme = places(merged)
+    if on_nvme and stage != 3:
+        raise ConfigError(f"offload to 'nvme' needs stage 3 of ZeRO, and the stage is {stage}")
+    for name, given_for in on_nvme.items():
+        merged["zero_optimization"][name] = {**_buffers(name, size, num_processes), **given_for}
+    if "offload_param" in on_nvme:
+        # A parameter that waits for its next use keeps its buffer, of which there are few.
+        merged["zero_optimization"]["stage3_max_reuse_distance"] = 0
     return merged
+
+
+def _buffers(name: str, size: Size, num_processes: int) -> dict[str, int]:
+    """What is kept in memory of what is offloaded to NVMe."""
+    if name == "offload_optimizer":
+        # A parameter, its gradient, and the three moments that AMSGrad and centred RMSprop have.
+        return {"buffer_count": 5}
+    # DeepSpeed would leave the first 10⁹ numbers in the host's memory.
+    return {"buffer_size": max(-(-size.largest_parameter // num_processes), 10**6), "max_in_cpu": 0}
 
 
 def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from nbaccel.core.checkpoint import Entries, Saved
 from nbaccel.core.checkpoint.modules import differences
 from nbaccel.core.load_model import find_weights, tied_names
+from nbaccel.core.zero.gradients import flats
+from nbaccel.core.zero.swapping import is_on_disk, rewrite, state_in_memory
 from nbaccel.errors import CheckpointError
 
 __all__ = [
@@ -127,8 +129,8 @@ class ZeroOptimizerState:
         tensors: dict[str, Tensor] = {}
         keys: dict[str, list[str]] = {}
         state = self._zero.optimizer.state
-        shared = {key: value for flat in self._flats() for key, value in _shared(state.get(flat), flat)}
-        long = sorted({key for flat in self._flats() for key, _ in _long(state.get(flat), flat)})
+        shared = {key: value for flat in flats(self._zero) for key, value in _shared(state.get(flat), flat)}
+        long = sorted({key for flat in flats(self._zero) for key, _ in _long(state.get(flat), flat)})
         for name, parameter in self._named():
             for key in long:
                 tensors[f"state.{name}.{key}"] = self._whole(parameter, key)
@@ -144,11 +146,6 @@ class ZeroOptimizerState:
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for group in self._parameters:
             yield from group.items()
-
-    def _flats(self) -> list[Tensor]:
-        zero = self._zero
-        stage3 = getattr(zero, "fp32_partitioned_groups_flat", None)
-        return list(zero.single_partition_of_fp32_groups if stage3 is None else stage3)
 
     @staticmethod
     def _whole(parameter: nn.Parameter, key: str) -> Tensor:
@@ -196,9 +193,13 @@ class ZeroOptimizerState:
         if not long and not shared:
             return
         # DeepSpeed gives a flat tensor its state in the first step only; here it is needed before.
-        for flat in self._flats():
-            fresh: dict[str, Tensor] = {key: torch.zeros_like(flat) for key in long}
-            zero.optimizer.state[flat] = {**{key: value.clone() for key, value in shared.items()}, **fresh}
+        for sub_group, flat in enumerate(flats(zero)):
+            with state_in_memory(zero, sub_group):
+                there = zero.optimizer.state.get(flat, {})
+                zero.optimizer.state[flat] = {
+                    **{key: value.clone() for key, value in shared.items()},
+                    **{key: there[key] if key in there else torch.zeros_like(flat) for key in long},
+                }
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
@@ -237,8 +238,11 @@ def _write(current: Tensor, value: Tensor) -> None:
 def write_parameter(parameter: Any, value: Tensor) -> None:
     """A whole value into a parameter, its float32 copy, and this rank's part of either."""
     if hasattr(parameter, "ds_tensor"):
-        part = part_of(value, parameter.ds_tensor.numel())
-        parameter.ds_tensor.copy_(part.to(parameter.ds_tensor))
+        part = part_of(value, parameter.ds_tensor.ds_numel)
+        if is_on_disk(parameter):
+            rewrite(parameter, part)
+        else:
+            parameter.ds_tensor.copy_(part.to(parameter.ds_tensor))
         if parameter.numel() == parameter.ds_numel:  # small ones stay whole
             parameter.copy_(value.to(parameter))
     else:
@@ -250,20 +254,27 @@ def write_parameter(parameter: Any, value: Tensor) -> None:
 @torch.no_grad()
 def write_part(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
     """A whole value, or this rank's part of it in stage 3, into a float32 copy (None) or optimizer state `key`."""
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-    if hasattr(parameter, "ds_tensor"):
-        count = parameter.ds_tensor.numel()
-        part = value.float() if value.numel() == count else part_of(value.float(), count)
-        if key is None:
-            safe_set_local_fp32_param(parameter, part)
-        else:
-            safe_set_local_optimizer_state(parameter, part, key)
+    held: Any = parameter
+    if hasattr(held, "ds_tensor"):
+        if held.requires_grad:
+            count = held.ds_tensor.ds_numel
+            part = value.float() if value.numel() == count else part_of(value.float(), count)
+            _write_sharded(held, part, key)
         return
-    mapping = getattr(parameter, "_hp_mapping", None)
+    mapping = getattr(held, "_hp_mapping", None)
     if mapping is not None:
         address = mapping.lp_fragment_address
         mapping.get_hp_fragment(key).copy_(value.flatten().narrow(0, address.start, address.numel))
+
+
+def _write_sharded(parameter: Any, part: Tensor, key: str | None) -> None:
+    # DeepSpeed's own setter asks for the size of a parameter that is on the disk, and takes that of its stand-in.
+    zero = parameter._z3_optimizer
+    sub_group, start, count = zero.grad_position[zero.get_param_id(parameter)]
+    with state_in_memory(zero, sub_group):
+        flat = zero.fp32_partitioned_groups_flat[sub_group]
+        whole = flat if key is None else zero.optimizer.state[flat][key]
+        whole.narrow(0, start, count).copy_(part)
 
 
 def part_of(value: Tensor, count: int) -> Tensor:

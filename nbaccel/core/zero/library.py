@@ -1,0 +1,35 @@
+"""DeepSpeed itself, imported so that it neither talks, nor compiles, nor takes another device than was asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
+
+__all__ = ["import_deepspeed"]
+
+
+def import_deepspeed(world: World, wanted_by: str) -> Any:
+    """The module.
+
+    Args:
+        wanted_by: what needs it, for the message.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if world.device.type == "cpu":
+        # Else DeepSpeed takes a GPU where there is one, whatever was asked.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"{wanted_by} needs pip install 'nbaccel[deepspeed]' ({error})") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
