@@ -60,11 +60,11 @@ def _reference(names: str) -> str:
 def _programs() -> str:
     """A section for each benchmark that can be run: its own words, and its results where there are any."""
     sections = []
-    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+    for path in sorted((ROOT / "benchmarks").glob("*.py"), key=lambda path: (path.stem in _TOLD, path.stem)):
         code = path.read_text()
-        title, _, text = (ast.get_docstring(ast.parse(code)) or "").partition("\n")
         if "__main__" in code:
-            sections.append(f"## {title.rstrip('.')}\n\n{text}\n\n{_results(path.stem)}")
+            words = ast.get_docstring(ast.parse(code)) or ""
+            sections.append(f"## {path.stem.capitalize()}\n\n{words}\n\n{_results(path.stem)}")
     return "\n\n".join(sections)
 
 

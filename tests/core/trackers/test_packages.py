@@ -13,6 +13,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from tests.conftest import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+AIM: dict[str, dict[str, Any]] = (
+    {"aim": {"system_tracking_interval": None, "log_system_params": False, "capture_terminal_logs": False}}
+    if find_spec("aim")
+    else {}
+)
+"""Its options, where it is installed."""
+PACKAGES = ("wandb", "mlflow", "comet_ml", "trackio", *AIM)
 CONFIG = {"lr": 0.1, "net": {"width": 8}}
 VARIABLES = {
     "WANDB_SILENT": "true",
@@ -76,13 +84,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def train(folder: str, uri: str) -> dict[str, Any]:
     """What a script does, twice; then what the packages' own readers find, as far as they read what this process
     wrote."""
-    names = ("wandb", "mlflow", "comet_ml", "trackio")
+    names = PACKAGES
     before = [name for name in names if name in sys.modules]
     acc = Accelerator(cpu=True, project_dir=folder, log_with="all")
     acc.init_trackers(
         "proj",
         config=CONFIG,
-        init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}},
+        init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}, **AIM},
     )
     imported = [name for name in names if name in sys.modules]
     kinds = {type(acc.get_tracker(name, unwrap=True)).__name__ for name in names}
@@ -90,6 +98,8 @@ def train(folder: str, uri: str) -> dict[str, Any]:
     found = {"before": before, "imported": imported, "kinds": kinds}
     if acc.is_main_process:
         found.update(mlflow=read_mlflow(), trackio=read_trackio())
+        if AIM:
+            found.update(aim=read_aim(folder))
         wait_for(f"{uri}/health")
     acc = Accelerator(cpu=True, project_dir=folder, log_with="mlflow")
     acc.init_trackers("proj", config=CONFIG, init_kwargs={"mlflow": {"tracking_uri": uri}})
@@ -156,6 +166,27 @@ def read_trackio() -> dict[str, Any]:
     }
 
 
+def read_aim(folder: str) -> dict[str, Any]:
+    """The one run of the repository, opened again: lists of runs know it only after `aim storage reindex`."""
+    import aim
+    from aim.storage.context import Context
+
+    (name,) = aim.Repo(folder).list_all_runs()
+    run, empty = aim.Run(name, repo=folder, **AIM["aim"]), Context({})
+    losses = run.get_metric("loss", empty).dataframe()
+    found = {
+        "losses": list(zip(losses["step"].tolist(), losses["value"].tolist(), strict=True)),
+        "config": run["hparams"],
+        "experiment": run.experiment,
+        "picture": [
+            one.size for _, many in run.get_image_sequence("picture", empty).values.items() for one in many
+        ],
+        "scores": [one.data for _, one in run.get_text_sequence("scores", empty).values.items()],
+    }
+    run.close()
+    return found
+
+
 @pytest.fixture(scope="module")
 def logged(
     warm: None, server: str, tmp_path_factory: pytest.TempPathFactory
@@ -175,7 +206,7 @@ Logged = tuple[Path, dict[str, Any], dict[str, Any]]
 
 def test_packages_are_imported_on_the_main_process_only_and_when_started(logged: Logged) -> None:
     _, main, other = logged
-    assert main["imported"] == ["wandb", "mlflow", "comet_ml", "trackio"]
+    assert main["imported"] == [*PACKAGES]
     # what this process has imported for another test is there before the ranks begin
     assert other["imported"] == other["before"] == main["before"] != main["imported"]
     assert other["kinds"] == {"Absent"}
@@ -197,6 +228,15 @@ def test_trackio_database_holds_metrics_configuration_and_media(logged: Logged) 
     assert found["losses"] == LOSSES
     assert found["config"] == {"lr": 0.1, "python": sys.version.split()[0]}
     assert found["kinds"] == ["trackio.image", "trackio.table"]
+
+
+@pytest.mark.skipif(not AIM, reason="Aim has no wheel for this Python")
+def test_aim_repository_holds_metrics_configuration_and_media(logged: Logged) -> None:
+    found = logged[1]["aim"]
+    assert found["losses"] == LOSSES
+    assert (found["experiment"], found["config"]) == ("proj", CONFIG)
+    assert found["picture"] == [(7, 6)]
+    assert found["scores"] == ["name\tscore\na\t1.5\nb\t2.5"]
 
 
 def test_comet_archive_holds_metrics_and_parameters(logged: Logged) -> None:
