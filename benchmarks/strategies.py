@@ -7,9 +7,9 @@ are those that transformers derives from the model's width.
     python benchmarks/strategies.py --device cuda    one rank per GPU, bf16 (FSDP2 only)
 
 Step time is the median of a launch's steps, memory the peak of its fullest rank above what it had before
-the model was made: allocated memory on a GPU; on the CPU anonymous memory, in a launch of its own. Launches
-alternate, and the ratios printed are medians over the rounds: they hold on a busy machine, single times do
-not.
+the model was made: allocated memory on a GPU; on the CPU resident memory, in a launch of its own. Launches
+alternate, and so does who goes first; the ratios printed are medians over the rounds: they hold on a busy machine,
+single times do not. Both sides must hold equal shards and come to the same loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -103,28 +102,27 @@ class Memory:
     """The peak, in bytes, above what was in use when it was made."""
 
     def __init__(self, device: str) -> None:
+        import torch
+
         self._cuda = device == "cuda"
-        self._before = self._now()
-        self._peak, self._done = 0, threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self._before = self._peak()
 
-    def _watch(self) -> None:
-        while not self._cuda and not self._done.wait(0.002):
-            self._peak = max(self._peak, self._now())
-
-    def _now(self) -> int:
+    def _peak(self) -> int:
         import torch
 
         if self._cuda:
             return torch.cuda.max_memory_allocated()
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
+            if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
-        raise OSError("no RssAnon in /proc/self/status")
+        raise OSError("no VmHWM in /proc/self/status")
 
     def above(self) -> int:
-        self._done.set()
-        return (self._now() if self._cuda else self._peak) - self._before
+        return self._peak() - self._before
 
 
 def warm_up(name: str) -> None:
@@ -165,9 +163,8 @@ def work(name: str, device: str, steps: int, out: str) -> None:
         engine = model = zero(model, optimizer)
     else:
         model, optimizer = acc.prepare(model, optimizer)
-        parameters = list(model.parameters())
-        sharded = "DTensor" if "zero" not in name else "Parameter"
-        assert {type(p).__name__ for p in parameters} == {sharded}, "it is not sharded"
+    parameters = list(model.parameters())
+    held = sum(getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)).numel() for p in parameters)
     size = (8, 1024) if device == "cuda" else (2, 64)
     tokens = torch.randint(1024, size, generator=torch.Generator().manual_seed(1)).to(device)
     times = []
@@ -184,7 +181,7 @@ def work(name: str, device: str, steps: int, out: str) -> None:
             optimizer.zero_grad()
         last = loss.item()
         times.append(time.perf_counter() - started)
-    answer = {"step": statistics.median(times[WARM:]), "memory": memory.above(), "loss": last}
+    answer = {"step": statistics.median(times[WARM:]), "memory": memory.above(), "loss": last, "held": held}
     Path(f"{out}{os.environ['RANK']}").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
@@ -211,6 +208,7 @@ def launch(name: str, device: str, ranks: int, steps: int, *, lean: bool = False
         "step": max(one["step"] for one in told),
         "memory": max(one["memory"] for one in told),
         "loss": told[0]["loss"],
+        "held": sum(one["held"] for one in told) / ranks,
     }
 
 
@@ -221,7 +219,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -239,9 +237,11 @@ def compare(ours: str, theirs: str, asked: argparse.Namespace) -> None:
     """Both in turns, each round's times and memory, and the medians of their ratios."""
     ratios: dict[str, list[float]] = {"step": [], "memory": []}
     for number in range(asked.rounds):
-        told = {name: launch(name, asked.device, asked.ranks, asked.steps) for name in (ours, theirs)}
+        turns = (ours, theirs) if number % 2 == 0 else (theirs, ours)
+        told = {name: launch(name, asked.device, asked.ranks, asked.steps) for name in turns}
+        check_alike(told[ours], told[theirs])
         if asked.device == "cpu":
-            for name, one in told.items():
+            for name, one in told.items():  # in the same turns
                 one["memory"] = launch(name, asked.device, asked.ranks, 1, lean=True)["memory"]
         for kind, listed in ratios.items():
             listed.append(told[ours][kind] / told[theirs][kind])
@@ -255,6 +255,13 @@ def compare(ours: str, theirs: str, asked: argparse.Namespace) -> None:
             f"{ours}, {kind}: {statistics.median(listed):.3f} of {theirs}'s (each: {[round(r, 3) for r in listed]})",
             flush=True,
         )
+
+
+def check_alike(one: dict[str, float], other: dict[str, float]) -> None:
+    """Raises unless both trained the same, in equal shards."""
+    # small parameters that ZeRO keeps whole, and rows that shards are filled up with
+    if abs(one["held"] / other["held"] - 1) > 0.05 or abs(one["loss"] - other["loss"]) > 1e-3:
+        raise SystemExit(f"these are not the same training: {one}, {other}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from nbaccel.config import RunConfig
 from nbaccel.core.assembly import choose_strategy
+from nbaccel.core.composed import is_composed
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.strategies.ddp import DDPOptions
 from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
 from nbaccel.parallel import FSDP, DeepSpeed, named, read_options
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def leave_to_planner(config: RunConfig, world: World, ddp: DDPOptions, precision
     """The strategy that is chosen when the model is seen; None where what was asked leaves nothing open.
 
     Raises:
-        ConfigError: whole copies cannot be made as asked.
+        ConfigError: whole copies cannot be made as asked, or what was asked leaves open what it decides, too.
     """
     asked = config.strategy
     if asked not in _FAMILIES or world.device.type == "xla" or (world.size == 1 and asked != "auto"):
@@ -38,6 +40,9 @@ def leave_to_planner(config: RunConfig, world: World, ddp: DDPOptions, precision
         options = read_options(FSDP, config.fsdp or {}, "fsdp")
         if options.sharding != "auto":
             return None
+        for other in ("tensor_parallel", "context_parallel"):
+            if getattr(config, other) is not None:
+                raise ConfigError(f"{other} cannot go with fsdp's sharding='auto'; name the sharding")
     elif asked == "deepspeed":
         from nbaccel.core.zero.settings import with_stage_of_file
 
@@ -84,6 +89,8 @@ def _why_not(
     shards = spread.family in ("fsdp", "zero")
     if shards and precision.kind == "fp16" and precision.device_type == "cpu":
         return "fp16 on the CPU goes with whole copies only: use 'bf16'"
+    if shards and any(is_composed(p) for model in given.models for p in model.parameters()):
+        return "quantised weights cannot be divided"
     if spread.family != "zero":
         return runnable_here(spread)
     if precision.kind == "fp8":

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["is_composed", "parts_of", "share_composed"]
+__all__ = ["is_composed", "parts_of", "refuse_composed", "share_composed"]
 
 
 def is_composed(tensor: Tensor) -> bool:
@@ -30,6 +30,20 @@ def parts_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{below}", part) for below, part in parts_of(inner))
         else:
             yield name, inner
+
+
+def refuse_composed(module: nn.Module, strategy: str) -> None:
+    """For strategies that divide tensors, or send them as they lie in memory.
+
+    Raises:
+        ConfigError: a parameter is made of other tensors.
+    """
+    for name, parameter in module.named_parameters():
+        if is_composed(parameter):
+            raise ConfigError(
+                f"{name} is a {type(parameter).__name__}, which strategy {strategy!r} cannot divide; quantised weights "
+                "with adapters beside them are trained under strategy 'ddp'"
+            )
 
 
 @torch.no_grad()

@@ -99,6 +99,8 @@ def _made(
             refuse=lambda one: refuse(one) or ("" if one == whole else needless),
             notes=notes,
         )
+        if others:
+            plan = replace(plan, because="small, so that dividing it would gain nothing")
     else:
         seen, said = _traced(given, world, precision)
         setting = replace(setting, activations=seen)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from nbaccel.core.collectives import gather_object
@@ -17,11 +19,15 @@ from nbaccel.errors import ConfigError
 
 __all__ = [
     "clip_sharded_norm",
+    "combine_norms",
     "gather_state_dict",
     "point_optimizer",
     "require_same_model",
     "share_values",
 ]
+
+_Divided = tuple[DeviceMesh | None, tuple[int, ...]]
+"""A mesh, and those of its dimensions over which a tensor is divided."""
 
 
 def require_same_model(module: nn.Module, world: World) -> None:
@@ -74,30 +80,59 @@ def point_optimizer(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor]) -> 
 def clip_sharded_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
     """Clips gradients, of which each rank holds a part, to a total norm; returns the norm before, 0-d.
 
-    Gradients of different meshes (or of none) are measured apart and put together.
+    The parts are measured and scaled as the plain tensors they are: operations on DTensors cost a dispatch for each.
     """
-    held = [p for p in parameters if p.grad is not None]
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in held:
-        grad = parameter.grad
-        assert grad is not None
-        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-        groups.setdefault(key, []).append(grad)
-    norms = [_whole(torch.nn.utils.get_total_norm(grads, norm_type)) for grads in groups.values()]
-    if not norms:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
         return torch.tensor(0.0)
+    parts: dict[_Divided, list[Tensor]] = {}
+    for grad in grads:
+        part, divided = _part_of(grad)
+        parts.setdefault(divided, []).append(part)
+    norms = [_norm_over_ranks(listed, norm_type, divided) for divided, listed in parts.items()]
     total: Tensor = torch.linalg.vector_norm(
         torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type
     )
-    for grads in groups.values():
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, factor.to(grads[0].device))
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    places: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        own = grad.to_local() if isinstance(grad, DTensor) else grad
+        places.setdefault(own.device, []).append(own)
+    for device, listed in places.items():
+        torch._foreach_mul_(listed, factor.to(device))
     return total
 
 
-def _whole(norm: Tensor) -> Tensor:
-    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return whole
+def _part_of(grad: Tensor) -> tuple[Tensor, _Divided]:
+    """This rank's part of a gradient, summed where it was left to be, and over what it is divided."""
+    if not isinstance(grad, DTensor):
+        return grad, (None, ())
+    if any(place.is_partial() for place in grad.placements):
+        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    dims = tuple(dim for dim, place in enumerate(grad.placements) if not place.is_replicate())
+    return grad.to_local(), (grad.device_mesh, dims)
+
+
+def _norm_over_ranks(parts: Sequence[Tensor], norm_type: float, divided: _Divided) -> Tensor:
+    """The norm of tensors of which all ranks together hold each number once."""
+    mesh, dims = divided
+    held = [part for part in parts if part.numel()]  # a rank may have no row of a small one
+    norm = torch.nn.utils.get_total_norm(held, norm_type).float()
+    if mesh is None or not dims:
+        return norm
+    return combine_norms(norm.to(mesh.device_type), norm_type, [mesh.get_group(dim) for dim in dims])
+
+
+def combine_norms(norm: Tensor, norm_type: float, groups: Iterable[dist.ProcessGroup]) -> Tensor:
+    """The norm of what the ranks of each group hold together, from that of each rank's part, which is overwritten."""
+    if math.isinf(norm_type):
+        for group in groups:
+            dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
+        return norm
+    total = norm.pow_(norm_type)
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return total.pow_(1 / norm_type)
 
 
 @torch.no_grad()

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
+_COMPUTED = {"no": "", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
+"""What activations are kept in."""
+
 
 def plan(
     model: Any,
@@ -39,12 +42,12 @@ def plan(
             the states alone are compared.
         num_processes: ranks; None: as many as a launch here would make.
         loss: `loss(model, batch)`; None: the output's `.loss`, else the mean of its first tensor.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16", "fp16" or "fp8".
         ranks_per_host: None: all on this host.
         machine: what each rank has, where that is another than this one (`nbaccel.core.plan.machine_for`).
 
     Raises:
-        ConfigError: the model cannot be read or traced, or the optimizer is not known.
+        ConfigError: the model cannot be read or traced, or the optimizer or precision is not known.
     """
     import torch
     from torch import nn
@@ -53,6 +56,8 @@ def plan(
 
     if not isinstance(model, (str, nn.Module)):
         raise ConfigError(f"plan takes a module, or text that names one, not a {type(model).__name__}")
+    if mixed_precision not in _COMPUTED:
+        raise ConfigError(f"mixed_precision is {mixed_precision!r}; it must be one of {', '.join(_COMPUTED)}")
     if isinstance(model, str) and batch is not None:
         raise ConfigError("a step can be traced of a module only; build it on the meta device and give that")
     size = size_of(model) if isinstance(model, nn.Module) else measure(model)
@@ -60,7 +65,7 @@ def plan(
     seen = Activations()
     notes: tuple[str, ...] = ("activations come on top: give batch=... to trace a step",)
     if batch is not None and isinstance(model, nn.Module):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+        dtype = getattr(torch, computed) if (computed := _COMPUTED[mixed_precision]) else None
         seen, notes = trace_step(model, batch, dtype=dtype, loss=loss), ()
     setting = Setting(
         num_processes=ranks or 1,

@@ -17,9 +17,14 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["cloudpickle", "torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"]
-)
+_PRELOADED = [
+    *("cloudpickle", "torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint"),
+    *("nbaccel.core.accelerator", "deepspeed"),
+]
+"""What the ranks are forked with; one that is not installed is left out."""
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it at its import
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 class RankFailed(AssertionError):

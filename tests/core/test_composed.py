@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
+from nbaccel import Pipeline
 from nbaccel.core.save_model import save_model
 from nbaccel.errors import ConfigError
 
@@ -33,6 +34,7 @@ class Adapted(nn.Module):
 
 
 PROBE = torch.ones(1, 16)
+WITH_LOSS = {"pipeline": Pipeline(loss=nn.functional.mse_loss)}
 
 
 def train_and_load(folder: str) -> dict[str, Any]:
@@ -43,6 +45,13 @@ def train_and_load(folder: str) -> dict[str, Any]:
     wrong.base.weight.requires_grad_(True)
     with pytest.raises(ConfigError, match="freeze quantised weights"):
         acc.prepare(wrong)
+    for strategy in ("fsdp", "tensor_parallel", "pipeline"):
+        with pytest.raises(ConfigError, match=r"base\.weight is a Int8Tensor.*'ddp'"):
+            Accelerator(cpu=True, strategy=WITH_LOSS.get(strategy, strategy)).prepare(Adapted(0))
+    automatic = Accelerator(cpu=True, strategy="auto")
+    automatic.prepare(Adapted(0))
+    divided = {one.why_not for one in automatic.plan.candidates if one.spread.family == "fsdp"}
+    assert divided == {"quantised weights cannot be divided"}
     model: Any = Adapted(acc.process_index)  # rank 0's values count
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer = acc.prepare(model, optimizer)

@@ -18,6 +18,7 @@ CONFIGURATIONS = {
     "accumulation": (2, {"gradient_accumulation_steps": 4}),
     "fsdp": (2, {"strategy": "fsdp", "fsdp": {"wrap": ["Linear"]}}),
     "zero-3": (2, {"strategy": "deepspeed", "deepspeed": {"stage": 3}}),
+    "auto": (2, {"strategy": "auto"}),
 }
 
 
@@ -106,5 +107,6 @@ def test_training_when_run_by_torchrun_and_by_our_launcher_has_the_same_losses(t
     # bf16 follows float32 roughly; accumulation takes the first window's losses on the untrained model
     assert found["ddp bf16"] == pytest.approx(found["one rank"], rel=0.1, abs=0.02)
     assert found["ddp bf16"] != found["one rank"]
-    assert found["fsdp"] == pytest.approx(found["one rank"], abs=1e-5)
+    for name in ("fsdp", "zero-3", "auto"):
+        assert found[name] == pytest.approx(found["one rank"], abs=1e-5), name
     assert found["accumulation"][0] == pytest.approx(found["one rank"][0], abs=1e-6)

@@ -46,6 +46,8 @@ class Plan:
     setting: Setting
     machine: Machine
     notes: tuple[str, ...] = ()
+    because: str = ""
+    """Why it was chosen, where that is not its speed."""
 
     @property
     def strategy(self) -> StrategyLike:
@@ -71,7 +73,7 @@ class Plan:
             return f"{self.chosen.spread.name}: nothing fits, and this takes least ({taken})"
         others = [one for one in self.candidates if not one.why_not]
         faster = "the only one left" if len(others) == 1 else f"the fastest of {len(others)} that fit"
-        return f"{self.chosen.spread.name}: {faster} ({taken})"
+        return f"{self.chosen.spread.name}: {self.because or faster} ({taken})"
 
     def __str__(self) -> str:
         head = (

@@ -237,22 +237,18 @@ def _fsdp(size: Size, spread: Spread, setting: Setting, gradients: float) -> flo
 def _zero(size: Size, spread: Spread, setting: Setting, gradients: float) -> float:
     """Backward fills a bucket and what a stage keeps; the step takes flat float32 gradients of this rank's
     share, with temporaries of as much as is stepped together."""
-    seen, buckets, each = (
-        setting.activations,
-        zero_buckets(size, setting.num_processes),
-        _narrow_bytes(size, setting),
-    )
+    seen, each = setting.activations, _narrow_bytes(size, setting)
+    buckets = zero_buckets(size, setting.num_processes)
     share = size.trainable / spread.optimizer
     stepped = min(share, buckets.sub_group) if spread.weights > 1 else share
     step = 4 * stepped + _step_temporaries(setting, largest=4 * stepped, together=4 * stepped)
-    gathered = 0.0
-    if spread.weights > 1:
-        gathered = each * (_ZERO_GATHERED * size.largest_block + size.outside)
-    backward = seen.peak + gathered + 2 * each * min(buckets.reduce, size.trainable)
+    gathered = each * (_ZERO_GATHERED * size.largest_block + size.outside) if spread.weights > 1 else 0.0
+    around = gathered + 2 * each * min(buckets.reduce, size.trainable)
     if spread.offload:
-        return backward
-    kept = gradients if spread.weights == 1 else 0.0  # stage 3 has the buffer from the start
-    return max(backward - kept, backward - kept + seen.held - seen.peak + kept, seen.held + step - kept)
+        return seen.peak + around
+    # Not yet there at the peak of activations, nor any more in the step; stage 3 has its buffer from the start.
+    absent = gradients if spread.weights == 1 else 0.0
+    return max(seen.peak + around - absent, seen.held + around, seen.held + step - absent)
 
 
 _WORKING: dict[Family, Callable[[Size, Spread, Setting, float], float]] = {

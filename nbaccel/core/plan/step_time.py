@@ -50,41 +50,61 @@ def step_time(size: Size, spread: Spread, setting: Setting, machine: Machine) ->
 
 
 def _communication(size: Size, spread: Spread, setting: Setting, machine: Machine, each: float) -> float:
-    """Ring collectives: an all-reduce moves its bytes twice, a gather or a reduce-scatter once."""
-    n, local = setting.num_processes, setting.local_size
-    if n == 1:
+    """Seconds of the collectives, in rings: an all-reduce moves its bytes twice, a gather or a reduce-scatter once."""
+    if setting.num_processes == 1:
         return 0.0
-    inside, across = (
-        machine.link_bandwidth,
-        machine.network_bandwidth if n > local else machine.link_bandwidth,
-    )
-    whole = each * size.parameters
-    ring = (n - 1) / n
-    seconds = 0.0
     if spread.family == "tensor_parallel":
-        # Four all-reduces of a block's output in each step; a block of width h has 12 h^2 parameters.
-        width = math.sqrt(size.largest_block / 12)
-        rows = setting.activations.flops / (6 * max(size.parameters, 1))
-        share = (spread.tensor - 1) / spread.tensor
-        seconds = size.num_blocks * 4 * (2 * share * each * rows * width / inside + machine.latency)
-        if n > spread.tensor:
-            seconds += 2 * ring * whole / spread.tensor / across
-        return seconds
+        return _within_layers(size, spread, setting, machine, each)
+    whole = each * size.parameters
     if spread.family == "ddp":
-        return 2 * ring * whole / across + machine.latency * (1 + whole / 25e6)
+        buckets = 1 + whole / 25e6
+        return 2 * _moved(whole, setting) / _across(setting, machine) + machine.latency * buckets
     if spread.name == "hybrid":
-        group = (local - 1) / local
-        return 3 * group * whole / inside + 2 * whole / local / across + machine.latency * 4 * size.num_blocks
+        local = setting.local_size
+        inside = 3 * (local - 1) / local * whole / machine.link_bandwidth
+        between = 2 * whole / local / _across(setting, machine)
+        return inside + between + machine.latency * 4 * size.num_blocks
+    return _of_shards(size, spread, setting, machine, whole)
+
+
+def _moved(whole: float, setting: Setting) -> float:
+    """Bytes that a rank sends in a ring, of so many that all have or get."""
+    return (setting.num_processes - 1) / setting.num_processes * whole
+
+
+def _across(setting: Setting, machine: Machine) -> float:
+    """Bandwidth of the narrowest link between all ranks."""
+    several = setting.num_processes > setting.local_size
+    return machine.network_bandwidth if several else machine.link_bandwidth
+
+
+def _within_layers(size: Size, spread: Spread, setting: Setting, machine: Machine, each: float) -> float:
+    """Four all-reduces of a block's output in each step, and one of gradients between the copies."""
+    width = math.sqrt(size.largest_block / 12)  # a block of width h has 12 h^2 parameters
+    rows = setting.activations.flops / (6 * max(size.parameters, 1))
+    share = (spread.tensor - 1) / spread.tensor
+    output = 2 * share * each * rows * width / machine.link_bandwidth + machine.latency
+    seconds = size.num_blocks * 4 * output
+    if setting.num_processes > spread.tensor:
+        between = 2 * _moved(each * size.parameters, setting) / spread.tensor
+        seconds += between / _across(setting, machine)
+    return seconds
+
+
+def _of_shards(size: Size, spread: Spread, setting: Setting, machine: Machine, whole: float) -> float:
+    """Parameters gathered and gradients reduced, packed before each and unpacked after it."""
     if spread.weights > 1:
         passes = 2 if spread.whole else 3  # one gathering less
-        moved, calls = passes * ring * whole, passes * (size.num_blocks + 1)
+        moved, calls = passes * _moved(whole, setting), passes * (size.num_blocks + 1)
     else:
-        # DeepSpeed's reduction of stage 1 and 2 is an all-reduce on gloo; then parameters are gathered.
+        # gradients are reduced to their owners, and what these have stepped is gathered
         passes = 1
-        moved, calls = 2 * ring * whole, 2 + size.parameters // max(1, zero_buckets(size, n).reduce)
-    seconds = moved / across + machine.latency * calls + 2 * passes * whole / machine.packing_bandwidth
+        buckets = size.parameters // max(1, zero_buckets(size, setting.num_processes).reduce)
+        moved, calls = 2 * _moved(whole, setting), 2 + buckets
+    seconds = moved / _across(setting, machine) + machine.latency * calls
+    seconds += 2 * passes * whole / machine.packing_bandwidth
     if spread.offload:
-        seconds += 2 * whole / n / machine.host_bandwidth
+        seconds += 2 * whole / setting.num_processes / machine.host_bandwidth
     return seconds
 
 

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.blocks import find_blocks, keep_ties_together
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.composed import refuse_composed
 from nbaccel.core.context import context_ranks, make_context_mesh
 from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import give_back_memory, materialise
@@ -87,13 +88,14 @@ class FullyShardedDataParallel(Strategy):
             raise ConfigError(
                 "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
             )
+        refuse_composed(module, self.name)
         require_same_model(module, self._world)
         styles: dict[nn.Module, ParallelStyle] = {}
         if self._tensor is not None and self._tensor_mesh is not None:
             styles = styles_of(module, self._tensor, self._tensor_mesh.size())
             draw_alike(self._tensor_mesh)
         blocks = self._blocks(module)
-        for part in [*reversed(blocks), module]:
+        for part in [*reversed(blocks), *self._embeddings(module, blocks), module]:
             self._shard(part, module, styles, optimizers)
             give_back_memory()
         if self._options.activation_checkpointing:
@@ -117,6 +119,16 @@ class FullyShardedDataParallel(Strategy):
             )
         return kept
 
+    def _embeddings(self, module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+        """What a Hugging Face model embeds its inputs and outputs with, where that is as large as a block: gathered
+        with the rest of the model it would stay whole throughout the step."""
+        if self._options.wrap != "auto" or not blocks:
+            return []
+        least, inside = max(map(_size, blocks)), {one for block in blocks for one in block.modules()}
+        found = dict.fromkeys(_embedding(module, end) for end in ("input", "output"))
+        fit = [one for one in found if one is not None and one not in inside and _size(one) >= least]
+        return keep_ties_together(module, fit)
+
     def _shard(
         self,
         part: nn.Module,
@@ -137,7 +149,7 @@ class FullyShardedDataParallel(Strategy):
         fully_shard(
             part,
             mesh=self._mesh,
-            reshard_after_forward=self._reshards(part is model),
+            reshard_after_forward=self._reshards(part, model),
             mp_policy=self._policy,
             offload_policy=offload,
         )
@@ -146,12 +158,14 @@ class FullyShardedDataParallel(Strategy):
         for optimizer in optimizers:
             point_optimizer(optimizer, self._replaced)
 
-    def _reshards(self, root: bool) -> bool | int | None:
+    def _reshards(self, part: nn.Module, model: nn.Module) -> bool | int | None:
         if self._options.reshard_after_forward is not None:
             return self._options.reshard_after_forward
         if self._options.sharding == "shard_grad_op":
             return False
-        return None if root else True  # None: torch keeps the root's, which backward wants first
+        if part is model:
+            return None  # torch keeps the root's, which backward wants first
+        return part is not _embedding(model, "output")  # wanted first, too
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
         chain: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
@@ -209,6 +223,20 @@ class FullyShardedDataParallel(Strategy):
 
     def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
         return OptimizerState(optimizer, modules)
+
+
+def _embedding(model: nn.Module, end: str) -> nn.Module | None:
+    """The module of a Hugging Face model that embeds at that end."""
+    get = getattr(model, f"get_{end}_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:  # how transformers says that there is none
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _outside_shards(part: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:

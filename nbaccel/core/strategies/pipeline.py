@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.checkpoint import Sharded
+from nbaccel.core.composed import refuse_composed
 from nbaccel.core.load_model import find_weights
 from nbaccel.core.materialise import materialise
-from nbaccel.core.sharded import require_same_model, share_values
+from nbaccel.core.sharded import combine_norms, require_same_model, share_values
 from nbaccel.core.stages import StagedModel, StagedOptimizer, divide_layers, gather_stages
 from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
 from nbaccel.core.tied import find_tied_parameters
@@ -90,6 +91,7 @@ class PipelineParallelism(Strategy):
             return module, list(optimizers)
         if not place and self._world.device.type != "cpu":
             raise ConfigError("device_placement=False cannot go with strategy 'pipeline'")
+        refuse_composed(module, self.name)
         require_same_model(module, self._world)
         stages = divide_layers(module, self._size, self._options.split)
         _refuse_ties(module, stages)
@@ -216,13 +218,7 @@ class PipelineParallelism(Strategy):
         held = [p for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None], norm_type)
         # a stage without gradients has a norm on the CPU
-        total = norm.to(self._world.device, torch.float32)
-        if math.isinf(norm_type):
-            dist.all_reduce(total, dist.ReduceOp.MAX, group=self._line)
-        else:
-            total = total.pow(norm_type)
-            dist.all_reduce(total, group=self._line)
-            total = total.pow(1 / norm_type)
+        total = combine_norms(norm.to(self._world.device, torch.float32), norm_type, [self._line])
         torch.nn.utils.clip_grads_with_norm_(held, max_norm, total)
         return total
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.composed import refuse_composed
 from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import materialise
 from nbaccel.core.sharded import (
@@ -53,6 +54,7 @@ class TensorParallelism(Strategy):
     ) -> tuple[nn.Module, list[Optimizer]]:
         if any(isinstance(p, DTensor) for p in module.parameters()):
             return module, list(optimizers)
+        refuse_composed(module, self.name)
         require_same_model(module, self._world)
         styles = styles_of(module, self._options, self._world.size)
         before = dict(module.named_parameters(remove_duplicate=False))

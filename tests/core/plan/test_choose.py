@@ -102,6 +102,8 @@ def test_traced_activations_are_what_backward_keeps():
 def test_what_cannot_be_traced_says_why():
     with pytest.raises(ConfigError, match="cannot be traced: RuntimeError"):
         nbaccel.plan(nn.Linear(3, 4), batch=torch.empty(2, 5), num_processes=2)
+    with pytest.raises(ConfigError, match="'bf15'; it must be one of no, bf16"):
+        nbaccel.plan(nn.Linear(3, 4), mixed_precision="bf15", num_processes=2)
 
 
 def test_405_billion_parameters_are_planned_when_they_are_on_the_meta_device():

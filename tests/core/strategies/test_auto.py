@@ -10,7 +10,7 @@ from ranks import run_ranks
 from tiny import Job, TinyLM, Trained, difference, train
 from torch import nn
 
-from nbaccel import FSDP, DeepSpeed
+from nbaccel import FSDP, ContextParallel, DeepSpeed
 from nbaccel.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(300)
@@ -61,6 +61,7 @@ def test_small_model_when_nothing_is_asked_gets_whole_copies_and_no_tracing(
         assert str(plan) == str(ranks[0][2])
         if num_processes > 1:
             assert "not needed: ddp takes" in str(plan)
+            assert "ddp: small, so that dividing it would gain nothing" in plan.why()
     assert [said.count("strategy 'auto': ") for *_, said in ranks] == [2, *[0] * (num_processes - 1)]
 
 
@@ -117,6 +118,9 @@ def short_of_memory() -> dict[str, Any]:
     late.prepare(torch.optim.SGD(model.parameters()))
     late.prepare(model)
     found["late"] = late.strategy.name, late.plan
+    with pytest.raises(ConfigError) as caught:
+        Accelerator(cpu=True, strategy=FSDP(sharding="auto", context_parallel=ContextParallel()))
+    found["decided twice"] = str(caught.value)
     return found
 
 
@@ -136,6 +140,7 @@ def test_shards_are_chosen_when_copies_do_not_fit_or_cannot_be_made() -> None:
         assert "meta device" in found["empty"][1].candidates[0].why_not
         assert found["late"][0] == "ddp"
         assert "before its model" in found["late"][1].candidates[-2].why_not
+        assert "context_parallel cannot go with fsdp's sharding='auto'" in found["decided twice"]
 
 
 def stages() -> dict[str, Any]:

@@ -39,11 +39,13 @@ def model() -> nn.Sequential:
     return nn.Sequential(OrderedDict({**layers, "scale": Scale(), "head": nn.Linear(WIDTH, VOCABULARY)}))
 
 
-def train(strategy: Any, save: str | None = None, load: str | None = None) -> dict[str, Any]:
+def train(
+    strategy: Any, save: str | None = None, load: str | None = None, precision: str = "no"
+) -> dict[str, Any]:
     """AdamW in two groups, a schedule and clipping. The last batch is a small one."""
     from nbaccel import Accelerator
 
-    acc = Accelerator(cpu=True, strategy=strategy, verify=True)
+    acc = Accelerator(cpu=True, strategy=strategy, mixed_precision=precision, verify=True)
     net: Any = model()
     if acc.process_index:
         with torch.no_grad():
@@ -103,20 +105,24 @@ def on_two_ranks(folder: str, theirs: str) -> list[Any]:
     return [
         train(Pipeline(loss=cross_entropy, split=["block2"]), save=folder),
         train(Pipeline(loss=cross_entropy, microbatches=8), load=theirs),
+        train(Pipeline(loss=cross_entropy), precision="bf16"),
         refusals(),
     ]
 
 
+@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
 def test_training_when_layers_are_divided_is_that_of_one_process_and_checkpoints_move(
     alone: tuple[dict[str, Any], str], tmp_path: Any
 ) -> None:
     folder = str(tmp_path / "middle")
+    half = train("single", precision="bf16")
     ranks = run_ranks(on_two_ranks, folder, alone[1])
-    for rank, (one, resumed, said) in enumerate(ranks):
+    for rank, (one, resumed, narrow, said) in enumerate(ranks):
         agrees(one, alone[0])
         assert len(one["losses"]) == STEPS
         agrees(resumed, alone[0])
         assert len(resumed["losses"]) == STEPS // 2
+        assert difference(narrow["losses"], half["losses"]) <= 2e-3
         assert one["own"] == [["block0", "block1", "embedding"], ["block2", "head"]][rank]
         check_refusals(said)
     assert sum(rank[0]["held"] for rank in ranks) == alone[0]["held"]

@@ -62,6 +62,8 @@ class Trained:
     """Bytes of parameters, gradients and optimizer state on this rank at the end of a step."""
     tied: bool = False
     kind: str = ""
+    text: list[int] = field(default_factory=list)
+    """What the trained model writes."""
 
 
 def train(job: Job) -> Trained:
@@ -111,7 +113,18 @@ def train(job: Job) -> Trained:
     done.weights = {name: value.float().flatten().tolist() for name, value in state.items()}
     inner = acc.unwrap_model(model)
     done.tied = inner.head.weight is inner.embedding.weight
+    done.text = written_by(model)
     return done
+
+
+@torch.no_grad()
+def written_by(model: nn.Module, length: int = 6) -> list[int]:
+    """The likeliest tokens, one after another."""
+    model.eval()
+    tokens = torch.ones(1, 1, dtype=torch.int64)
+    while tokens.shape[1] < length:
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    return tokens[0].tolist()
 
 
 def held_bytes(model: nn.Module, optimizer: Any) -> int:
