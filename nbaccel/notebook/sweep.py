@@ -80,8 +80,9 @@ def map(
                 f"map takes no {option}: a trial is {devices_per_trial} rank(s), of which rank 0's "
                 "value comes back"
             )
-    if devices_per_trial < 1 or (parallel is not None and parallel < 1):
-        raise ConfigError("devices_per_trial and parallel must be at least 1")
+    for number in (devices_per_trial, 1 if parallel is None else parallel):
+        if not isinstance(number, int) or number < 1:
+            raise ConfigError(f"devices_per_trial and parallel must be ints of at least 1, not {number!r}")
     trials = [Trial(number, arguments) for number, arguments in enumerate(expand(grid))]
     called = name or getattr(fn, "__name__", None) or type(fn).__name__
     requests = _requests(fn, trials, called, options)
@@ -200,7 +201,7 @@ class _Words:
         for trial in self._sweep.trials:
             if trial.number not in self._told and trial.state in ("done", "failed", "stopped"):
                 self._told.add(trial.number)
-                line = paint_text([trial.line()], "").splitlines()[-1].strip()
+                line = " ".join(paint_text([trial.line()], "").splitlines()[-1].split())
                 print(f"{self._name} {len(self._told)}/{len(self._sweep.trials)}: trial {line}", flush=True)
 
     def close(self) -> None:

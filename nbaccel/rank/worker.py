@@ -426,6 +426,7 @@ class Server:
 
     def _fail(self, call: Call, error: BaseException) -> None:
         """All output first, then the error."""
+        events.call_fails(None if self._replica is None else threading.get_ident())
         debugger.remember(error)
         info = describe(error)
         fd = None

@@ -108,6 +108,8 @@ class _Run:
 def _folder(run: str | Path | RunLike) -> Path:
     if isinstance(run, (str, Path)):
         return find_run(str(run), None)
+    if not hasattr(run, "folder"):
+        raise ConfigError(f"compare takes runs, their names or folders, not {run!r}")
     folder = run.folder
     if folder is None:
         raise ConfigError(f"{run!r} has no run folder (folder=False): there is nothing to compare it by")

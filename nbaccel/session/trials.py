@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, final
 
-from nbaccel.errors import ConfigError, NbaccelError
+from nbaccel.errors import ConfigError, NbaccelError, WorkerError
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.reading import Heading, Row, read
 from nbaccel.session.panel.trials import Line, paint_html, paint_text
@@ -166,8 +166,12 @@ class Trial:
 
 
 def _headline(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    """What the trial raised by itself; our own errors say all in their words."""
+    cause = error.__cause__ if isinstance(error, WorkerError) else None
+    if cause is None and isinstance(error, NbaccelError):
+        return str(error).splitlines()[0]
+    text = f"{type(cause or error).__name__}: {cause or error}"
+    return text.splitlines()[0].removesuffix(": ")
 
 
 @final

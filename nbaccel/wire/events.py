@@ -38,7 +38,9 @@ __all__ = [
     "Status",
     "active",
     "at_call_end",
+    "at_call_failure",
     "call_ends",
+    "call_fails",
     "connect",
     "emit",
     "requests",
@@ -277,7 +279,9 @@ class Port(Protocol):
 
 
 _port: Port | None = None
-_endings: list[tuple[int, weakref.WeakMethod[Callable[[], None]]]] = []  # with the thread that asked
+_Methods = list[tuple[int, weakref.WeakMethod[Callable[[], None]]]]  # with the thread that asked
+_endings: _Methods = []
+_failures: _Methods = []
 
 
 def connect(port: Port | None) -> None:
@@ -305,13 +309,32 @@ def requests() -> list[Request]:
 def at_call_end(method: Callable[[], None]) -> None:
     """Let a rank call this bound method when the user's call has returned and before its result is told: what
     it raises is the call's error. Its object is not kept alive. Nobody calls it outside a rank."""
-    _endings[:] = [(thread, one) for thread, one in _endings if one() is not None]
-    _endings.append((threading.get_ident(), weakref.WeakMethod(method)))
+    _add(_endings, method)
+
+
+def at_call_failure(method: Callable[[], None]) -> None:
+    """Let a rank call this bound method when the user's call has raised, or was interrupted, and before that is told.
+    It must not raise, nor wait for anything. Its object is not kept alive. Nobody calls it outside a rank."""
+    _add(_failures, method)
+
+
+def _add(methods: _Methods, method: Callable[[], None]) -> None:
+    methods[:] = [(thread, one) for thread, one in methods if one() is not None]
+    methods.append((threading.get_ident(), weakref.WeakMethod(method)))
 
 
 def call_ends(thread: int | None = None) -> None:
     """Calls what `at_call_end` was given, the first first, or only what this thread gave: a rank may be one
     thread of several. `rank.worker` does."""
-    for whose, one in list(_endings):
+    _call(_endings, thread)
+
+
+def call_fails(thread: int | None = None) -> None:
+    """The same with what `at_call_failure` was given."""
+    _call(_failures, thread)
+
+
+def _call(methods: _Methods, thread: int | None) -> None:
+    for whose, one in list(methods):
         if thread in (None, whose) and (method := one()) is not None:
             method()

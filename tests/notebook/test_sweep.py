@@ -98,6 +98,7 @@ def test_trial_of_two_ranks_gives_the_value_of_its_first() -> None:
         ({"num_processes": 2}, "map takes no num_processes"),
         ({"devices_per_trial": 0}, "at least 1"),
         ({"parallel": 0}, "at least 1"),
+        ({"devices_per_trial": 1.5}, "not 1.5"),
         ({"device": "cpu", "mixed_presicion": "bf16"}, "mixed_presicion"),
     ],
 )

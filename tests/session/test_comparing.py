@@ -105,6 +105,9 @@ def test_runs_that_are_not_there_are_named(tmp_path: Path) -> None:
         compare(str(tmp_path / "nothing"), "either")
     with pytest.raises(ConfigError, match="no run folder"):
         compare(Unkept(), Unkept())
+    wrong: Any = 3
+    with pytest.raises(ConfigError, match="takes runs, their names or folders, not 3"):
+        compare(wrong, wrong)
 
 
 def test_columns_of_two_curves_share_their_steps() -> None:

@@ -26,7 +26,7 @@ class AimTracker:
         if folder is not None and "repo" not in options:
             folder.parent.mkdir(parents=True, exist_ok=True)
             options["repo"] = str(folder.parent)
-        self._run: Any = aim.Run(**{"experiment": project, **options})
+        self._run: Any = self._aim.Run(**{"experiment": project, **options})
 
     @property
     def tracker(self) -> Any:

@@ -95,6 +95,7 @@ class MetricLog:
         self._waiting: deque[tuple[Snapshot, int, Reduced]] = deque()
         self._held: dict[str, tuple[float, int, Reduced]] = {}
         self._emitted = float("-inf")
+        events.at_call_failure(self._show_last)
 
     @property
     def trackers(self) -> Trackers:
@@ -112,6 +113,16 @@ class MetricLog:
         while self._waiting and (self._waiting[0][0].ready() or len(self._waiting) > _MAX_WAITING):
             self._deliver(*self._waiting.popleft())
         if self._held and time.monotonic() - self._emitted >= _INTERVAL:
+            self._emit()
+
+    def _show_last(self) -> None:
+        """The newest values before a failure, as far as they have arrived."""
+        try:
+            while self._waiting and self._waiting[0][0].ready():
+                self._deliver(*self._waiting.popleft())
+        except RuntimeError:
+            self._waiting.clear()  # a device that has failed: its values will not come
+        if self._held and events.active():
             self._emit()
 
     def flush(self) -> None:

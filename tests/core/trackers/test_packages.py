@@ -330,7 +330,8 @@ class Told:
 def end(path: str, how: str) -> None:
     acc = Accelerator(cpu=True, log_with=[Told(path)])
     acc.init_trackers("p", config={"lr": 0.1})
-    acc.log({"loss": 1.0})
+    for step in range(50):  # quicker than the dashboard is told
+        acc.log({"loss": 1.0 / (step + 1)}, step=step)
     if how == "raise":
         raise ValueError("diverged")
     if how == "wait":
@@ -351,4 +352,5 @@ def test_tracker_is_told_how_a_run_ended_that_never_said_so(
     except (WorkerError, KeyboardInterrupt):
         assert how != "return"
     assert path.read_text() == told
+    assert run.state.ranks[0].curves["loss"].last == (49, 0.02)
     assert run.logs(0).count("tracker 'told' failed (") == 1  # at its first call, whatever came after
