@@ -17,6 +17,7 @@ _HOMES = {
     "FP8Options": "nbaccel.fp8",
     "FSDP": "nbaccel.parallel",
     "LocalSGD": "nbaccel.core.local_sgd",
+    "Megatron": "nbaccel.parallel",
     "Pipeline": "nbaccel.parallel",
     "Run": "nbaccel.session.run",
     "RunConfig": "nbaccel.config",

@@ -16,7 +16,16 @@ from typing import Any, Literal, get_args
 
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
-from nbaccel.parallel import FSDP, ContextParallel, DeepSpeed, Pipeline, TensorParallel, named, read_options
+from nbaccel.parallel import (
+    FSDP,
+    ContextParallel,
+    DeepSpeed,
+    Megatron,
+    Pipeline,
+    TensorParallel,
+    named,
+    read_options,
+)
 
 __all__ = [
     "RUN_CONFIG_VARIABLE",
@@ -45,7 +54,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "output": ("auto", "all", "rank0", "none"),
     "strategy": (
         *("auto", "single", "ddp", "xla", "fsdp", "tensor_parallel", "context_parallel", "pipeline"),
-        "deepspeed",
+        *("deepspeed", "megatron"),
     ),
     "log_with": get_args(TrackerName),
     "loss_weighting": ("samples", "equal"),
@@ -78,16 +87,14 @@ _OPTIONS: dict[str, type] = {
     "deepspeed": DeepSpeed,
     "context_parallel": ContextParallel,
     "pipeline": Pipeline,
+    "megatron": Megatron,
     "fp8": FP8Options,
 }
 _TEXTS = ("project_dir", "stop_after", "resume")
-# Known to be wanted, not built: refused by name rather than ignored.
-_MEGATRON = (
-    "megatron-core is not wrapped: its attention and its pipelines run on CUDA devices only, so nothing of it could be "
-    "tried; use TensorParallel(...), alone or in FSDP(tensor_parallel=...), or Pipeline(...)"
-)
-_LATER: dict[str, dict[str, str]] = {"strategy": {"megatron": _MEGATRON, "megatron_lm": _MEGATRON}}
-_LATER_KEYS = {"megatron": _MEGATRON}
+# Known from elsewhere under another name.
+_LATER: dict[str, dict[str, str]] = {
+    "strategy": {"megatron_lm": "here it is 'megatron', or Megatron(size=…)"}
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +157,8 @@ class RunConfig:
     """Options of context parallelism, by the names of `ContextParallel`: alone or with "fsdp"."""
     pipeline: Mapping[str, Any] | None = None
     """Options of the strategy "pipeline", by the names of `Pipeline`."""
+    megatron: Mapping[str, Any] | None = None
+    """Options of the strategy "megatron", by the names of `Megatron`."""
     check_collectives: Literal["sampled", "always", "never"] | None = None
     """How often the ranks' arguments to collectives are compared."""
     seed: int | None = None
@@ -276,8 +285,6 @@ class RunConfig:
         known = cls.names()
         values = {**values, **_expanded(values, place)}
         for key in values:
-            if key in _LATER_KEYS:
-                raise ConfigError(f"{key}{f' (from {place})' if place else ''}: {_LATER_KEYS[key]}")
             if key not in known:
                 hint = _nearest(key, known - {"sources"})
                 raise ConfigError(f"unknown option {key!r}{f' in {place}' if place else ''}{hint}")

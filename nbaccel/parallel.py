@@ -21,6 +21,7 @@ __all__ = [
     "FSDP",
     "ContextParallel",
     "DeepSpeed",
+    "Megatron",
     "ParallelStyle",
     "Pipeline",
     "StrategyLike",
@@ -102,6 +103,22 @@ class Pipeline:
             raise ConfigError(f"pipeline: loss is {self.loss!r}; it must be a function of (outputs, targets)")
         if isinstance(self.split, str):
             raise ConfigError(f"pipeline: split is {self.split!r}; it must be a list of names of layers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Megatron:
+    """A model made of megatron-core's tensor-parallel layers, built after the Accelerator, which makes the process
+    groups they talk in; gradients are averaged over the copies.
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    size: int = 0
+    """Neighbouring ranks that share one copy of the model; 0: all of them."""
+
+    def __post_init__(self) -> None:
+        _count("megatron: size", self.size, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +274,7 @@ _ZERO_SIZES = {
 }
 _STAGE_THREE = ("prefetch_bucket_size", "max_live_parameters", "param_persistence_threshold", "leaf_modules")
 
-StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed | ContextParallel | Pipeline
+StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed | ContextParallel | Pipeline | Megatron
 """What `strategy=` takes everywhere."""
 
 
@@ -282,11 +299,13 @@ def named(strategy: object) -> dict[str, Any]:
         return {"strategy": "context_parallel", "context_parallel": _mapping(strategy)}
     if isinstance(strategy, Pipeline):
         return {"strategy": "pipeline", "pipeline": _mapping(strategy)}
+    if isinstance(strategy, Megatron):
+        return {"strategy": "megatron", "megatron": _mapping(strategy)}
     if isinstance(strategy, DeepSpeed):
         return {"strategy": "deepspeed", "deepspeed": _mapping(strategy)}
     raise ConfigError(
         f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...), "
-        "ContextParallel(...), Pipeline(...) or DeepSpeed(...)"
+        "ContextParallel(...), Pipeline(...), DeepSpeed(...) or Megatron(...)"
     )
 
 

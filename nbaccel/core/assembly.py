@@ -17,7 +17,15 @@ from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
-from nbaccel.parallel import FSDP, ContextParallel, DeepSpeed, Pipeline, TensorParallel, read_options
+from nbaccel.parallel import (
+    FSDP,
+    ContextParallel,
+    DeepSpeed,
+    Megatron,
+    Pipeline,
+    TensorParallel,
+    read_options,
+)
 from nbaccel.wire import events
 
 __all__ = ["asked_config", "choose_strategy", "ddp_options", "fp8_options", "make_control", "split_trackers"]
@@ -29,6 +37,7 @@ _OPTIONS_OF = {
     "context_parallel": ("context_parallel", "fsdp"),
     "deepspeed": ("deepspeed",),
     "pipeline": ("pipeline",),
+    "megatron": ("megatron",),
 }
 """Keys that hold a strategy's options, with the strategies that read them."""
 
@@ -77,6 +86,11 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
                 "strategy 'pipeline' divides a model over at least two ranks, and there is one; launch more, or leave "
                 "it out and call the model and backward(loss)"
             )
+        if name == "megatron":
+            raise ConfigError(
+                "strategy 'megatron' needs at least two ranks, whose process groups megatron-core's layers talk in; "
+                "launch more"
+            )
         return Single(world.device)
     _check_fp8(config, precision)
     if name == "deepspeed":
@@ -94,6 +108,12 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
     accumulates = (config.gradient_accumulation_steps or 1) > 1
     if name == "pipeline":
         return _pipeline(config, world, precision, accumulates=accumulates)
+    if name == "megatron":
+        _check_half(precision, name)
+        # imported where it is asked for: it needs megatron-core
+        from nbaccel.core.strategies.megatron import MegatronCore
+
+        return MegatronCore(world, options=read_options(Megatron, config.megatron or {}, "megatron"))
     if name in ("fsdp", "tensor_parallel", "context_parallel"):
         _check_half(precision, name)
         return _sharded(config, world, precision)
@@ -169,10 +189,10 @@ def _check_half(precision: Precision, strategy: str) -> None:
 
 
 def _check_fp8(config: RunConfig, precision: Precision) -> None:
-    if precision.kind == "fp8" and (config.strategy == "deepspeed" or _divides(config)):
+    if precision.kind == "fp8" and (config.strategy in ("deepspeed", "megatron") or _divides(config)):
         raise ConfigError(
-            "mixed_precision='fp8' goes with one process, strategy 'ddp' and 'fsdp', not with DeepSpeed nor tensor "
-            "parallelism; use 'bf16', or one of those"
+            "mixed_precision='fp8' goes with one process, strategy 'ddp' and 'fsdp', not with DeepSpeed, Megatron nor "
+            "tensor parallelism; use 'bf16', or one of those"
         )
 
 

@@ -138,7 +138,14 @@ REPLACED = {
 }
 """What is read otherwise: for want of a device, or of what a reader has."""
 
-READ_ONLY = {("docs/tpu.md", "xla_spmd"): "a launch in SPMD mode is refused where there are no chips"}
+READ_ONLY = {
+    ("docs/tpu.md", "xla_spmd"): "a launch in SPMD mode is refused where there are no chips",
+    (
+        "docs/deepspeed.md",
+        "prepare_inference",
+    ): "of a model that generates; tests/core/test_inference.py has one",
+    ("docs/strategies.md", "Megatron"): "megatron-core is not installed for the tests",
+}
 """Blocks that are compiled and not run, with the reason."""
 
 

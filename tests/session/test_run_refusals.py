@@ -36,7 +36,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"mixed_precision": "bf17"}, "bf17.*Did you mean 'bf16'"),
     ({"mixed_precision": "fp8", "fp8": {"recipe": "colwise"}}, "'colwise'.*'tensorwise', 'rowwise'"),
     ({"strategy": "fsdpp"}, "Did you mean 'fsdp'"),
-    ({"strategy": "megatron"}, "CUDA devices only.*TensorParallel"),
+    ({"strategy": "megatron_lm"}, r"here it is 'megatron', or Megatron\(size"),
     ({"strategy": FSDP(wrap=len)}, "cannot be asked of a launch"),
     ({"device": "tpu"}, "needs a runtime"),
     ({"device": "gpu9"}, "device"),
