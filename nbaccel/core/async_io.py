@@ -92,7 +92,7 @@ def _load() -> str | None:
         return _NEEDED
     if not there:
         _remove_left_locks()
-        print(f"deepspeed: compiling {' and '.join(_PARTS)} for NVMe, once (a minute or two) …", flush=True)
+        print(f"deepspeed: compiling {' and '.join(_PARTS)} for NVMe, once (some minutes on few cores) …", flush=True)
     start = time.monotonic()
     try:
         builder.load(verbose=False)
