@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,38 @@ def test_rank_that_compiles_says_so() -> None:
         time.sleep(0.05)
     assert 0 < run.result(timeout=10)[0] <= 1
     assert "compiling" in seen
+
+
+def logged(folder: str, log: bool) -> int:
+    """How many graphs six steps run, each of which logs a value that the next one changes in place."""
+    acc = Accelerator(log_with="jsonl", project_dir=folder, verify=False)
+    acc.init_trackers("run")
+    model: Any = nn.Linear(4, 1)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = acc.prepare(model, optimizer)
+    total = torch.zeros((), device=acc.device)
+    before = executed()
+    for _ in range(6):
+        acc.step(model(torch.ones(2, 4).to(acc.device)).mean(), optimizer)
+        total += 1
+        if log:
+            acc.log({"total": total})
+    found = executed() - before
+    acc.end_training()
+    return found
+
+
+def executed() -> int:
+    import torch_xla
+
+    torch_xla._XLAC._xla_wait_device_ops([])
+    return int((torch_xla._XLAC._xla_metric_data("ExecuteTime") or (0,))[0])
+
+
+def test_logging_neither_cuts_the_step_nor_waits_for_it(tmp_path: Path) -> None:
+    with Session(num_processes=1, device="tpu") as session:
+        silent, told = (session.run(logged, str(tmp_path / str(log)), log)[0] for log in (False, True))
+    assert told == silent == 6
+    (file,) = tmp_path.rglob("True/**/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["total"] for line in lines] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]

@@ -1,7 +1,8 @@
 """What `acc.log` does with its values: to every tracker each call, to the dashboard now and then.
 
 A value may be a tensor on a device that is still computing it. It is copied in the order of the device's
-stream and read at a later call, when it has arrived; nothing waits for it before the end.
+stream and read at a later call, when it has arrived; nothing waits for it before the end. On XLA it is computed by
+the graph that is cut next, and reading it would cut it: it is read after a later optimizer step.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ class Snapshot:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values: dict[str, Any] = {}
         self._arrivals: list[Any] = []
+        self.traced = False
+        """Whether a value is computed by the graph that an optimizer step cuts."""
         devices = set()
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 self._values[str(name)] = _to_main_memory(value.detach())
                 if value.is_cuda:
                     devices.add(value.device)
+                self.traced = self.traced or value.device.type == "xla"
             else:
                 self._values[str(name)] = simple(value)
         for device in devices:
@@ -68,11 +72,12 @@ class Snapshot:
 def _read(value: torch.Tensor) -> Any:
     if value.numel() == 1:
         return value.item()
+    value = value.cpu()
     return value.float() if value.dtype in _UNKNOWN_TO_NUMPY else value
 
 
 def _to_main_memory(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
+    if tensor.device.type in ("cpu", "xla"):  # XLA's stays where it is until it is read
         return tensor.clone()
     if tensor.is_cuda:
         # Page-locked: only then the copy is asynchronous.
@@ -110,15 +115,18 @@ class MetricLog:
         self._step = step
         if self._sampler is not None:
             self._deliver_samples(self._sampler)
-        while self._waiting and (self._waiting[0][0].ready() or len(self._waiting) > _MAX_WAITING):
+        while self._waiting and (self._is_ready(*self._waiting[0]) or len(self._waiting) > _MAX_WAITING):
             self._deliver(*self._waiting.popleft())
         if self._held and time.monotonic() - self._emitted >= _INTERVAL:
             self._emit()
 
+    def _is_ready(self, snapshot: Snapshot, step: int, _: Reduced) -> bool:
+        return snapshot.ready() and not (snapshot.traced and step >= self._step)
+
     def _show_last(self) -> None:
         """The newest values before a failure, as far as they have arrived."""
         try:
-            while self._waiting and self._waiting[0][0].ready():
+            while self._waiting and self._is_ready(*self._waiting[0]):
                 self._deliver(*self._waiting.popleft())
         except RuntimeError:
             self._waiting.clear()  # a device that has failed: its values will not come
