@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,14 @@ def settings(
     precision: str,
     accumulation: int,
     clipping: float | None,
+    blocks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
     The loop decides where a window ends, so DeepSpeed is told of one micro-step, and of the boundary itself.
+
+    Args:
+        blocks: classes of modules that stage 3 gathers at once, unless the options name others.
 
     Raises:
         ConfigError: the user's file asks for something else than the Accelerator.
@@ -52,7 +56,7 @@ def settings(
             "stage3_param_persistence_threshold": buckets.persistent,
             "sub_group_size": buckets.sub_group,
         }
-    zero |= _asked(options, stage)
+    zero |= _asked(options, stage, blocks)
     for name, place in (
         ("offload_optimizer", options.offload_optimizer),
         ("offload_param", options.offload_param),
@@ -90,8 +94,9 @@ def settings(
     for name, given_for in on_nvme.items():
         merged["zero_optimization"][name] = {**_buffers(name, size, num_processes), **given_for}
     if "offload_param" in on_nvme:
-        # A parameter that waits for its next use keeps its buffer, of which there are few.
-        merged["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        _fetch_one_by_one(merged["zero_optimization"], asked=options.prefetch_bucket_size, given=given)
+        if merged["zero_optimization"].get("leaf_module") == {"classes": list(blocks)}:
+            del merged["zero_optimization"]["leaf_module"]  # nor block by block
     return merged
 
 
@@ -104,7 +109,23 @@ def _buffers(name: str, size: Size, num_processes: int) -> dict[str, int]:
     return {"buffer_size": max(-(-size.largest_parameter // num_processes), 10**6), "max_in_cpu": 0}
 
 
-def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
+def _fetch_one_by_one(zero: dict[str, Any], *, asked: int | None, given: Mapping[str, Any]) -> None:
+    """Parameters come from the disk when they are needed, and go at once.
+
+    DeepSpeed 0.19.8 ends with an assertion when it fetches ahead a parameter that is used twice within reach, as the
+    last ones of a forward pass are; and one that waits for its next use keeps its buffer, of which there are few.
+    """
+    name = "stage3_prefetch_bucket_size"
+    own = given.get("zero_optimization", {}).get(name)
+    if asked or own not in (None, "auto", 0):
+        raise ConfigError(
+            "prefetching parameters cannot go with offload_param='nvme': DeepSpeed 0.19.8 fails in it. Leave out "
+            f"prefetch_bucket_size, and {name} of the configuration"
+        )
+    zero |= {name: 0, "stage3_max_reuse_distance": 0}
+
+
+def _asked(options: DeepSpeed, stage: int, blocks: Sequence[str]) -> dict[str, Any]:
     """The sizes and lists that were named, by DeepSpeed's names."""
     found: dict[str, Any] = {
         "reduce_bucket_size": options.reduce_bucket_size,
@@ -115,7 +136,7 @@ def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
             "stage3_max_live_parameters": options.max_live_parameters,
             "stage3_param_persistence_threshold": options.param_persistence_threshold,
-            "leaf_module": {"classes": list(options.leaf_modules)} if options.leaf_modules else None,
+            "leaf_module": {"classes": leaves} if (leaves := list(options.leaf_modules or blocks)) else None,
         }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -172,11 +172,25 @@ def test_folder_when_it_cannot_be_swapped_to_is_refused(tmp_path) -> None:
             claim_folder(configuration(folder), size, single())
 
 
-def test_stage_when_it_shards_no_parameters_is_refused_with_nvme() -> None:
-    with pytest.raises(ConfigError, match="needs stage 3 of ZeRO, and the stage is 2"):
-        settings(
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
             DeepSpeed(stage=2, config={"zero_optimization": {"offload_param": {"device": "nvme"}}}),
-            stage=2,
+            "needs stage 3 of ZeRO, and the stage is 2",
+        ),
+        (
+            DeepSpeed(stage=3, offload_param="nvme", nvme_path="disk", prefetch_bucket_size=100),
+            "prefetching parameters cannot go with offload_param='nvme'",
+        ),
+    ],
+)
+def test_options_when_they_cannot_go_with_nvme_are_refused(options: DeepSpeed, said: str) -> None:
+    assert options.stage != "auto"
+    with pytest.raises(ConfigError, match=said):
+        settings(
+            options,
+            stage=options.stage,
             size=MODEL,
             num_processes=2,
             precision="no",
