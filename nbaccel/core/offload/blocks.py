@@ -17,6 +17,8 @@ from nbaccel.core.offload.weights import Stored
 
 __all__ = ["Absent", "Block", "Buffer", "Buffers", "Slot", "Weight"]
 
+Read = Callable[[Stored, torch.Tensor], bool]
+"""Writes a stored tensor into memory, or says False."""
 _ALIGNMENT = 64  # bytes: what vector instructions and torch's own allocations have
 
 
@@ -188,11 +190,13 @@ class Block:
             offset += -(-weight.num_bytes // _ALIGNMENT) * _ALIGNMENT
         self.num_bytes = offset
 
-    def fill(self, memory: torch.Tensor) -> None:
-        """Writes all weights into memory of the host."""
+    def fill(self, memory: torch.Tensor, read: Read | None = None) -> None:
+        """Writes all weights into memory of the host; by `read` those that it can."""
         with torch.no_grad():
             for weight in self.weights:
-                weight.within(memory).copy_(weight.real())
+                target = weight.within(memory)
+                if read is None or not read(weight.stored, target):
+                    target.copy_(weight.real())
 
     def put(self, memory: torch.Tensor) -> None:
         """Makes the modules use the weights in `memory`."""

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from nbaccel.core.offload.blocks import Absent, Block, Slot, Weight
+from nbaccel.core.offload.direct import direct_reader
 from nbaccel.core.offload.dispatched import Dispatch, enter_class, real_state
 from nbaccel.core.offload.hooks import Readahead, Streamer, Unit, answer_on, compute_on, return_to_caller
+from nbaccel.core.offload.limits import free_memory
 from nbaccel.core.offload.parts import listed
 from nbaccel.core.offload.plan import HOST, Plan, executing
 from nbaccel.core.offload.scratch import write_scratch
@@ -237,7 +239,9 @@ class _Installing:
             if self._plan.places[index] == "cpu" and self._device.type == "cuda":
                 self._pin(of_part[index])
         largest = max(block.num_bytes for block in self.blocks)
-        return Streamer(self._units, self._device, max(self._plan.room or 2 * largest, largest))
+        from_disk = sum(block.num_bytes for block in self.blocks if block.host is None)
+        reader = direct_reader(self._device, from_disk, free_memory())
+        return Streamer(self._units, self._device, max(self._plan.room or 2 * largest, largest), reader)
 
     def _block(self, weights: Sequence[Weight]) -> Block:
         block = Block(weights)

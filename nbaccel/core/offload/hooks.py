@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nbaccel.core.nested import leaves, map_tensors
 from nbaccel.core.offload.blocks import Block, Buffer, Buffers
+from nbaccel.core.offload.direct import DirectReader
 from nbaccel.core.offload.weights import are_resident, make_resident, sample_pages
 
 __all__ = ["Readahead", "Streamer", "Unit", "answer_on", "compute_on", "return_to_caller"]
@@ -75,10 +76,17 @@ class _State:
 
 @final
 class Streamer:
-    """Brings blocks to `device`, where they run. Any number of threads may run the model at once."""
+    """Brings blocks to `device`, where they run. Any number of threads may run the model at once.
 
-    def __init__(self, units: Sequence[Unit], device: torch.device, room: int) -> None:
-        self._device = device
+    Args:
+        room: bytes of blocks that may be on the device.
+        reader: of weights on a disk that the page cache cannot hold.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], device: torch.device, room: int, reader: DirectReader | None = None
+    ) -> None:
+        self._device, self._reader = device, reader
         self._order = _Order(units)
         self._states = {block: _State() for unit in units for block in unit.blocks}
         self._buffers = Buffers(room)
@@ -234,7 +242,7 @@ class Streamer:
         staging.left.clear()
         if staging.memory is None:
             staging.memory = torch.empty(block.num_bytes, dtype=torch.uint8, pin_memory=True)
-        block.fill(staging.memory)
+        block.fill(staging.memory, None if self._reader is None else self._reader.fill)
         memory.copy_(staging.memory, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(stream)

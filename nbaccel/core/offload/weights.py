@@ -77,7 +77,7 @@ class TensorFile:
                 size = os.fstat(handle.fileno()).st_size
                 _check(self.entries, size)
                 # Opened again here: the mapping and reads from several threads share one descriptor.
-                self._descriptor = os.dup(handle.fileno())
+                self.descriptor = os.dup(handle.fileno())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"unknown type {error}" if isinstance(error, KeyError) else error
             raise CheckpointError(f"{path} cannot be read as safetensors: {said}") from error
@@ -85,8 +85,8 @@ class TensorFile:
         self._mapped: mmap.mmap | None = None
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
     def read(self, entry: Entry) -> torch.Tensor:
         """In memory of its own. Several threads may read at once."""
@@ -94,7 +94,7 @@ class TensorFile:
         view = data_bytes(tensor)
         done = 0
         while done < entry.num_bytes:
-            count = os.preadv(self._descriptor, [view[done:]], entry.begin + done)
+            count = os.preadv(self.descriptor, [view[done:]], entry.begin + done)
             if not count:
                 raise CheckpointError(f"{self.path} was truncated while it was read")
             done += count
@@ -109,7 +109,7 @@ class TensorFile:
             # otherwise refuse a file larger than the memory.
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             flags = mmap.MAP_PRIVATE | _NO_RESERVE
-            self._mapped = mmap.mmap(self._descriptor, self._size, flags=flags, prot=protection)
+            self._mapped = mmap.mmap(self.descriptor, self._size, flags=flags, prot=protection)
         count = entry.num_bytes // entry.dtype.itemsize
         flat = torch.frombuffer(self._mapped, dtype=entry.dtype, count=count, offset=entry.begin)
         return flat.view(entry.shape)
@@ -131,6 +131,20 @@ class FileTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self._entry.shape
+
+    @property
+    def descriptor(self) -> int:
+        """Of its open file."""
+        return self._file.descriptor
+
+    @property
+    def begin(self) -> int:
+        """Its first byte in the file."""
+        return self._entry.begin
+
+    @property
+    def num_bytes(self) -> int:
+        return self._entry.num_bytes
 
     def read(self) -> torch.Tensor:
         return self._file.read(self._entry)
