@@ -234,7 +234,8 @@ def collate(items): return Box(items)
 def read(context):
     loader = torch.utils.data.DataLoader(Squares(), batch_size=3, num_workers=1, collate_fn=collate,
                                          multiprocessing_context=context, timeout=60)
-    return [box.items for box in loader], isinstance(box, Box) if (box := next(iter(loader))) else None
+    boxes = list(loader)
+    return [box.items for box in boxes], all(isinstance(box, Box) for box in boxes)
 values = [list(notebook_launcher(read, args=(c,), num_processes=2)) for c in ("fork", "forkserver")]
 """,
         "values",
