@@ -14,7 +14,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
 # Two workers: much of the suite waits for processes. A file's tests stay together, with what they share.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
@@ -65,7 +65,7 @@ test-xla: $(XLA_VENV)/.nbaccel-xla  ## the TPU code on torch_xla's CPU device, i
 lint: $(VENV)/.nbaccel-test  ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m mypy
+	$(PY) -m mypy -n 2
 	$(PY) -m mypy $(SCRIPTS)
 
 bench: $(VENV)/.nbaccel-test  ## the figures of the README, beside the peers (half an hour)
@@ -98,7 +98,7 @@ $(PY):
 # The stamps make a second run quick; they are stale when what is asked for changes.
 $(VENV)/.nbaccel-%: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): torch and what the notebooks use; a few minutes the first time."
-	$(PIP) install -c constraints.txt -e '.[$*]'
+	$(PIP) install --no-compile -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # torch_xla 2.9 has wheels for Linux on x86-64 and Python 3.10 to 3.13 only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -28,6 +29,12 @@ if ROOT not in sys.path:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skips where `package` is not installed. Only looks for it: what the tests' process has imported, every
+    server it starts imports too."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
 def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
     """The first true value of `condition()`; fails after `timeout` seconds."""
     end = time.monotonic() + timeout
@@ -36,6 +43,19 @@ def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
             return value
         assert time.monotonic() < end, f"not in {timeout} s: {what}"
         time.sleep(0.02)
+
+
+_LAST = ("core", "peers", "compat", "docs", "notebooks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What imports large packages into this process goes last: every server started later imports them too."""
+
+    def turn(item: pytest.Item) -> int:
+        folders = item.path.relative_to(ROOT).parts
+        return next((place for place, name in enumerate(_LAST, 1) if name in folders[:2]), 0)
+
+    items.sort(key=turn)
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import accelerate.test_utils.scripts
 import pytest
 
 from nbaccel import notebook_launcher
@@ -20,7 +20,10 @@ from tests.compat.hub import MODEL, make_hub, variables
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow, pytest.mark.timeout(400)]
 
-HOME = Path(next(iter(accelerate.test_utils.scripts.__path__)))
+_WHEEL = importlib.util.find_spec("accelerate")  # not imported: servers would import it too
+assert _WHEEL is not None
+assert _WHEEL.origin is not None
+HOME = Path(_WHEEL.origin).parent / "test_utils" / "scripts"
 IMPORT = re.compile(r"^(\s*from )accelerate(\.test_utils(?:\.testing)?)?\b", re.MULTILINE)
 
 

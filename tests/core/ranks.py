@@ -16,15 +16,8 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = [
-    *("cloudpickle", "torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"),
-    *("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint"),
-    *("nbaccel.core.accelerator", "deepspeed"),
-]
-"""What the ranks are forked with; one that is not installed is left out."""
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it at its import
-_CONTEXT.set_forkserver_preload(_PRELOADED)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.core.preloaded"])
 
 
 class RankFailed(AssertionError):
@@ -40,7 +33,7 @@ def run_ranks(
     pipes: list[Connection] = []
     processes = []
     for rank in range(num_processes):
-        ours, theirs = _CONTEXT.Pipe()
+        ours, theirs = CONTEXT.Pipe()
         variables = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -53,7 +46,7 @@ def run_ranks(
             "GLOO_SOCKET_IFNAME": "lo",
             **(env or {}),
         }
-        process = _CONTEXT.Process(target=_serve, args=(theirs, variables, payload, list(sys.path)))
+        process = CONTEXT.Process(target=_serve, args=(theirs, variables, payload, list(sys.path)))
         process.start()
         theirs.close()
         pipes.append(ours)

@@ -10,9 +10,9 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("transformers")
-pytestmark = pytest.mark.timeout(180)
+from tests.conftest import needs
+
+pytestmark = [needs("deepspeed"), needs("transformers")]
 
 
 def llama() -> Any:

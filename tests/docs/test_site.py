@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import accelerate
 import pytest
 
 import nbaccel
@@ -95,6 +94,8 @@ def test_differences_when_edited_in_scripts_are_told_in_the_migration_page() -> 
 
 
 def test_member_of_accelerates_accelerator_when_looked_up_is_in_the_migration_page() -> None:
+    import accelerate
+
     text = (DOCS / "migration.md").read_text()
     same, others = text.partition("## Each member")[2].partition("\n## ")[0].split("\n\nThe others.")
     members = {name for name in dir(accelerate.Accelerator) if not name.startswith("_")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import CONTEXT
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from training import Counter
@@ -20,9 +20,6 @@ from training import Counter
 from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState, next_folder
 from nbaccel.core.checkpoint.filesystem import LocalFileSystem
 from nbaccel.core.world import join, single
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"])
 
 
 def state(shards: bool = False) -> tuple[nn.Module, torch.optim.Optimizer, Counter, Contents]:
@@ -76,7 +73,7 @@ def kill_after(folder: Path, size: int, start: int, way: str, delay: float) -> N
     """Starts the writers, waits until one checkpoint more is there and a while longer, kills them."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     writers = [
-        _CONTEXT.Process(
+        CONTEXT.Process(
             target=write_for_ever, args=(str(folder), rank, size, store.port, start, way, list(sys.path))
         )
         for rank in range(size)
@@ -117,9 +114,9 @@ def load_newest(folder: Path, way: str) -> int:
 @pytest.mark.parametrize(
     ("rounds", "size", "way"),
     [
-        (20, 1, "numbered"),
-        (15, 1, "same folder"),
-        (15, 1, "background"),
+        (12, 1, "numbered"),
+        (10, 1, "same folder"),
+        (10, 1, "background"),
         (5, 2, "numbered"),
         (5, 2, "background"),
         (3, 2, "shards"),

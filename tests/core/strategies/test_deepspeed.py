@@ -7,9 +7,9 @@ from ranks import run_ranks
 from tiny import Job, Trained, difference, train
 
 from nbaccel import DeepSpeed
+from tests.conftest import needs
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), needs("deepspeed")]
 
 
 def agrees(one: Trained, alone: Trained, tolerance: float = 1e-5) -> None:

@@ -15,9 +15,9 @@ from nbaccel import DeepSpeed
 from nbaccel.core.save_model import save_model
 from nbaccel.core.world import single
 from nbaccel.errors import CheckpointError, ConfigError
+from tests.conftest import needs
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), needs("deepspeed")]
 WIDTH, BLOCKS = 512, 12
 OWN = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 TOKENS = torch.arange(24).reshape(4, 6) % VOCABULARY

@@ -12,9 +12,9 @@ from ranks import RankFailed, run_ranks
 from tiny import VOCABULARY, TinyLM
 
 from nbaccel import DeepSpeed
+from tests.conftest import needs
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), needs("deepspeed")]
 STAGES = (1, 2, 3)
 
 

@@ -15,9 +15,9 @@ from nbaccel.core.load_model import load_module
 from nbaccel.core.merge import merge
 from nbaccel.core.zero.native import find_native, read_native
 from nbaccel.errors import CheckpointError
+from tests.conftest import needs
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), needs("deepspeed")]
 SAVED, STEPS, STAGES = 3, 6, (2, 3)
 
 

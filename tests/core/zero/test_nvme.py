@@ -21,8 +21,9 @@ from nbaccel.core.world import single
 from nbaccel.core.zero.nvme import claim_folder
 from nbaccel.core.zero.settings import settings
 from nbaccel.errors import ConfigError
+from tests.conftest import needs
 
-pytest.importorskip("deepspeed")
+pytestmark = needs("deepspeed")
 MISSING = obstacle()
 on_disk = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
