@@ -92,7 +92,10 @@ def _load() -> str | None:
         return _NEEDED
     if not there:
         _remove_left_locks()
-        print(f"deepspeed: compiling {' and '.join(_PARTS)} for NVMe, once (some minutes on few cores) …", flush=True)
+        print(
+            f"deepspeed: compiling {' and '.join(_PARTS)} for NVMe, once (some minutes on few cores) …",
+            flush=True,
+        )
     start = time.monotonic()
     try:
         builder.load(verbose=False)

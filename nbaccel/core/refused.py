@@ -58,7 +58,8 @@ ARGUMENTS: Mapping[str, str] = {
     "deepspeed_plugins": _DEEPSPEED,
     "fsdp_plugin": "is strategy=FSDP(...); see docs/strategies.md",
     "torch_tp_plugin": "is strategy=TensorParallel(...) or FSDP(tensor_parallel=TensorParallel(...))",
-    "megatron_lm_plugin": "is strategy=Megatron(...), or by torch TensorParallel(...) or Pipeline(...); see docs/strategies.md",
+    "megatron_lm_plugin": "is strategy=Megatron(...), or by torch TensorParallel(...) or Pipeline(...); "
+    "see docs/strategies.md",
     "parallelism_config": "is strategy=FSDP(sharding=..., tensor_parallel=TensorParallel(...), "
     "context_parallel=ContextParallel(...)), TensorParallel(...) or ContextParallel(...)",
     "rng_types": "is not needed: loaders' orders come from (seed, epoch), equal on all ranks; "
