@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,7 @@ def test_second_launch_compiles_nothing(session: Session) -> None:
     assert first[0]["total"] == first[1]["total"] == second[0]["total"] != other[0]["total"]
 
 
-def test_session_goes_on_after_a_failure_and_an_interrupt(session: Session) -> None:
+def test_session_goes_on_after_a_failure_an_interrupt_and_the_loss_of_its_process(session: Session) -> None:
     def fails_on_one() -> None:
         acc = Accelerator()
         acc.wait_for_everyone()
@@ -65,6 +66,17 @@ def test_session_goes_on_after_a_failure_and_an_interrupt(session: Session) -> N
         while True:
             time.sleep(0.01)
 
+    def ends_the_process() -> None:
+        acc = Accelerator()
+        acc.wait_for_everyone()
+        if acc.process_index:
+            os._exit(3)
+        time.sleep(60)
+
+    def everyone() -> list[int]:
+        acc = Accelerator()
+        return acc.gather_object(acc.process_index)
+
     with pytest.raises(WorkerError, match="on rank"):
         session.run(fails_on_one)
     run = session.submit(waits)
@@ -74,8 +86,10 @@ def test_session_goes_on_after_a_failure_and_an_interrupt(session: Session) -> N
     run.interrupt()
     with pytest.raises(KeyboardInterrupt):
         run.result(timeout=60)
-    ranks = session.run(lambda: Accelerator().gather_object(Accelerator().process_index))
-    assert list(ranks) == [[0, 1], [0, 1]]
+    assert list(session.run(everyone)) == [[0, 1], [0, 1]]
+    with pytest.raises(WorkerError, match="ranks 0-1 of 2 ended without a result, exit code 3"):
+        session.run(ends_the_process)
+    assert list(session.run(everyone)) == [[0, 1], [0, 1]]
 
 
 def test_cells_are_refused(session: Session) -> None:
