@@ -242,6 +242,7 @@ class Zero(Strategy):
             return
         if options.keys() - {"retain_graph"}:
             raise ConfigError(f"backward({', '.join(options)}) cannot go with strategy 'deepspeed'")
+        _forget_norm(self._engine.optimizer)
         self._engine.backward(loss, **options)
 
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
@@ -265,11 +266,7 @@ class Zero(Strategy):
             raise ConfigError(
                 f"norm_type={norm_type} cannot go with ZeRO, which knows the 2-norm; leave it out"
             )
-        if hasattr(zero, "_get_norm_groups"):  # stage 3
-            norms = zero._get_norm_groups()
-            norm = torch.linalg.vector_norm(torch.stack([torch.as_tensor(one) for one in norms]))
-        else:
-            norm = torch.as_tensor(zero.scaled_global_norm())
+        norm = _norm_for_step(zero)
         zero.clip_grad = max_norm  # for the step that follows; _ZeroStep takes it back
         before: Tensor = norm.float().cpu() / float(zero.loss_scale)
         return before
@@ -335,6 +332,7 @@ class _ZeroStep(Optimizer):
             hook(self, (), {})
         self._engine.step()
         self._engine.optimizer.clip_grad = 0.0
+        _forget_norm(self._engine.optimizer)
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, (), {})
 
@@ -372,6 +370,25 @@ def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
             "strategy 'fsdp', or DeepSpeed(untested_optimizer=True) if you know it does"
         )
     return ""
+
+
+_NORMS = ("_get_norm_groups", "scaled_global_norm")
+"""Of stage 3, by sub-group; of stages 1 and 2."""
+
+
+def _norm_for_step(zero: Any) -> Tensor:
+    """The norm of the gradients, still scaled; the step that follows would compute it once more, and is given it."""
+    name = next(name for name in _NORMS if hasattr(zero, name))
+    found = getattr(zero, name)()
+    setattr(zero, name, lambda: found)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(part) for part in parts]))
+    return norm
+
+
+def _forget_norm(zero: Any) -> None:
+    for name in _NORMS:
+        vars(zero).pop(name, None)
 
 
 def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:

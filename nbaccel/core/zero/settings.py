@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,10 @@ def settings(
     precision: str,
     accumulation: int,
     clipping: float | None,
-    blocks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
     The loop decides where a window ends, so DeepSpeed is told of one micro-step, and of the boundary itself.
-
-    Args:
-        blocks: classes of modules that stage 3 gathers at once, unless the options name others.
 
     Raises:
         ConfigError: the user's file asks for something else than the Accelerator.
@@ -56,7 +52,7 @@ def settings(
             "stage3_param_persistence_threshold": buckets.persistent,
             "sub_group_size": buckets.sub_group,
         }
-    zero |= _asked(options, stage, blocks)
+    zero |= _asked(options, stage)
     for name, place in (
         ("offload_optimizer", options.offload_optimizer),
         ("offload_param", options.offload_param),
@@ -95,8 +91,6 @@ def settings(
         merged["zero_optimization"][name] = {**_buffers(name, size, num_processes), **given_for}
     if "offload_param" in on_nvme:
         _fetch_one_by_one(merged["zero_optimization"], asked=options.prefetch_bucket_size, given=given)
-        if merged["zero_optimization"].get("leaf_module") == {"classes": list(blocks)}:
-            del merged["zero_optimization"]["leaf_module"]  # nor block by block
     return merged
 
 
@@ -125,7 +119,7 @@ def _fetch_one_by_one(zero: dict[str, Any], *, asked: int | None, given: Mapping
     zero |= {name: 0, "stage3_max_reuse_distance": 0}
 
 
-def _asked(options: DeepSpeed, stage: int, blocks: Sequence[str]) -> dict[str, Any]:
+def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
     """The sizes and lists that were named, by DeepSpeed's names."""
     found: dict[str, Any] = {
         "reduce_bucket_size": options.reduce_bucket_size,
@@ -136,7 +130,7 @@ def _asked(options: DeepSpeed, stage: int, blocks: Sequence[str]) -> dict[str, A
             "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
             "stage3_max_live_parameters": options.max_live_parameters,
             "stage3_param_persistence_threshold": options.param_persistence_threshold,
-            "leaf_module": {"classes": leaves} if (leaves := list(options.leaf_modules or blocks)) else None,
+            "leaf_module": {"classes": list(options.leaf_modules)} if options.leaf_modules else None,
         }
     return {name: value for name, value in found.items() if value is not None}
 
