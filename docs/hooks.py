@@ -14,14 +14,7 @@ import nbaccel
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _PROGRAMS = "<!-- programs -->"
-_TOLD = {
-    "checkpoint": "training.md#what-it-costs",
-    "collectives": "training.md#what-it-costs",
-    "dashboard": "dashboard.md#what-it-costs",
-    "hangs": "debugging.md#what-it-costs",
-    "loader": "training.md#what-it-costs",
-    "step": "training.md#what-it-costs",
-}
+_TOLD = {"hangs": "debugging.md#what-it-costs"}
 """Pages with figures of programs that have left no file in benchmarks/results."""
 _NAMES = re.compile(r"<!-- names: (.*?) -->")
 
