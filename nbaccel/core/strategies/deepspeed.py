@@ -363,6 +363,11 @@ def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
             "evaluation_mode=True)"
         )
     kind = type(optimizers[0]).__name__
+    if kind == "Adagrad" and options.offload_optimizer == "nvme":
+        return (
+            "Adagrad cannot be offloaded to 'nvme': DeepSpeed makes its sums while the parameters are on the disk, "
+            "where they have no size. Use offload_optimizer='cpu', or another optimizer"
+        )
     if options.stage != 0 and kind not in _ELEMENTWISE and not options.untested_optimizer:
         return (
             f"{kind} cannot go with ZeRO, which gives an optimizer flat pieces of all parameters together: it may "

@@ -17,6 +17,7 @@ from torch import nn
 from nbaccel import DeepSpeed
 from nbaccel.core.async_io import obstacle
 from nbaccel.core.plan import size_of
+from nbaccel.core.strategies.deepspeed import unfit
 from nbaccel.core.world import single
 from nbaccel.core.zero.nvme import claim_folder
 from nbaccel.core.zero.settings import settings
@@ -198,3 +199,10 @@ def test_options_when_they_cannot_go_with_nvme_are_refused(options: DeepSpeed, s
             accumulation=1,
             clipping=None,
         )
+
+
+def test_adagrad_when_it_would_be_swapped_is_refused() -> None:
+    optimizer = torch.optim.Adagrad(nn.Linear(2, 2).parameters())
+    options = DeepSpeed(stage=3, offload_optimizer="nvme", nvme_path="disk")
+    assert "Adagrad cannot be offloaded to 'nvme'" in unfit([optimizer], options)
+    assert not unfit([optimizer], DeepSpeed(stage=3, offload_optimizer="cpu"))
