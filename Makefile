@@ -60,7 +60,7 @@ test-gpu: $(VENV)/.nbaccel-test  ## the tests that need a CUDA device (skipped w
 	$(PY) -m pytest tests -m gpu || [ $$? -eq 5 ]
 
 test-xla: $(XLA_VENV)/.nbaccel-xla  ## the TPU code on torch_xla's CPU device, in an environment of its own
-	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/xla $(XLA_OPTIONS)
+	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/xla
 
 lint: $(VENV)/.nbaccel-test  ## ruff and mypy
 	$(PY) -m ruff check
