@@ -36,7 +36,11 @@ def test_lock_when_its_compiler_was_killed_is_removed(
     assert "nobody compiles" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("note", [None, f"{platform.node()} {os.getpid()}", "elsewhere 99999999"])
+@pytest.mark.parametrize(
+    "note",
+    [None, f"{platform.node()} {os.getpid()}", "elsewhere 99999999"],
+    ids=["nobody noted", "this process", "another host"],
+)
 def test_lock_when_somebody_may_still_compile_stays(folders: list[Path], note: str | None) -> None:
     for folder in folders:
         if note is not None:

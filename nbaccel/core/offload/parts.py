@@ -261,10 +261,10 @@ def _tensors(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from ((f"{name}.{key}" if name and key else name or key, m) for key, m in module.named_modules())
 
 
-def group_tied(parts: Sequence[Part]) -> list[list[int]]:
+def group_tied(parts: Sequence[Part]) -> Sequence[Sequence[int]]:
     """Indices of the parts that have to lie in one place, each group at its first part's turn."""
     if not any(part.ties for part in parts):
-        return [[index] for index in range(len(parts))]
+        return [range(index, index + 1) for index in range(len(parts))]  # lists would wake the garbage collector
     first: dict[int, int] = {}
     above = list(range(len(parts)))
 

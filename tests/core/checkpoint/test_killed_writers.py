@@ -114,9 +114,9 @@ def load_newest(folder: Path, way: str) -> int:
 @pytest.mark.parametrize(
     ("rounds", "size", "way"),
     [
-        (12, 1, "numbered"),
-        (10, 1, "same folder"),
-        (10, 1, "background"),
+        (15, 1, "numbered"),
+        (12, 1, "same folder"),
+        (12, 1, "background"),
         (5, 2, "numbered"),
         (5, 2, "background"),
         (3, 2, "shards"),
