@@ -264,7 +264,8 @@ def _tensors(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def group_tied(parts: Sequence[Part]) -> Sequence[Sequence[int]]:
     """Indices of the parts that have to lie in one place, each group at its first part's turn."""
     if not any(part.ties for part in parts):
-        return [range(index, index + 1) for index in range(len(parts))]  # lists would wake the garbage collector
+        # not lists, which would wake the garbage collector
+        return [range(index, index + 1) for index in range(len(parts))]
     first: dict[int, int] = {}
     above = list(range(len(parts)))
 
