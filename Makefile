@@ -98,7 +98,7 @@ $(PY):
 # The stamps make a second run quick; they are stale when what is asked for changes.
 $(VENV)/.nbaccel-%: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): torch and what the notebooks use; a few minutes the first time."
-	$(PIP) install --no-compile -c constraints.txt -e '.[$*]'
+	$(PIP) install -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # torch_xla 2.9 has wheels for Linux on x86-64 and Python 3.10 to 3.13 only.
