@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from nbaccel.core.checkpoint import Sharded
+from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.load_model import load_module
 from nbaccel.errors import ConfigError
 
 __all__ = ["DataAxis", "Strategy", "clip_local_norm", "scale_whole_gradients", "trainable"]
@@ -42,7 +43,11 @@ class DataAxis:
 
 
 class Strategy(ABC):
-    """How models are spread. One per Accelerator; complete when constructed."""
+    """How models are spread. One per Accelerator; complete when constructed.
+
+    What has a body here is right wherever parameters and gradients are ordinary tensors or DTensors of the module
+    itself; what could be wrong without a word has none.
+    """
 
     name: str
     """As in `RunConfig.strategy`."""
@@ -81,17 +86,17 @@ class Strategy(ABC):
             ConfigError: the module or an optimizer cannot be spread so; what to do instead is said.
         """
 
-    @abstractmethod
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         """What to step for an optimizer that was prepared without a model.
 
         Raises:
             ConfigError: it holds parameters that wrapping has replaced beyond recall.
         """
+        return optimizer
 
-    @abstractmethod
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's module inside what `wrap` gave; any other module as it is."""
+        return module
 
     @abstractmethod
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
@@ -108,12 +113,12 @@ class Strategy(ABC):
         `outputs` are what backward will start from; they show which parameters were used.
         """
 
-    @abstractmethod
     def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
         """Adds the gradients of `loss`, already weighed and scaled, to those of `modules`.
 
         `options` are those of `Tensor.backward`.
         """
+        loss.backward(**options)  # type: ignore[no-untyped-call]
 
     def pipeline_step(self, modules: Sequence[nn.Module], batch: Any, factor: float) -> Tensor:
         """Forward and backward of a batch in one, where they alternate; the loss, 0-d, the same on all stages.
@@ -129,9 +134,9 @@ class Strategy(ABC):
             "backward(loss)"
         )
 
-    @abstractmethod
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
         """Multiplies synchronised gradients; called after the last backward of a window only."""
+        scale_whole_gradients(modules, ratio)
 
     @abstractmethod
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
@@ -153,25 +158,25 @@ class Strategy(ABC):
         another, and other ranks may get an empty one.
         """
 
-    @abstractmethod
     def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
         """Fills a wrapped module from safetensors files, of which each rank keeps its part only.
 
         Raises:
             CheckpointError: nothing there, or of another model; nothing has been changed then.
         """
+        load_module(self.unwrap(module), folder, strict=strict)
 
-    @abstractmethod
     def model_state(self, module: nn.Module) -> Sharded:
         """A wrapped module as a checkpoint takes it: parameters and buffers by the user's names."""
+        return ModelState(module)
 
-    @abstractmethod
     def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
         """An optimizer as a checkpoint takes it, in the canonical form that `OptimizerState` writes.
 
         "state.<parameter name>.<key>" for each tensor, whole or a DTensor of the parameter's global shape;
         groups by parameter name.
         """
+        return OptimizerState(optimizer, modules)
 
 
 def trainable(module: nn.Module) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import torch
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
 from nbaccel.core.composed import share_composed
-from nbaccel.core.load_model import load_module
 from nbaccel.core.strategies.base import (
     DataAxis,
     Strategy,
     clip_local_norm,
-    scale_whole_gradients,
     trainable,
 )
 from nbaccel.core.world import World
@@ -117,9 +113,6 @@ class DDP(Strategy):
         _register_hook(wrapped, options)
         return wrapped
 
-    def adopt(self, optimizer: Optimizer) -> Optimizer:
-        return optimizer
-
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
 
@@ -154,12 +147,6 @@ class DDP(Strategy):
             # What DDP's forward does when it expects to synchronise; this one had run without.
             module.reducer.prepare_for_backward(outputs if self._options.find_unused_parameters else [])
 
-    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
-
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
-
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         from torch.distributed.algorithms.join import Join
 
@@ -171,15 +158,6 @@ class DDP(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self.unwrap(module).state_dict()
-
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        load_module(self.unwrap(module), folder, strict=strict)
-
-    def model_state(self, module: nn.Module) -> Sharded:
-        return ModelState(module)
-
-    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        return OptimizerState(optimizer, modules)
 
 
 def _register_hook(module: DistributedDataParallel, options: DDPOptions) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -23,10 +22,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.blocks import find_blocks, keep_ties_together
-from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.composed import refuse_composed
 from nbaccel.core.context import context_ranks, make_context_mesh
-from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import give_back_memory, materialise
 from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.sharded import (
@@ -36,7 +33,7 @@ from nbaccel.core.sharded import (
     require_same_model,
     share_values,
 )
-from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
+from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.tensor_plan import divide, draw_alike, styles_of, tensor_ranks
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -176,9 +173,6 @@ class FullyShardedDataParallel(Strategy):
             if behind:
                 block.set_modules_to_backward_prefetch(chain[max(0, index - behind) : index][::-1])
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module
-
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(synchronize)
@@ -197,12 +191,6 @@ class FullyShardedDataParallel(Strategy):
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
         self.set_sync(module, True)
 
-    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
-
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
-
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         raise ConfigError(
             "join_uneven_inputs cannot go with strategy 'fsdp': every rank gathers parameters in each step. Use a "
@@ -214,15 +202,6 @@ class FullyShardedDataParallel(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
-
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        load_module(module, folder, strict=strict)
-
-    def model_state(self, module: nn.Module) -> Sharded:
-        return ModelState(module)
-
-    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        return OptimizerState(optimizer, modules)
 
 
 def _embedding(model: nn.Module, end: str) -> nn.Module | None:

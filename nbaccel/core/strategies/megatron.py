@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, final
@@ -30,7 +30,7 @@ from nbaccel.core.megatron import (
     whole_state_dict,
 )
 from nbaccel.core.sharded import combine_norms
-from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients, trainable
+from nbaccel.core.strategies.base import DataAxis, Strategy, trainable
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import Megatron
@@ -82,9 +82,6 @@ class MegatronCore(Strategy):
                 dist.broadcast(tensor.data, src=dist.get_global_rank(self._tensor, 0), group=self._tensor)
             dist.broadcast(tensor.data, src=dist.get_global_rank(self._data, 0), group=self._data)
 
-    def adopt(self, optimizer: Optimizer) -> Optimizer:
-        return optimizer
-
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module
 
@@ -100,12 +97,6 @@ class MegatronCore(Strategy):
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True
             module.reducer.prepare_for_backward([])  # as DDP's forward does when it expects to synchronise
-
-    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
-
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
 
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         raise ConfigError(

@@ -29,7 +29,7 @@ from nbaccel.core.load_model import find_weights
 from nbaccel.core.materialise import materialise
 from nbaccel.core.sharded import combine_norms, require_same_model, share_values
 from nbaccel.core.stages import StagedModel, StagedOptimizer, divide_layers, gather_stages
-from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
+from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.tied import find_tied_parameters
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -124,9 +124,6 @@ class PipelineParallelism(Strategy):
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in self._dropped]
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module
-
     # A step ------------------------------------------------------------------------------------------
 
     def pipeline_step(self, modules: Sequence[nn.Module], batch: Any, factor: float) -> Tensor:
@@ -203,9 +200,6 @@ class PipelineParallelism(Strategy):
 
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
         pass
-
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
 
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         raise ConfigError(

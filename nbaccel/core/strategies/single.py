@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
-from nbaccel.core.load_model import load_module
-from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
+from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 
 __all__ = ["Single"]
 
@@ -38,12 +35,6 @@ class Single(Strategy):
     ) -> tuple[nn.Module, list[Optimizer]]:
         return module.to(self._device) if place else module, list(optimizers)
 
-    def adopt(self, optimizer: Optimizer) -> Optimizer:
-        return optimizer
-
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module
-
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         pass
 
@@ -53,12 +44,6 @@ class Single(Strategy):
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
         pass
 
-    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
-
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
-
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -67,12 +52,3 @@ class Single(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return module.state_dict()
-
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        load_module(module, folder, strict=strict)
-
-    def model_state(self, module: nn.Module) -> Sharded:
-        return ModelState(module)
-
-    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        return OptimizerState(optimizer, modules)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -14,9 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.composed import refuse_composed
-from nbaccel.core.load_model import load_module
 from nbaccel.core.materialise import materialise
 from nbaccel.core.sharded import (
     clip_sharded_norm,
@@ -25,7 +22,7 @@ from nbaccel.core.sharded import (
     require_same_model,
     share_values,
 )
-from nbaccel.core.strategies.base import DataAxis, Strategy, scale_whole_gradients
+from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.tensor_plan import divide, draw_alike, styles_of
 from nbaccel.core.world import World
 from nbaccel.parallel import TensorParallel
@@ -72,9 +69,6 @@ class TensorParallelism(Strategy):
         point_optimizer(optimizer, self._replaced)
         return optimizer
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module
-
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         pass
 
@@ -84,12 +78,6 @@ class TensorParallelism(Strategy):
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
         pass
 
-    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
-
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
-
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -98,12 +86,3 @@ class TensorParallelism(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
-
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        load_module(module, folder, strict=strict)
-
-    def model_state(self, module: nn.Module) -> Sharded:
-        return ModelState(module)
-
-    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        return OptimizerState(optimizer, modules)

@@ -12,7 +12,6 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, final
 
 import torch_xla
@@ -20,11 +19,9 @@ import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.collectives import broadcast_module
 from nbaccel.core.lazy import Graphs, Moved, backward
-from nbaccel.core.load_model import load_module
-from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
+from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
@@ -62,9 +59,6 @@ class XLA(Strategy):
         self._moved.point(optimizer)
         self._graphs.cut_after(optimizer)
         return optimizer
-
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module
 
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         if synchronize:
@@ -104,9 +98,6 @@ class XLA(Strategy):
             for parameter, grad in zip(own, grads, strict=True):
                 parameter.grad = grad
 
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
-
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         if self._world.size > 1:
             raise ConfigError(
@@ -120,12 +111,3 @@ class XLA(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return {name: value.cpu() for name, value in module.state_dict().items()}
-
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        load_module(module, folder, strict=strict)
-
-    def model_state(self, module: nn.Module) -> Sharded:
-        return ModelState(module)
-
-    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        return OptimizerState(optimizer, modules)

@@ -12,18 +12,15 @@ import contextlib
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, final
 
 import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.lazy import Graphs, Moved, backward
-from nbaccel.core.load_model import load_module
 from nbaccel.core.nested import leaves
-from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients
+from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
 
 __all__ = ["XLASharded"]
@@ -76,9 +73,6 @@ class XLASharded(Strategy):
         self._graphs.cut_after(optimizer)
         return optimizer
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module
-
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         pass
 
@@ -91,9 +85,6 @@ class XLASharded(Strategy):
     def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
         backward(loss, options)
 
-    def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
-        scale_whole_gradients(modules, ratio)
-
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -102,15 +93,6 @@ class XLASharded(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return {name: value.cpu() for name, value in module.state_dict().items()}
-
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        load_module(module, folder, strict=strict)
-
-    def model_state(self, module: nn.Module) -> Sharded:
-        return ModelState(module)
-
-    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        return OptimizerState(optimizer, modules)
 
 
 def _longest(tensor: Tensor, parts: int) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
+from stack import Model
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, pytest.mark.alone]
 ROUNDS = 5
@@ -28,28 +29,6 @@ def measured(families: tuple[str, ...]) -> dict[str, Any]:
     from nbaccel.core.plan import Setting, size_of, spreads, trace_step
 
     warnings.simplefilter("ignore")
-
-    class Block(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 4 * width)
-            self.down = nn.Linear(4 * width, width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-    class Model(nn.Module):
-        def __init__(self, width: int, depth: int, words: int) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(words, width)
-            self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-            self.head = nn.Linear(width, words, bias=False)
-
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            x = self.embedding(tokens)
-            for block in self.blocks:
-                x = block(x)
-            return self.head(x)
 
     def step(acc: Any, model: nn.Module, optimizer: Any, tokens: torch.Tensor) -> None:
         acc.backward(model(tokens).square().mean())
