@@ -18,6 +18,7 @@ __all__ = [
     "CollectiveMismatch",
     "ConfigError",
     "LaunchError",
+    "LeftLoopError",
     "NbaccelError",
     "PayloadError",
     "RunTimeout",
@@ -87,3 +88,7 @@ class CheckpointError(NbaccelError, RuntimeError):
 
 class TrustError(NbaccelError, RuntimeError):
     """A trust check found ranks that disagree where they must be equal."""
+
+
+class LeftLoopError(TrustError):
+    """Another rank has left the loop that this one goes on with: by a break, or by an error, the cause then."""

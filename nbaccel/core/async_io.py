@@ -45,19 +45,17 @@ def is_compiled() -> bool:
     package = importlib.util.find_spec("deepspeed")
     if package is None or package.origin is None:
         return False
-    installed_with = Path(package.origin).parent / "ops" / "aio"
-    return any(installed_with.glob("async_io_op*.so")) or all(_built(name).is_file() for name in _PARTS)
+    home = Path(package.origin).parent
+    return _came_with(home) or all(_is_built(name, home) for name in _PARTS)
 
 
 def obstacle() -> str | None:
-    """Why it can be neither loaded nor compiled here; None if it can. Compiles nothing."""
-    if is_compiled():
-        return None
+    """Why it can be neither loaded nor compiled here; None if it can. Compiles nothing of it."""
     try:
         builder = _builder()
     except ImportError as error:
         return _not_installed(error)
-    return None if _compilable(builder) else _NEEDED
+    return None if _usable(builder) else _NEEDED
 
 
 def compile_together(world: World) -> None:
@@ -87,9 +85,9 @@ def _load() -> str | None:
         builder = _builder()
     except ImportError as error:
         return _not_installed(error)
-    there = is_compiled()
-    if not there and not _compilable(builder):
+    if not _usable(builder):
         return _NEEDED
+    there = is_compiled()
     if not there:
         _remove_left_locks()
         print(
@@ -107,10 +105,16 @@ def _load() -> str | None:
     return None
 
 
-def _compilable(builder: Any) -> bool:
-    """Whether a program that calls libaio compiles and links, and ninja is there."""
+def _usable(builder: Any) -> bool:
+    """Whether it came compiled, or a program that calls libaio compiles and links, and ninja is there.
+
+    DeepSpeed and torch want the latter to load what they have compiled, too.
+    """
+    import deepspeed
     from torch.utils.cpp_extension import is_ninja_available
 
+    if _came_with(Path(deepspeed.__file__).parent):
+        return True
     return bool(builder.is_compatible(verbose=False)) and is_ninja_available()
 
 
@@ -148,3 +152,16 @@ def _built(name: str) -> Path:
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(name, False)) / f"{name}.so"
+
+
+def _came_with(home: Path) -> bool:
+    """Whether DeepSpeed, in this folder, was installed with it (DS_BUILD_AIO)."""
+    return any((home / "ops" / "aio").glob("async_io_op*.so"))
+
+
+def _is_built(name: str, home: Path) -> bool:
+    """Whether it was compiled from this installation's sources; torch compiles another one's again."""
+    rules = _built(name).parent / "build.ninja"
+    return (
+        _built(name).is_file() and rules.is_file() and f"{home}{os.sep}" in rules.read_text(encoding="utf-8")
+    )

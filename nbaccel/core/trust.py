@@ -31,7 +31,7 @@ from nbaccel.core.findings import (
 from nbaccel.core.loop import Loop
 from nbaccel.core.nested import leaves
 from nbaccel.core.sideline import Sideline
-from nbaccel.errors import TrustError
+from nbaccel.errors import LeftLoopError, TrustError
 
 __all__ = ["TrustChecks"]
 
@@ -330,7 +330,8 @@ class _BatchCounts:
                 f"rank {r} {words[code]} after {batches} batches" for r, (batches, code) in enumerate(rows)
             )
             assert self._loader is not None
-            raise TrustError(
+            kind = LeftLoopError if any(code == self.LEFT for _, code in rows) else TrustError
+            raise kind(
                 f"the ranks take unequal numbers of batches from {self._loader.name!r}: {told}. Likely cause: "
                 "data that divides itself unequally (shard='none'), a break under a branch on the rank, or an "
                 "error in its loop, which is then told as well. "

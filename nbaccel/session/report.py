@@ -8,19 +8,18 @@ import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from nbaccel.errors import WorkerError
+from nbaccel.errors import LeftLoopError, WorkerError
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.stacks import is_users, place
 from nbaccel.wire.events import Died, ExceptionInfo, Raised
 from nbaccel.wire.snapshot import Line
 
 __all__ = [
-    "SAME_MOMENT",
     "CellLabel",
     "Outcome",
+    "causes",
     "explain_exit",
     "first_failures",
-    "is_broken",
     "render",
     "user_place",
     "waited_in",
@@ -32,14 +31,16 @@ CellLabel = Callable[[str], str | None]
 
 Failure = Raised | Died
 
-# A killed rank's peers notice the broken connection before we hear of the kill.
-SAME_MOMENT = 1.0
+# A killed rank's peers notice the broken connection before we hear of the kill, and those of one that raises
+# may hear that it has left the loop before it has told its error.
+_SAME_MOMENT = 1.0
 
 _C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
 _BACKWARD = os.path.join("torch", "autograd", "graph.py")
 # What torch raises in a collective whose other side is gone.
 _BROKEN_TYPES = ("RuntimeError", "torch.distributed.DistBackendError", "torch.distributed.DistNetworkError")
 _BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
+_LEFT_LOOP = f"{LeftLoopError.__module__}.{LeftLoopError.__qualname__}"
 
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
 
@@ -76,20 +77,38 @@ def worker_error(outcome: Outcome, label: CellLabel) -> WorkerError:
 
 
 def first_failures(outcome: Outcome) -> tuple[int, ...]:
-    """The rank whose failure caused the others, then those that failed the same way.
-
-    The first in time by the ranks' clocks, but a process that died is the cause of exceptions raised
-    in the same moment: its peers see their connection break before its end is reported.
-    """
+    """The rank whose failure caused the others (`causes`), then those that failed the same way."""
     own = {r: e for r, e in outcome.failures.items() if r not in outcome.ended_by_us or isinstance(e, Raised)}
     if not own:
         own = dict(outcome.failures)
-    first = min(own, key=lambda rank: own[rank].time)
-    died = [r for r, e in own.items() if isinstance(e, Died) and e.time - own[first].time < SAME_MOMENT]
-    if died:
-        first = min(died, key=lambda rank: own[rank].time)
+    first, *others = sorted(own, key=lambda rank: own[rank].time)
+    for rank in others:
+        if causes(_info(own[rank]), own[rank].time, _info(own[first]), own[first].time):
+            first = rank
     alike = [r for r in sorted(own) if r != first and _signature(own[r]) == _signature(own[first])]
     return (first, *alike)
+
+
+def causes(info: ExceptionInfo | None, time: float, other: ExceptionInfo | None, then: float) -> bool:
+    """Whether a failure is taken for the cause of another one, of another rank; None for a process that died.
+
+    The earlier one by the ranks' clocks, in seconds; but in the same moment what ranks raise when another one is
+    gone comes of the other's end.
+    """
+    if abs(time - then) < _SAME_MOMENT and _is_hearsay(info) != _is_hearsay(other):
+        return _is_hearsay(other)
+    return time < then
+
+
+def _is_hearsay(info: ExceptionInfo | None) -> bool:
+    """Whether it was raised because another rank was gone, by torch, by our checks, or from such an error."""
+    if info is None:
+        return False
+    return _is_broken(info) or info.type_name == _LEFT_LOOP or _is_hearsay(info.cause or info.context)
+
+
+def _info(event: Failure) -> ExceptionInfo | None:
+    return event.info if isinstance(event, Raised) else None
 
 
 def _signature(event: Failure) -> object:
@@ -161,7 +180,7 @@ def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
     if op is None and info.type_name == "KeyboardInterrupt" and info.context is not None:
         # it was stopped, then freed: it waited where its connection broke
         op = _waited_in(info.context)
-        if op is None and is_broken(info.context):
+        if op is None and _is_broken(info.context):
             op = "a collective"  # called by C++ code, as when DDP makes its buckets
     if op is None:
         return None
@@ -171,7 +190,7 @@ def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:
 
 def _waited_in(info: ExceptionInfo) -> str | None:
     """The collective whose peers were gone, or that was interrupted; None when it raised by itself."""
-    if info.type_name != "KeyboardInterrupt" and not is_broken(info):
+    if info.type_name != "KeyboardInterrupt" and not _is_broken(info):
         return None
     for frame in info.frames:  # the outermost of torch's is what the person called
         if frame.filename.endswith(_C10D) and not frame.function.startswith("_"):
@@ -181,7 +200,7 @@ def _waited_in(info: ExceptionInfo) -> str | None:
     return None
 
 
-def is_broken(info: ExceptionInfo) -> bool:
+def _is_broken(info: ExceptionInfo) -> bool:
     """Whether it is what a rank raises whose connection to another one ended."""
     return info.type_name in _BROKEN_TYPES and any(word in info.message for word in _BROKEN)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from nbaccel.session.curves import Curve
 from nbaccel.session.lines import Lines
-from nbaccel.session.report import SAME_MOMENT, is_broken
+from nbaccel.session.report import causes
 from nbaccel.wire.events import (
     Applied,
     Died,
@@ -299,13 +299,6 @@ def _ended(state: RunState, ranks: tuple[RankState, ...], time: float) -> float 
     return time if state.ended is None else state.ended
 
 
-def _comes_first(first: Failure, event: Event) -> bool:
-    """Whether `first` was before `event`: by the clock, but that a killed rank's peers notice their broken
-    connection before its end is told."""
-    caused = isinstance(event, Died) and first.info is not None and is_broken(first.info)
-    return first.time <= event.time and not (caused and event.time - first.time < SAME_MOMENT)
-
-
 def _first_failure(
     first: Failure | None, before: RankState, after: RankState, event: Event
 ) -> Failure | None:
@@ -313,7 +306,9 @@ def _first_failure(
         return first
     if first is not None and first.rank == after.rank and isinstance(event, Died):
         return replace(first, exitcode=event.exitcode, detail=event.detail)
-    if after.state == before.state or (first is not None and _comes_first(first, event)):
+    if after.state == before.state:
+        return first
+    if first is not None and not causes(after.error, event.time, first.info, first.time):
         return first
     return Failure(
         rank=after.rank, time=event.time, info=after.error, exitcode=after.exitcode, detail=after.detail

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from nbaccel.errors import LeftLoopError, TrustError
 from nbaccel.session.report import Outcome, worker_error
 from nbaccel.wire.events import Died, ExceptionInfo, Frame, Raised
 
@@ -50,3 +53,20 @@ def test_an_error_of_its_own_is_kept_when_it_was_raised_in_a_collective() -> Non
         raised(1, "RuntimeError", "Expected all tensors to be on the same device", ALL_REDUCE),
     )
     assert "rank 1 raised after it: RuntimeError: Expected all tensors" in said
+
+
+def test_rank_that_heard_of_an_error_before_it_was_told_is_not_its_cause() -> None:
+    left = "nbaccel.errors.LeftLoopError"
+    assert issubclass(LeftLoopError, TrustError)
+    assert f"{LeftLoopError.__module__}.{LeftLoopError.__qualname__}" == left
+    heard = raised(0, left, "rank 0 goes on; rank 1 has left the loop", time=1.0)
+    own = raised(1, "ValueError", "boom", Frame(CELL, 12, "f", "raise"), time=1.01)
+    assert "rank 1 of 4 failed: ValueError: boom" in words(heard, own)
+    assert "rank 0 of 4 failed" in words(heard, replace(own, time=9.0))
+
+
+def test_error_raised_from_a_broken_connection_is_no_cause_of_a_death_in_its_moment() -> None:
+    broken = raised(0, "RuntimeError", "Connection closed by peer").info
+    wrapped = ExceptionInfo(type_name="MyError", message="MyError: no step", frames=(), context=broken)
+    died = Died(rank=2, time=1.2, exitcode=-9)
+    assert "rank 2 of 4 was ended by SIGKILL" in words(Raised(rank=0, time=1.0, call=0, info=wrapped), died)

@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 
-from nbaccel.core.async_io import async_io, is_compiled
+from nbaccel.core.async_io import async_io, is_compiled, obstacle
 from nbaccel.core.checkpoint.tensorfile import data_bytes
 from nbaccel.core.offload.weights import FileTensor, Stored, are_resident, sample_pages
 from nbaccel.errors import CheckpointError
@@ -36,7 +36,7 @@ def direct_reader(device: torch.device, num_bytes: int, free: int) -> DirectRead
     module is not there already, because a dispatch that compiles for minutes helps nobody.
     """
     wanted = device.type == "cuda" and num_bytes > free
-    return DirectReader(async_io()) if wanted and is_compiled() else None
+    return DirectReader(async_io()) if wanted and is_compiled() and obstacle() is None else None
 
 
 @final
