@@ -7,7 +7,7 @@ Sources: torch_xla 2.9, `torch_xla.sync`, its documentation on tied weights (`.t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -18,16 +18,26 @@ from torch.optim import Optimizer
 from nbaccel.core.recompiles import Recompiles
 from nbaccel.core.tied import find_tied_parameters, retie_parameters
 
-__all__ = ["Graphs", "Moved", "backward", "graphs_compiled"]
+__all__ = ["Traced", "graphs_compiled", "on_cpu", "upload"]
 
 
 @final
-class Moved:
-    """Parameters that were moved to the device, by the user's, which are kept so that their ids stay their own."""
+class Traced:
+    """A loop's models and optimizers on an XLA device.
+
+    A module's parameters move by being made anew: the user's are kept, so that optimizers made with them find the new
+    ones. The graph is cut behind each optimizer step, and behind each step of an evaluation, which has none: it would
+    grow with the number of batches. It is watched how often one is compiled.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._parameters: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        self._moved: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        """The user's parameters by id, which stays theirs as long as they live, with those on the device."""
+        self._recompiles = Recompiles(graphs_compiled)
+        self._cut: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._evaluated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """What was called without gradients since the graph was last cut, or a backward."""
 
     def move(self, module: nn.Module) -> None:
         """Move a module in place, its ties kept."""
@@ -37,48 +47,73 @@ class Moved:
         new = dict(module.named_parameters())
         for name, parameter in old.items():
             if new[name] is not parameter:
-                self._parameters[id(parameter)] = parameter, new[name]
+                self._moved[id(parameter)] = parameter, new[name]
 
-    def point(self, optimizer: Optimizer) -> None:
-        """Let it step the parameters that are on the device, in place of those it was made with."""
+    def watch(self, module: nn.Module) -> None:
+        """Note when and with what `module` is called; compile and run what making it ready has traced."""
+        self._recompiles.watch(module)
+        module.register_forward_pre_hook(self._called)
+        torch_xla.sync()
+
+    def _called(self, module: nn.Module, _: Any) -> None:
+        if not torch.is_grad_enabled():
+            if module in self._evaluated:
+                self._evaluated.clear()
+                torch_xla.sync()
+            self._evaluated.add(module)
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        """Let it step the parameters on the device, and compile and run what was traced each time it has stepped;
+        the host goes on at once."""
+        self._point(optimizer)
+        if optimizer not in self._cut:
+            self._cut.add(optimizer)
+            optimizer.register_step_post_hook(self._stepped)
+        return optimizer
+
+    def _point(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for at, parameter in enumerate(group["params"]):
-                if id(parameter) in self._parameters:
-                    group["params"][at] = moved = self._parameters[id(parameter)][1]
+                if id(parameter) in self._moved:
+                    group["params"][at] = moved = self._moved[id(parameter)][1]
                     state = optimizer.state.pop(parameter, {})
                     if state:
                         optimizer.state[moved] = {key: _beside(value, moved) for key, value in state.items()}
 
-
-@final
-class Graphs:
-    """Cuts the graph behind each optimizer step, and has an eye on how often one is compiled."""
-
-    def __init__(self) -> None:
-        self._recompiles = Recompiles(graphs_compiled)
-        self._cut: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-    def watch(self, module: nn.Module) -> None:
-        """Note what `module` is called with."""
-        self._recompiles.watch(module)
-
-    def cut_after(self, optimizer: Optimizer) -> None:
-        """Compile and run what was traced, each time it has stepped; the host goes on at once."""
-        if optimizer not in self._cut:
-            self._cut.add(optimizer)
-            optimizer.register_step_post_hook(self._step)
-
-    def _step(self, *_: Any) -> None:
+    def _stepped(self, *_: Any) -> None:
+        self._evaluated.clear()
         torch_xla.sync()
         self._recompiles.stepped()
 
+    def backward(self, loss: Tensor, options: Mapping[str, Any]) -> None:
+        """`loss.backward`, all of it in this thread. Autograd's own threads hold what they computed last a moment
+        longer than the call: when the graph is cut, that would be one of its results on one rank and not on another,
+        whose graphs would differ then."""
+        self._evaluated.clear()  # called in a step of training, as a teacher is: not the place for a cut
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward(**options)  # type: ignore[no-untyped-call]
 
-def backward(loss: Tensor, options: Mapping[str, Any]) -> None:
-    """`loss.backward`, all of it in this thread. Autograd's own threads hold what they computed last a moment
-    longer than the call: when the graph is cut, that would be one of its results on one rank and not on another,
-    whose graphs would differ then."""
-    with torch.autograd.set_multithreading_enabled(False):
-        loss.backward(**options)  # type: ignore[no-untyped-call]
+
+def upload(
+    tensors: list[Tensor], device: torch.device, shardings: Sequence[Any] | None = None
+) -> list[Tensor]:
+    """Copies of CPU tensors on the device, in one transfer. Any thread may call it: unlike those of `.to`, they
+    hold data and no part of a graph, so that whatever is cut meanwhile neither waits for them nor gives them back.
+
+    Args:
+        shardings: how each is divided over the devices (SPMD), or None for it whole.
+    """
+    if not tensors:
+        return []
+    sent: list[Tensor] = torch_xla._XLAC._xla_tensors_from_aten(
+        tensors, [str(device)] * len(tensors), None if shardings is None else list(shardings)
+    )
+    return sent
+
+
+def on_cpu(module: nn.Module) -> dict[str, Any]:
+    """Its state dict, the values fetched."""
+    return {name: value.cpu() for name, value in module.state_dict().items()}
 
 
 def graphs_compiled() -> int:

@@ -226,6 +226,7 @@ class Preparing:
             axis=self._axis(),
             device=self._device if (self._place if place is None else place) else "cpu",
             loop=self._loop,
+            upload=self._loop.strategy.upload,
             **{"name": name, **self._loader_options, **options},
         )
         self._saving.loaders.append(prepared)

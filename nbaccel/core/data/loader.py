@@ -24,6 +24,7 @@ from nbaccel.core.data.sampling import load_sampler_state, sampler_state, set_sa
 from nbaccel.core.data.source import read_dataloader
 from nbaccel.core.data.state import Position, skipped
 from nbaccel.core.data.transfer import Transfer
+from nbaccel.core.data.upload import Upload
 from nbaccel.core.data.wires import connect_wires
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -74,6 +75,7 @@ class ShardedLoader:
         name: of the progress bar.
         loop: told when a pass begins and ends, asked whether to stop.
         axis: the world as the samples are divided over it, where several ranks get the same ones.
+        upload: how a thread moves tensors to the device ahead of the loop; None: as the device has it.
 
     Raises:
         ConfigError: not a DataLoader, or options that cannot be honoured together.
@@ -95,6 +97,7 @@ class ShardedLoader:
         name: str = "train",
         loop: LoopControl | None = None,
         axis: World | None = None,
+        upload: Upload | None = None,
     ) -> None:
         axis = world if axis is None else axis
         if dispatch and axis.size != world.size:
@@ -116,7 +119,7 @@ class ShardedLoader:
         wires = connect_wires(world) if self._dispatch else {}
         self._sender = Sender(wires) if wires and world.rank == 0 else None
         self._receiver = Receiver(world, wires[0]) if wires and world.rank else None
-        self._transfer = Transfer(self.device)
+        self._transfer = Transfer(self.device, upload)
         self._epoch = self._samples = self._cursor = self._passes = self._steps = 0
         self._sampler_start: dict[str, Any] | None = None
         self._stream: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Batches on their way to the device, one ahead of the loop; on the CPU there is nothing to do."""
+"""Batches on their way to the device, ahead of the loop; on the CPU there is nothing to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nbaccel.core.data.plan import Share
+from nbaccel.core.data.upload import Upload, move_tensors, uploaded_ahead
 from nbaccel.core.nested import map_leaves
 
 __all__ = ["Transfer"]
@@ -21,12 +22,15 @@ Read = tuple[Any, Share]
 class Transfer:
     """Moves what an iterator yields to `device`; on CUDA and XPU by a stream of its own, one batch ahead.
 
-    `seconds` is the host's time spent in it so far: pinning and queueing, not the copy itself.
+    `seconds` is the loop's time spent in it so far: pinning and queueing, or waiting for `upload`, not the copy itself.
+
+    Args:
+        upload: how tensors reach the device by a thread of its own; None where a stream or `.to` is right.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, upload: Upload | None = None) -> None:
         self.seconds = 0.0
-        self._device = device
+        self._device, self._upload = device, upload
         self._streams: Any = torch.get_device_module(device) if device.type in ("cuda", "xpu") else None
         self._stream: Any = self._streams.Stream(device) if self._streams is not None else None
 
@@ -34,7 +38,22 @@ class Transfer:
         """The same batches on the device, ready for the current stream."""
         if self._device.type == "cpu":
             return source
+        if self._upload is not None:
+            return self._uploaded(source, self._upload)
         return self._ahead(source) if self._stream is not None else self._plain(source)
+
+    def _uploaded(self, source: Iterator[Read], upload: Upload) -> Iterator[Read]:
+        for coming in uploaded_ahead(source, lambda batch: move_tensors(batch, upload)):
+            started = time.perf_counter()
+            batch, share = coming.result()
+            # the user's own kinds of leaves have a `.to` of theirs, which may compute: in the loop's thread
+            moved = _map_movable(self._settle, batch)
+            self.seconds += time.perf_counter() - started
+            yield moved, share
+
+    def _settle(self, leaf: Any) -> Any:
+        there = isinstance(leaf, Tensor) and leaf.device.type == self._device.type
+        return leaf if there else leaf.to(self._device)
 
     def _plain(self, source: Iterator[Read]) -> Iterator[Read]:
         for batch, share in source:

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
+from nbaccel.core.data.upload import Upload
 from nbaccel.core.load_model import load_module
 from nbaccel.errors import ConfigError
 
@@ -63,6 +64,8 @@ class Strategy(ABC):
     """Models whose ranks need not be equal: within `no_sync`, or divided by layers."""
     context_mesh: DeviceMesh | None = None
     """The ranks that share each sequence; None: every rank has whole ones."""
+    upload: Upload | None = None
+    """How a thread of the loader's moves batches to the device ahead of the loop; None: as the device has it."""
 
     @property
     @abstractmethod

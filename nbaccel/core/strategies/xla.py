@@ -12,15 +12,15 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, final
 
-import torch_xla
 import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nbaccel.core.collectives import broadcast_module
-from nbaccel.core.lazy import Graphs, Moved, backward
+from nbaccel.core.lazy import Traced, on_cpu, upload
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -38,7 +38,8 @@ class XLA(Strategy):
         self._world = world
         self._local: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Models whose next backward stays on its rank."""
-        self._moved, self._graphs = Moved(world.device), Graphs()
+        self._traced = Traced(world.device)
+        self.upload = partial(upload, device=world.device)
 
     @property
     def data_axis(self) -> DataAxis:
@@ -48,17 +49,14 @@ class XLA(Strategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
         if place:
-            self._moved.move(module)
+            self._traced.move(module)
         if self._world.size > 1:
             broadcast_module(module, world=self._world)
-        self._graphs.watch(module)
-        torch_xla.sync()
+        self._traced.watch(module)
         return module, [self.adopt(optimizer) for optimizer in optimizers]
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
-        self._moved.point(optimizer)
-        self._graphs.cut_after(optimizer)
-        return optimizer
+        return self._traced.adopt(optimizer)
 
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         if synchronize:
@@ -66,11 +64,8 @@ class XLA(Strategy):
         else:
             self._local.add(module)
 
-    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
-        return self._kept_local(module)
-
     @contextmanager
-    def _kept_local(self, module: nn.Module) -> Iterator[None]:
+    def no_sync(self, module: nn.Module) -> Iterator[None]:
         before = module in self._local
         self.set_sync(module, False)
         try:
@@ -82,7 +77,7 @@ class XLA(Strategy):
         self.set_sync(module, True)
 
     def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        backward(loss, options)
+        self._traced.backward(loss, options)
         if self._world.size > 1:
             self._average([p for m in modules if m not in self._local for p in m.parameters()])
 
@@ -110,4 +105,4 @@ class XLA(Strategy):
         return clip_local_norm(parameters, max_norm, norm_type)
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
-        return {name: value.cpu() for name, value in module.state_dict().items()}
+        return on_cpu(module)

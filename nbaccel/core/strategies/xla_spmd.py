@@ -18,7 +18,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.lazy import Graphs, Moved, backward
+from nbaccel.core.lazy import Traced, on_cpu, upload
 from nbaccel.core.nested import leaves
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
@@ -39,8 +39,9 @@ class XLASharded(Strategy):
         numpy: Any = importlib.import_module("numpy")
         self._num_devices = int(torch_xla._XLAC._xla_num_runtime_devices())
         self._mesh = spmd.Mesh(numpy.arange(self._num_devices), (self._num_devices,), (_AXIS,))
-        self._shard = spmd.mark_sharding
-        self._moved, self._graphs = Moved(world.device), Graphs()
+        self._spmd, self._device = spmd, world.device
+        self._traced = Traced(world.device)
+        self.upload = self._upload_shards
 
     @property
     def data_axis(self) -> DataAxis:
@@ -50,28 +51,38 @@ class XLASharded(Strategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
         if place:
-            self._moved.move(module)
+            self._traced.move(module)
         for parameter in module.parameters():
-            self._shard_along(parameter, _longest(parameter, self._num_devices))
+            self._shard(parameter, _longest(parameter, self._num_devices))
         module.register_forward_pre_hook(self._shard_batch, with_kwargs=True)
-        self._graphs.watch(module)
-        torch_xla.sync()
+        self._traced.watch(module)
         return module, [self.adopt(optimizer) for optimizer in optimizers]
 
     def _shard_batch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What no loader of ours has brought, or what was computed since; the same again is no work."""
         for _, leaf in leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.device.type == "xla" and leaf.ndim:
-                self._shard_along(leaf, 0 if leaf.shape[0] % self._num_devices == 0 else None)
+            if isinstance(leaf, Tensor) and leaf.device.type == "xla":
+                self._shard(leaf, self._batch_dim(leaf))
 
-    def _shard_along(self, tensor: Tensor, dim: int | None) -> None:
+    def _batch_dim(self, tensor: Tensor) -> int | None:
+        """The first, where it divides by the number of devices."""
+        return 0 if tensor.ndim and tensor.shape[0] % self._num_devices == 0 else None
+
+    def _shard(self, tensor: Tensor, dim: int | None) -> None:
         """`dim` None: every device holds all of it."""
         if dim is not None:
-            self._shard(tensor, self._mesh, tuple(_AXIS if at == dim else None for at in range(tensor.ndim)))
+            self._spmd.mark_sharding(tensor, self._mesh, _along(dim, tensor.ndim))
+
+    def _upload_shards(self, tensors: list[Tensor]) -> list[Tensor]:
+        return upload(tensors, self._device, [self._sharding(t, self._batch_dim(t)) for t in tensors])
+
+    def _sharding(self, tensor: Tensor, dim: int | None) -> Any:
+        if dim is None:
+            return None
+        return self._spmd.ShardingSpec(self._mesh, _along(dim, tensor.ndim)).xla_spec(tensor)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
-        self._moved.point(optimizer)
-        self._graphs.cut_after(optimizer)
-        return optimizer
+        return self._traced.adopt(optimizer)
 
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         pass
@@ -83,7 +94,7 @@ class XLASharded(Strategy):
         pass
 
     def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
-        backward(loss, options)
+        self._traced.backward(loss, options)
 
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -92,7 +103,12 @@ class XLASharded(Strategy):
         return clip_local_norm(parameters, max_norm, norm_type)
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
-        return {name: value.cpu() for name, value in module.state_dict().items()}
+        return on_cpu(module)
+
+
+def _along(dim: int, ndim: int) -> tuple[str | None, ...]:
+    """torch_xla's word for: sharded along `dim`, whole along the others."""
+    return tuple(_AXIS if at == dim else None for at in range(ndim))
 
 
 def _longest(tensor: Tensor, parts: int) -> int | None:

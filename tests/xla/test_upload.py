@@ -1,0 +1,163 @@
+"""The loader's batches reach XLA devices ahead of the loop, by a thread, and change no graph."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nbaccel import Accelerator, launch
+from tests.xla import one_at_a_time
+
+pytestmark = pytest.mark.slow
+
+BATCH, BATCHES = 4, 5
+EPOCHS = 3
+
+
+def counter(name: str) -> int:
+    import torch_xla
+
+    return int(torch_xla._XLAC._xla_counter_value(name) or 0)
+
+
+def compiled() -> int:
+    return counter("UncachedCompile")
+
+
+def executed() -> int:
+    import torch_xla
+
+    torch_xla._XLAC._xla_wait_device_ops([])
+    return int((torch_xla._XLAC._xla_metric_data("ExecuteTime") or (0,))[0])
+
+
+def watch_uploads() -> list[str]:
+    """The threads that upload from now on; as a rank's process has several ranks, only this one's."""
+    import torch_xla
+
+    native, seen = torch_xla._XLAC, []
+    device, original = str(torch_xla.device()), native._xla_tensors_from_aten
+
+    def upload(tensors: Any, devices: Any, shardings: Any) -> Any:
+        if devices[0] == device:
+            seen.append(threading.current_thread().name)
+        return original(tensors, devices, shardings)
+
+    native._xla_tensors_from_aten = upload
+    return seen
+
+
+def train(ahead: bool) -> dict[str, Any]:
+    """Epochs by the loader, or by hand without a thread: batches' sums, parameters, what was compiled and run."""
+    one_at_a_time.install()
+    acc = Accelerator(verify=False)
+    with one_at_a_time.alone():  # replicas share the generator
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        uploads = watch_uploads()
+    rows = torch.arange(3.0 * BATCH * BATCHES * acc.num_processes).view(-1, 3) / 100
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader: Any = DataLoader(TensorDataset(rows, rows[:, :2]), BATCH)
+    model, optimizer, loader = acc.prepare(model, optimizer, loader)
+    batches = loader if ahead else [[part.cpu() for part in batch] for batch in loader]
+    uploads.clear()
+    acc.wait_for_everyone()
+    before, seen = (compiled(), executed()), []
+    acc.wait_for_everyone()
+    for _ in range(EPOCHS):
+        for batch in batches:
+            features, wanted = (part.to(acc.device) for part in batch)
+            acc.step((model(features) - wanted).pow(2).mean(), optimizer)
+            seen.append(batch[0].cpu())
+    acc.wait_for_everyone()
+    after = compiled(), executed()
+    acc.wait_for_everyone()
+    return {
+        "compiled": after[0] - before[0],
+        "executed": after[1] - before[1],
+        "seen": [one.tolist() for one in seen],
+        "threads": sorted(set(uploads)),
+        "count": len(uploads),
+        "parameters": torch.cat([p.detach().cpu().flatten() for p in model.parameters()]),
+    }
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_batches_are_uploaded_by_a_thread_and_no_other_graph_is_compiled(replicas: int) -> None:
+    ahead, plain = (
+        list(launch(train, way, num_processes=replicas, device="tpu", stall_after=0).result(timeout=240))
+        for way in (True, False)
+    )
+    for one, other in zip(ahead, plain, strict=True):
+        assert one["threads"] == ["nbaccel-upload_0"]
+        assert one["count"] == EPOCHS * BATCHES
+        assert (other["threads"], other["count"]) == ([], 0)
+        assert len(one["seen"]) == EPOCHS * BATCHES
+        assert one["seen"] == other["seen"]
+        assert one["compiled"] == other["compiled"] > 0
+        assert one["executed"] == other["executed"] == EPOCHS * BATCHES * replicas
+        assert torch.equal(one["parameters"], other["parameters"])
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    def __init__(self, broken: range = range(0)) -> None:
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index in self.broken:
+            raise OSError("disk")
+        return torch.tensor(float(index))
+
+
+def left() -> dict[str, Any]:
+    """A loop left early and one that goes on from there; one over broken data; the threads that are left."""
+    acc = Accelerator(verify=False)
+
+    def loader(**options: Any) -> Any:
+        return acc.prepare(DataLoader(Rows(**options), 2, shuffle=not options))
+
+    first, whole = loader(), []
+    for batch in first:
+        whole.append(batch.cpu().tolist())
+    cut, taken = loader(), []
+    for batch in cut:
+        taken.append(batch.cpu().tolist())
+        if len(taken) == 2:
+            break
+    state = cut.state_dict()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    taken += [batch.cpu().tolist() for batch in resumed]
+    broken, before = loader(broken=range(12, 16)), 0
+    try:
+        for _ in broken:
+            before += 1
+        error = ""
+    except OSError as found:
+        error = str(found)
+    acc.wait_for_everyone()
+    alive = [one for one in threading.enumerate() if one.name.startswith("nbaccel-upload")]
+    for one in alive:
+        one.join(20)
+    return {
+        "same": taken == whole,
+        "samples": sum(map(len, taken)),
+        "broken": (before, error, broken.position),
+        "alive": sum(one.is_alive() for one in alive),
+    }
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_loop_left_early_or_broken_counts_what_it_took_and_leaves_no_thread(replicas: int) -> None:
+    found = list(launch(left, num_processes=replicas, device="tpu", stall_after=0).result(timeout=240))
+    for one in found:
+        assert (one["same"], one["samples"], one["alive"]) == (True, 24 // replicas, 0)
+        assert one["broken"] == (12 // (2 * replicas), "disk", 12)
