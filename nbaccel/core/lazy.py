@@ -97,8 +97,9 @@ class Traced:
 def upload(
     tensors: list[Tensor], device: torch.device, shardings: Sequence[Any] | None = None
 ) -> list[Tensor]:
-    """Copies of CPU tensors on the device, in one transfer. Any thread may call it: unlike those of `.to`, they
-    hold data and no part of a graph, so that whatever is cut meanwhile neither waits for them nor gives them back.
+    """Copies of CPU tensors on the device, in one transfer. Any thread may call it: they are data and no part of a
+    graph, so that what is cut meanwhile is what it would be without them. Source: torch_xla 2.9,
+    `core/xla_model.py` (`send_cpu_data_to_device`).
 
     Args:
         shardings: how each is divided over the devices (SPMD), or None for it whole.

@@ -239,11 +239,7 @@ def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
         idle_stop=asked.idle_stop,
         output=asked.output,
     )
-    try:
-        session.warm_up()
-    except ConfigError:
-        session.close()
-        raise
+    session.warm_up()
     magics.use(session)
     print(f"{session.num_processes} ranks are ready: begin a cell with %%ranks to run it on them")
 

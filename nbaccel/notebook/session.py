@@ -158,7 +158,6 @@ class Session:
 
         Raises: as `run`.
         """
-        self._require_own_variables()
         filename, number = running_cell() or (None, 1)
         cell = shell.Cell(source=source, filename=filename, number=number, first_line=first_line)
         task = _task(shell.run_cell, (cell, dict(definitions or {})), {}, "cell")
@@ -166,12 +165,10 @@ class Session:
 
     def warm_up(self) -> None:
         """Let the ranks make what their first cell needs; returns at once."""
-        self._require_own_variables()
         self._submit(_task(shell.warm_up, (), {}, "warm up"), shown=False)
 
     def push(self, **values: Any) -> None:
         """Set these names in every rank."""
-        self._require_own_variables()
         self._finish(self._submit(_task(namespace.push, (values,), {}, "push")))
 
     def pull(self, name: str, ranks: Collection[int] | None = None) -> Results:
@@ -180,12 +177,10 @@ class Session:
         Raises:
             WorkerError: a rank has no such name.
         """
-        self._require_own_variables()
         return self._finish(self._submit(_task(namespace.pull, (name,), {}, "pull"), ranks=ranks))
 
     def variables(self, ranks: Collection[int] | None = None) -> dict[int, list[namespace.Variable]]:
         """Every variable of each rank: type, shape, dtype, device, bytes and a checksum of its value."""
-        self._require_own_variables()
         found = self._finish(self._submit(_task(namespace.variables, (), {}, "vars"), ranks=ranks))
         return dict(zip(self._checked(ranks), found, strict=True))
 
@@ -275,15 +270,6 @@ class Session:
         return f"<Session {self.name!r} on {self._plan.device}, ranks {text}>"
 
     # ── within ────────────────────────────────────────────────────────────────────────────────────
-
-    def _require_own_variables(self) -> None:
-        """Cells need a `__main__` for each rank: ranks that are threads of one process have one between them."""
-        if self._plan.replicas > 1:
-            raise ConfigError(
-                "cells and variables need a process for each rank, and these ranks are threads of one (TPU v2 and "
-                "v3, XLA's CPU device). Run functions on them: session = Session(...), then session.run(f) or "
-                "notebook_launcher(f, session=session)"
-            )
 
     def _start(self) -> Relay:
         parking.release()

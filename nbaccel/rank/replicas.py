@@ -1,14 +1,14 @@
 """Ranks that are threads of one process, as torch_xla has them: two cores of a v2 or v3 chip, and its CPU device.
 
         main thread ── SIGINT → KeyboardInterrupt in each thread that runs user code
-        rank 0 ─ thread, channel, stdout, stderr, process groups, device
-        rank 1 ─ thread, channel, stdout, stderr, process groups, device
+        rank 0 ─ thread, channel, stdout, stderr, `__main__`, process groups, device
+        rank 1 ─ thread, channel, stdout, stderr, `__main__`, process groups, device
 
-Each speaks to the notebook over its own channel. What Python prints is written to the pipe of the rank whose
-thread prints it; what C code or a thread of the user's own prints goes to the first rank's. The ranks share
-`__main__`, module globals, random generators and environment variables (RANK is the first one's): ask
-`nbaccel.Accelerator` or torch_xla for the rank. Their process groups are apart by torch's own thread-local
-world, which torch's tests use (`multi_threaded_pg`).
+Each speaks to the notebook over its own channel and has its own `__main__`, in which its functions and cells are at
+home. What Python prints is written to the pipe of the rank whose thread prints it; what C code or a thread of the
+user's own prints goes to the first rank's. The ranks share imported modules, random generators and environment
+variables (RANK is the first one's): ask `nbaccel.Accelerator` or torch_xla for the rank. Their process groups are
+apart by torch's own thread-local world, which torch's tests use (`multi_threaded_pg`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
@@ -42,17 +43,21 @@ def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
     worker.enter(places[0])
     ports = [worker.Port(Channel.from_fd(place.fds[0])) for place in places]
     capture.redirect(places[0].fds[1], places[0].fds[2])
-    sys.stdout = _ByThread([sys.stdout, *(capture.unbuffered(place.fds[1]) for place in places[1:])])
-    sys.stderr = _ByThread([sys.stderr, *(capture.unbuffered(place.fds[2]) for place in places[1:])])
+    shared = _Shared(
+        stdout=_ByThread([sys.stdout, *(capture.unbuffered(place.fds[1]) for place in places[1:])]),
+        stderr=_ByThread([sys.stderr, *(capture.unbuffered(place.fds[2]) for place in places[1:])]),
+        main=_main_by_thread([worker.empty_main() for _ in places]),
+    )
     code = 1
     try:
         worker.take_over(spec)
+        shared.set_names()
         os.environ.update(rank_environ(spec, places[0].rank, places[0].port))
         worker.set_up(spec)
         _separate_process_groups()
         devices = tpu.set_up(spec, places[0].rank // spec.replicas)
         worker.serve_libraries(spec, places[0].rank, _ThreadsPort(ports))
-        code = _run(spec, places, ports, devices)
+        code = _run(spec, places, ports, devices, shared)
     except ChannelClosed:
         pass  # the notebook is gone: so are we
     except BaseException as error:  # noqa: BLE001  # the notebook shows it
@@ -62,11 +67,16 @@ def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
         worker.leave(code)
 
 
-def _run(spec: RunSpec, places: Sequence[Place], ports: Sequence[worker.Port], devices: Sequence[Any]) -> int:
+def _run(
+    spec: RunSpec,
+    places: Sequence[Place],
+    ports: Sequence[worker.Port],
+    devices: Sequence[Any],
+    shared: _Shared,
+) -> int:
     """Serve all ranks to their end; the process's exit code: a failure of one has been told as its own."""
-    together: AbstractContextManager[Any] = threading.RLock()
     ranks = [
-        _Rank(index, spec, place, port, device, together)
+        _Rank(index, spec, place, port, device, shared)
         for index, (place, port, device) in enumerate(zip(places, ports, devices, strict=True))
     ]
 
@@ -89,7 +99,7 @@ class _Rank:
 
     Args:
         index: its place among the process's ranks.
-        alone: held while what they share is changed.
+        shared: what it has together with the others.
     """
 
     def __init__(
@@ -99,16 +109,17 @@ class _Rank:
         place: Place,
         port: worker.Port,
         device: Any,
-        alone: AbstractContextManager[Any],
+        shared: _Shared,
     ) -> None:
-        self.alone = alone
+        self.alone: AbstractContextManager[Any] = shared.lock
         self.thread = threading.Thread(target=self._serve, name=f"rank-{place.rank}", daemon=True)
         self._index, self._spec, self._place, self._port, self._device = index, spec, place, port, device
-        self._interruptible = False
+        self._shared, self._interruptible = shared, False
 
     def interruptible(self, on: bool) -> None:
-        """Whether an interrupt raises KeyboardInterrupt in this thread."""
+        """Whether user code runs in this thread, and an interrupt raises KeyboardInterrupt there."""
         self._interruptible = on
+        self._shared.note(self._index, on)
 
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt there, when it next runs Python, if user code does. Source: C API,
@@ -139,6 +150,48 @@ class _Rank:
     def is_here(self) -> bool:
         """Whether the code that asks runs in this thread; in one of the user's own it is the first rank's."""
         return getattr(_here, "index", 0) == self._index
+
+
+@final
+class _Shared:
+    """What Python has once in a process, made to be each rank's own by its thread."""
+
+    def __init__(self, stdout: _ByThread, stderr: _ByThread, main: types.ModuleType) -> None:
+        self.lock = threading.RLock()
+        self._stdout, self._stderr, self._main = stdout, stderr, main
+        self._running: set[int] = set()
+        """The ranks in which user code runs."""
+
+    def note(self, index: int, running: bool) -> None:
+        """User code begins or ends in this rank."""
+        (self._running.add if running else self._running.discard)(index)
+        if not self._running:
+            # what `%%capture` or `%run` has put back on two ranks at once may be the other's
+            self.set_names()
+
+    def set_names(self) -> None:
+        """Put them in place."""
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+        sys.modules["__main__"] = self._main
+
+
+def _main_by_thread(mains: Sequence[types.ModuleType]) -> types.ModuleType:
+    """The `__main__` that each thread finds as its rank's own; one of the user's own finds the first rank's."""
+
+    def own() -> types.ModuleType:
+        return mains[getattr(_here, "index", 0)]
+
+    class Main(types.ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            return getattr(own(), name)  # `__dict__` too: what pickle, dataclasses and IPython ask for
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(own(), name, value)
+
+        def __delattr__(self, name: str) -> None:
+            delattr(own(), name)
+
+    return Main("__main__")
 
 
 def _separate_process_groups() -> None:

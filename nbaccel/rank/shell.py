@@ -5,12 +5,16 @@ The only module of a rank that knows IPython; it is imported by the first cell.
 
 from __future__ import annotations
 
+import asyncio
+import builtins
 import sys
+import threading
+import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, final
 
 from nbaccel.rank.display import Publisher
 
@@ -101,26 +105,58 @@ def _users_part(tb: TracebackType | None) -> TracebackType | None:
     return None
 
 
-_made: list[Any] = []
+_made: dict[int, Any] = {}
+"""A shell for each `__main__`, by the id of its dict: ranks that are threads of one process have one each."""
+_making = threading.RLock()
 
 
 def _shell() -> Any:
     """This rank's shell, made by the first cell; from then on IPython's functions find it."""
-    if _made:
-        return _made[0]
+    main = sys.modules["__main__"]
+    with _making:
+        found = _made.get(id(main.__dict__))
+        if found is None:
+            found = _made[id(main.__dict__)] = _make(main)
+    return found
+
+
+def _make(main: types.ModuleType) -> Any:
+    from IPython.core.getipython import get_ipython
     from IPython.core.interactiveshell import InteractiveShell
 
-    main = sys.modules["__main__"]
     shell = _kind()(config=_config(), user_module=main, user_ns=main.__dict__)
     shell.display_pub = Publisher()
     shell.set_hook("show_in_pager", _page, 90)
     shell.Completer.use_jedi = False
+    shell.loop_runner = _Loop()
     warnings.filterwarnings("ignore", message="To exit: use")  # there is nothing to exit from
     own: Any = InteractiveShell
-    own.instance = classmethod(lambda cls, *args, **options: shell)
+    own.instance = classmethod(lambda cls, *args, **options: _shell())
     own.initialized = classmethod(lambda cls: True)
-    _made.append(shell)
+    # What IPython sets for each cell and puts back behind it is one for all ranks of a process: set once, for good.
+    shell.builtin_trap.auto_builtins.clear()
+    builtins.get_ipython = get_ipython  # type: ignore[attr-defined]
+    shell.display_trap.hook = _show_value
+    shell.display_trap.__enter__()
     return shell
+
+
+def _show_value(value: Any) -> None:
+    """`sys.displayhook`."""
+    _shell().displayhook(value)
+
+
+@final
+class _Loop:
+    """Runs a cell's top-level await, in an event loop that stays; IPython has one for all shells of a process."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __call__(self, cell: Coroutine[Any, Any, Any]) -> Any:
+        if self._loop is None or self._loop.is_closed():
+            self._loop = asyncio.new_event_loop()
+        return self._loop.run_until_complete(cell)
 
 
 def _config() -> Any:

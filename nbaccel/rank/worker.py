@@ -9,7 +9,6 @@ already opened.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import multiprocessing.util
 import os
@@ -46,6 +45,7 @@ from nbaccel.wire.events import Applied, Event, Joined, Raised, Request, Returne
 __all__ = [
     "Port",
     "Server",
+    "empty_main",
     "enter",
     "join_session",
     "leave",
@@ -64,9 +64,14 @@ def take_over(spec: RunSpec) -> None:
     os.chdir(spec.cwd)
     sys.path[:] = spec.sys_path
     sys.argv[:] = spec.argv
-    main_module = types.ModuleType("__main__")
-    main_module.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = main_module
+    sys.modules["__main__"] = empty_main()
+
+
+def empty_main() -> types.ModuleType:
+    """A `__main__` without the notebook's names."""
+    made = types.ModuleType("__main__")
+    made.__dict__["__builtins__"] = __builtins__
+    return made
 
 
 def open_call(place: Place) -> Any:
@@ -247,17 +252,15 @@ def join_session(
     """The session's process group, and the names every cell finds.
 
     Args:
-        replica: what is otherwise when this rank is a thread of its process: it has no cells, whose names would be
-            those of all.
+        replica: what is otherwise when this rank is a thread of its process.
     """
     import torch
 
-    if replica is not None:
+    if replica is None:
+        membership = Membership(spec, place.rank, renew)
+    else:
         with replica.alone:
             membership = Membership(spec, place.rank, renew, here=replica.is_here)
-        membership.join(place.generation)
-        return membership
-    membership = Membership(spec, place.rank, renew)
     membership.join(place.generation)
     sys.modules["__main__"].__dict__.update(
         rank=place.rank,
@@ -286,10 +289,10 @@ class Replica(Protocol):
     """A rank that is a thread of its process, beside others."""
 
     alone: AbstractContextManager[Any]
-    """Held while the process's one `__main__` is changed."""
+    """Held while what the process has once is changed."""
 
     def interruptible(self, on: bool) -> None:
-        """Whether an interrupt raises KeyboardInterrupt in this thread."""
+        """Whether user code runs in this thread, and an interrupt raises KeyboardInterrupt there."""
 
     def is_here(self) -> bool:
         """Whether the code that asks runs in this thread."""
@@ -373,10 +376,7 @@ class Server:
     def _open(self, call: Call, fds: list[int]) -> Any:
         if self._membership is not None:
             self._membership.begin_call()
-        if call.parcel is None:
-            return self._opened
-        with contextlib.nullcontext() if self._replica is None else self._replica.alone:
-            return self._unpack(call.parcel, fds)
+        return self._opened if call.parcel is None else self._unpack(call.parcel, fds)
 
     def _unpack(self, parcel: payload.Parcel, fds: list[int]) -> Any:
         names = sys.modules["__main__"].__dict__

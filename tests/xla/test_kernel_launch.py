@@ -101,3 +101,21 @@ notebook_launcher(wait, num_processes=2, device="tpu")
     xla_kernel.finish(cell, timeout=60)
     assert cell.error == "KeyboardInterrupt"
     assert time.monotonic() - began < 60
+
+
+def test_cells_run_on_replicas_and_are_interrupted(xla_kernel: Kernel) -> None:
+    xla_kernel.ok("%load_ext nbaccel")
+    xla_kernel.ok("%nbaccel start -n 2 --device tpu", timeout=180)
+    cell = xla_kernel.ok("%%ranks\nmine = rank + 1\nprint('here is', rank)\nmine", timeout=120)
+    assert "[1] here is 1" in cell.stdout
+    waiting = xla_kernel.start(
+        "%%ranks\nimport time\nprint('at work', flush=True)\nwhile True:\n    mine += 0; time.sleep(0.01)"
+    )
+    xla_kernel.pump(lambda: waiting.stdout.count("at work") >= 1, 60, "the ranks at work")
+    xla_kernel.settle(1.0)
+    xla_kernel.interrupt()
+    xla_kernel.finish(waiting, timeout=60)
+    assert waiting.error == "KeyboardInterrupt"
+    cell = xla_kernel.ok("%%ranks 1\nprint('still', mine)", timeout=60)
+    assert "still 2" in cell.stdout
+    xla_kernel.ok("%nbaccel stop", timeout=60)

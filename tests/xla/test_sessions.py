@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbaccel import Accelerator, Session, notebook_launcher
-from nbaccel.errors import ConfigError, WorkerError
+from nbaccel.errors import WorkerError
 from tests.xla import one_at_a_time
 
 pytestmark = pytest.mark.slow
@@ -92,8 +92,98 @@ def test_session_goes_on_after_a_failure_an_interrupt_and_the_loss_of_its_proces
     assert list(session.run(everyone)) == [[0, 1], [0, 1]]
 
 
-def test_cells_are_refused(session: Session) -> None:
-    with pytest.raises(ConfigError, match="need a process for each rank"):
-        session.execute("x = 1")
-    with pytest.raises(ConfigError, match="need a process for each rank"):
-        session.push(x=1)
+def shown(session: Session, source: str) -> list[str]:
+    return [repr(value) for value in session.execute(source)]
+
+
+def test_cells_have_the_variables_and_the_output_of_their_rank(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(session, "x = rank * 10\nprint('cell of', rank)\ndist.barrier()\nx, str(device)") == [
+        "(0, 'xla:0')",
+        "(10, 'xla:1')",
+    ]
+    printed = capsys.readouterr().out
+    assert "[rank 0] cell of 0" in printed
+    assert "[rank 1] cell of 1" in printed
+    session.push(y=5)
+    assert shown(session, "y += rank\nglobals() is get_ipython().user_ns, y")[0] == "(True, 5)"
+    assert list(session.pull("y")) == [5, 6]
+    assert list(session.pull("x", ranks=[1])) == [10]
+    found = {rank: {one.name: one.value for one in named} for rank, named in session.variables().items()}
+    assert found == {0: {"x": "0", "y": "5"}, 1: {"x": "10", "y": "6"}}
+
+
+def test_cells_define_classes_and_functions_that_are_their_ranks_own(session: Session) -> None:
+    session.execute(
+        """
+import dataclasses, pickle
+@dataclasses.dataclass
+class Place:
+    rank: int
+    __slots__ = ("rank",)
+def here():
+    return Place(rank)
+"""
+    )
+    same = "dist.barrier()\nagain = pickle.loads(pickle.dumps(here()))\nagain, type(again) is Place"
+    assert shown(session, same) == ["(Place(rank=0), True)", "(Place(rank=1), True)"]
+
+    def called() -> int:
+        import __main__
+
+        return __main__.here().rank * 2  # type: ignore[attr-defined, no-any-return]
+
+    assert list(session.run(called)) == [0, 2]
+
+
+def test_cells_use_magics_await_and_displays_on_every_rank_at_once(session: Session) -> None:
+    source = """
+import asyncio, os
+async def later():
+    await asyncio.sleep(0.2)
+    return rank
+dist.barrier()
+found = await later()
+%env NBACCEL_CELL=here
+listed = !echo $rank
+from IPython import get_ipython as asked
+dist.barrier()
+found, list(listed), os.environ["NBACCEL_CELL"], asked() is get_ipython()
+"""
+    assert shown(session, source) == ["(0, ['0'], 'here', True)", "(1, ['1'], 'here', True)"]
+
+
+def test_failing_cell_names_its_rank_and_line_and_keeps_variables(session: Session) -> None:
+    session.execute("kept = rank")
+    with pytest.raises(WorkerError, match="rank 1 of 2 failed: ZeroDivisionError") as failure:
+        session.execute("before = 1\nkept / (1 - rank)")
+    assert "kept / (1 - rank)" in str(failure.value)
+    assert list(session.pull("kept")) == [0, 1]
+
+
+def test_cells_train(session: Session) -> None:
+    session.execute(
+        """
+import torch, torch_xla
+from torch import nn
+from nbaccel import Accelerator
+from tests.xla import one_at_a_time
+one_at_a_time.install()
+acc = Accelerator(verify=False)
+with one_at_a_time.alone():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+batch = torch.full((2, 4), 1.0 + rank).to(acc.device)
+"""
+    )
+    step = "acc.step(model(batch).mean(), optimizer)"
+    for _ in range(2):
+        session.execute(step)
+    count = "int(torch_xla._XLAC._xla_counter_value('UncachedCompile'))"
+    before = shown(session, count)
+    session.execute(step)
+    assert shown(session, count) == before
+    first, second = session.pull("model.weight")
+    assert torch.equal(first, second)
