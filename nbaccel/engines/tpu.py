@@ -20,15 +20,16 @@ __all__ = ["with_launch_environment"]
 
 _PATIENCE = 300.0  # seconds: a first import of torch from a cold disk
 _MARK = "nbaccel-tpu-environment "
-_ASK = f"""
+_ASK = """
 import json, os, sys
-sys.path[:] = {{path!r}}
+asked = json.loads(sys.argv[1])
+sys.path[:] = asked["path"]
 before = dict(os.environ)
 import torch, torch_tpu
 from torch.tpu import distributed
-distributed.set_tpu_launch_env(nproc_per_node={{count}})
-changed = {{{{name: value for name, value in os.environ.items() if before.get(name) != value}}}}
-print({_MARK!r} + json.dumps(changed))
+distributed.set_tpu_launch_env(nproc_per_node=asked["count"])
+changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
+print(asked["mark"] + json.dumps(changed))
 """
 
 
@@ -45,11 +46,10 @@ def with_launch_environment(spec: RunSpec) -> RunSpec:
 
 
 def _ask(environ: Mapping[str, str], path: tuple[str, ...], count: int) -> dict[str, str]:
-    code = _ASK.format(path=[*path, *(entry for entry in sys.path if entry not in path)], count=count)
+    both = [*path, *(entry for entry in sys.path if entry not in path)]
+    command = [sys.executable, "-c", _ASK, json.dumps({"path": both, "count": count, "mark": _MARK})]
     try:
-        ended = subprocess.run(
-            [sys.executable, "-c", code], env=dict(environ), capture_output=True, text=True, timeout=_PATIENCE
-        )
+        ended = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         raise LaunchError(
             f"TorchTPU did not say within {_PATIENCE:.0f} s how its ranks are told apart"
