@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-from nbaccel.core import collectives, processes, refused
+from nbaccel.core import collectives, refused
 from nbaccel.core.accumulate import LossWeighting
 from nbaccel.core.assembly import (
     asked_config,
@@ -36,6 +36,7 @@ from nbaccel.core.loop import Loop
 from nbaccel.core.micro_steps import MicroSteps
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
 from nbaccel.core.preparing import Preparing
+from nbaccel.core.processes import Processes
 from nbaccel.core.rng import set_seed
 from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
@@ -59,7 +60,7 @@ T = TypeVar("T", bool, int, float, str)
 
 
 @final
-class Accelerator:
+class Accelerator(Processes):
     """Runs one training loop on one process or many.
 
     Every argument left None takes what the launch, the YAML file or the environment asked.
@@ -235,46 +236,6 @@ class Accelerator:
     # Who and where -----------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        """The device this rank computes on."""
-        return self.world.device
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks in all."""
-        return self.world.size
-
-    @property
-    def process_index(self) -> int:
-        """This rank."""
-        return self.world.rank
-
-    @property
-    def local_process_index(self) -> int:
-        """This rank on its machine."""
-        return self.world.local_rank
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0."""
-        return self.world.rank == 0
-
-    @property
-    def is_local_main_process(self) -> bool:
-        """Whether this is rank 0 of its machine."""
-        return self.world.local_rank == 0
-
-    @property
-    def is_last_process(self) -> bool:
-        """Whether this is the highest rank."""
-        return self.world.rank == self.world.size - 1
-
-    @property
-    def use_distributed(self) -> bool:
-        """Whether there is more than one rank."""
-        return self.world.size > 1
-
-    @property
     def multi_device(self) -> bool:
         """Whether several accelerators are in use."""
         return self.world.size > 1 and self.device.type != "cpu"
@@ -329,49 +290,9 @@ class Accelerator:
         """Whether rank 0 reads for all ranks."""
         return bool(self._loader_options["dispatch"])
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints on each machine's first rank only."""
-        if self.is_local_main_process:
-            print(*args, **kwargs)
-
     def wait_for_everyone(self) -> None:
         """Waits until every rank is here."""
         self._talk.barrier()
-
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """A block that rank 0 runs before the others."""
-        return processes.first(self.world, self.is_main_process)
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        """A block that each machine's first rank runs before its others."""
-        return processes.first(self.world, self.is_local_main_process)
-
-    def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: runs on rank 0 only."""
-        return processes.only_if(self.is_main_process, function)
-
-    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: runs on each machine's first rank only."""
-        return processes.only_if(self.is_local_main_process, function)
-
-    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: runs on the highest rank only."""
-        return processes.only_if(self.is_last_process, function)
-
-    def on_process(self, function: Callable[..., Any] | None = None, process_index: int | None = None) -> Any:
-        """Decorator: runs on the given rank only."""
-        return processes.on(function, process_index, self.process_index)
-
-    def on_local_process(
-        self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
-    ) -> Any:
-        """Decorator: runs on the given local rank of each machine only."""
-        return processes.on(function, local_process_index, self.local_process_index)
-
-    @contextmanager
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
-        """Gives this rank's contiguous part of `inputs`; see `processes.share_of`."""
-        yield processes.share_of(inputs, rank=self.process_index, size=self.num_processes, pad=apply_padding)
 
     def set_trigger(self) -> None:
         """Raises a flag that `check_trigger` shows to all ranks."""

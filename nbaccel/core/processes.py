@@ -1,10 +1,11 @@
-"""Who does what: one rank first, one rank only, a share for each."""
+"""Who a rank is among the others, and who does what: one rank first, one rank only, a share for each."""
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,40 +14,99 @@ from nbaccel.core.collectives import barrier
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["first", "on", "only_if", "share_of"]
+__all__ = ["Processes", "share_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@contextmanager
-def first(world: World, goes_first: bool) -> Iterator[None]:
-    """The ranks for which `goes_first` run the block before the others enter it."""
-    if not goes_first:
-        barrier(world)
-    try:
-        yield
-    finally:
-        if goes_first:
-            barrier(world)
+class Processes(ABC):
+    """What an object that knows its `world` says of this rank, and lets only some ranks do."""
 
+    world: World
 
-def only_if(condition: bool, function: F) -> F:
-    """`function` where `condition` holds; elsewhere a function that returns None."""
-    if condition:
-        return function
+    @property
+    def device(self) -> torch.device:
+        """The device this rank computes on."""
+        return self.world.device
 
-    @functools.wraps(function)
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
+    @property
+    def num_processes(self) -> int:
+        """Ranks in all."""
+        return self.world.size
 
-    return cast(F, nothing)
+    @property
+    def process_index(self) -> int:
+        """This rank."""
+        return self.world.rank
 
+    @property
+    def local_process_index(self) -> int:
+        """This rank on its machine."""
+        return self.world.local_rank
 
-def on(function: Callable[..., Any] | None, wanted: int | None, index: int) -> Any:
-    """A decorator, or `function` decorated: runs where `index` is the wanted one (0 if None)."""
-    if function is None:
-        return lambda fn: only_if(index == (wanted or 0), fn)
-    return only_if(index == (wanted or 0), function)
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0."""
+        return self.world.rank == 0
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is rank 0 of its machine."""
+        return self.world.local_rank == 0
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the highest rank."""
+        return self.world.rank == self.world.size - 1
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there is more than one rank."""
+        return self.world.size > 1
+
+    @abstractmethod
+    def wait_for_everyone(self) -> None:
+        """Waits until every rank is here."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints on each machine's first rank only."""
+        if self.is_local_main_process:
+            print(*args, **kwargs)
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """A block that rank 0 runs before the others."""
+        return _first(self.world, self.is_main_process)
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """A block that each machine's first rank runs before its others."""
+        return _first(self.world, self.is_local_main_process)
+
+    def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: runs on rank 0 only."""
+        return _only_if(self.is_main_process, function)
+
+    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: runs on each machine's first rank only."""
+        return _only_if(self.is_local_main_process, function)
+
+    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: runs on the highest rank only."""
+        return _only_if(self.is_last_process, function)
+
+    def on_process(self, function: Callable[..., Any] | None = None, process_index: int | None = None) -> Any:
+        """Decorator: runs on the given rank only."""
+        return _on(function, process_index, self.process_index)
+
+    def on_local_process(
+        self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
+    ) -> Any:
+        """Decorator: runs on the given local rank of each machine only."""
+        return _on(function, local_process_index, self.local_process_index)
+
+    @contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        """Gives this rank's contiguous part of `inputs`; see `share_of`."""
+        yield share_of(inputs, rank=self.process_index, size=self.num_processes, pad=apply_padding)
 
 
 def share_of(inputs: Any, *, rank: int, size: int, pad: bool) -> Any:
@@ -83,3 +143,34 @@ def share_of(inputs: Any, *, rank: int, size: int, pad: bool) -> Any:
     raise ConfigError(
         f"split_between_processes cannot cut a {type(inputs).__name__}; give a list or a tensor"
     )
+
+
+@contextmanager
+def _first(world: World, goes_first: bool) -> Iterator[None]:
+    """The ranks for which `goes_first` run the block before the others enter it."""
+    if not goes_first:
+        barrier(world)
+    try:
+        yield
+    finally:
+        if goes_first:
+            barrier(world)
+
+
+def _only_if(condition: bool, function: F) -> F:
+    """`function` where `condition` holds; elsewhere a function that returns None."""
+    if condition:
+        return function
+
+    @functools.wraps(function)
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    return cast(F, nothing)
+
+
+def _on(function: Callable[..., Any] | None, wanted: int | None, index: int) -> Any:
+    """A decorator, or `function` decorated: runs where `index` is the wanted one (0 if None)."""
+    if function is None:
+        return lambda fn: _only_if(index == (wanted or 0), fn)
+    return _only_if(index == (wanted or 0), function)

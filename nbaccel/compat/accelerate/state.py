@@ -7,8 +7,6 @@ the newest is remembered, as long as somebody else holds it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, final
 
@@ -18,9 +16,9 @@ import torch.distributed as dist
 from nbaccel import core
 from nbaccel.compat.accelerate.utils.dataclasses import DistributedType
 from nbaccel.config import RunConfig
-from nbaccel.core import processes
 from nbaccel.core.collectives import barrier
 from nbaccel.core.data import ShardedLoader
+from nbaccel.core.processes import Processes
 from nbaccel.core.world import World, join, read_environment
 
 __all__ = ["AcceleratorState", "GradientState", "PartialState", "asked", "remember", "type_of"]
@@ -56,109 +54,38 @@ def type_of(world: World, strategy: str | None = None) -> DistributedType:
 
 
 @final
-class PartialState:
+class PartialState(Processes):
     """Where this process is among the ranks; joins them if nothing has yet."""
 
     def __init__(
         self, cpu: bool = False, *, backend: str | None = None, timeout: timedelta | None = None
     ) -> None:
-        self._world = join(asked(cpu, timeout))
+        self.world = join(asked(cpu, timeout))
         self.debug = False
         """Collectives are checked whatever it is."""
 
     @property
-    def device(self) -> torch.device:
-        return self._world.device
-
-    default_device = device
+    def default_device(self) -> torch.device:
+        return self.world.device
 
     @property
     def backend(self) -> str | None:
-        return self._world.backend
+        return self.world.backend
 
     @property
     def distributed_type(self) -> DistributedType:
-        return type_of(self._world)
-
-    @property
-    def num_processes(self) -> int:
-        return self._world.size
-
-    @property
-    def process_index(self) -> int:
-        return self._world.rank
-
-    @property
-    def local_process_index(self) -> int:
-        return self._world.local_rank
-
-    @property
-    def is_main_process(self) -> bool:
-        return self._world.is_main
-
-    @property
-    def is_local_main_process(self) -> bool:
-        return self._world.is_local_main
-
-    @property
-    def is_last_process(self) -> bool:
-        return self._world.rank == self._world.size - 1
-
-    @property
-    def use_distributed(self) -> bool:
-        return self._world.size > 1
+        return type_of(self.world)
 
     @property
     def initialized(self) -> bool:
         return True
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints on each machine's first rank only."""
-        if self.is_local_main_process:
-            print(*args, **kwargs)
 
     def set_device(self) -> None:
         """Done already."""
 
     def wait_for_everyone(self) -> None:
         """Waits until every rank is here."""
-        barrier(self._world)
-
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """A block that rank 0 runs before the others."""
-        return processes.first(self._world, self.is_main_process)
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        """A block that each machine's first rank runs before its others."""
-        return processes.first(self._world, self.is_local_main_process)
-
-    def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: runs on rank 0 only."""
-        return processes.only_if(self.is_main_process, function)
-
-    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: runs on each machine's first rank only."""
-        return processes.only_if(self.is_local_main_process, function)
-
-    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: runs on the highest rank only."""
-        return processes.only_if(self.is_last_process, function)
-
-    def on_process(self, function: Callable[..., Any] | None = None, process_index: int | None = None) -> Any:
-        """Decorator: runs on the given rank only."""
-        return processes.on(function, process_index, self.process_index)
-
-    def on_local_process(
-        self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
-    ) -> Any:
-        """Decorator: runs on the given local rank of each machine only."""
-        return processes.on(function, local_process_index, self.local_process_index)
-
-    @contextmanager
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
-        """Gives this rank's contiguous part of `inputs`."""
-        world = self._world
-        yield processes.share_of(inputs, rank=world.rank, size=world.size, pad=apply_padding)
+        barrier(self.world)
 
     def destroy_process_group(self, group: Any = None) -> None:
         """Takes the process group down, if there is one."""
@@ -170,7 +97,7 @@ class PartialState:
         """Nothing is shared."""
 
     def __repr__(self) -> str:
-        world = self._world
+        world = self.world
         return (
             f"{self.distributed_type.value}: rank {world.rank} of {world.size}, local rank {world.local_rank}, "
             f"device {world.device}, backend {world.backend}"
