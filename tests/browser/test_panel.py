@@ -12,6 +12,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.conftest import Lab, Page
 
@@ -378,8 +379,8 @@ def test_saved_notebook_shows_the_last_panel_without_widgets(
     assert kinds == {"text/html", "text/plain"}
     page = open_page(name, start_kernel=False)
     for index, words in ((RUN, "90/90"), (FAIL, "ValueError: <b>no such</b>")):
-        assert words in page.output(index).inner_text()
         page.cell(index).scroll_into_view_if_needed()
+        expect(page.output(index)).to_contain_text(words, timeout=30_000)  # painted when it is in view
         shot(page, f"reopened-{'trusted' if trusted else 'untrusted'}-{index}", index)
     bar = page.output(RUN).locator('div[style*="background-color"]').nth(1)
     assert bar.evaluate("node => getComputedStyle(node).backgroundColor") not in ("rgba(0, 0, 0, 0)", "")

@@ -16,3 +16,6 @@ with contextlib.suppress(ImportError):
     # the last module that its `initialize` imports, which compiles: all of torch._inductor
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 del sys.modules["mlflow"]
+with contextlib.suppress(ImportError):
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401

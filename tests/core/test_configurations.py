@@ -52,18 +52,26 @@ def train(global_batch: int = 8) -> list[float]:
     return losses
 
 
-def _by_torchrun(num_processes: int, options: dict, tmp_path: Path) -> list[list[float]]:
-    out = tmp_path / "losses"
+def _by_torchrun(num_processes: int, asked: list[dict], tmp_path: Path) -> list[list[list[float]]]:
+    """The losses of each rank, for each of what is `asked`, in one launch."""
+    out = tmp_path / f"losses-of-{num_processes}-"
     here = Path(__file__).parent
+    configs = [
+        RunConfig.from_mapping({"device": "cpu", "seed": 1, **one}, place="the environment").to_json()
+        for one in asked
+    ]
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(here)!r})\n"
         "import json, os, warnings; warnings.simplefilter('ignore')\n"
         "from test_configurations import train\n"
-        f"open({str(out)!r} + os.environ['RANK'], 'w').write(json.dumps(train()))\n"
+        "losses = []\n"
+        f"for config in {configs!r}:\n"
+        f"    os.environ[{RUN_CONFIG_VARIABLE!r}] = config\n"
+        "    losses.append(train())\n"
+        f"open({str(out)!r} + os.environ['RANK'], 'w').write(json.dumps(losses))\n"
         "import torch.distributed as dist; dist.destroy_process_group()\n"
     )
-    config = RunConfig.from_mapping({"device": "cpu", "seed": 1, **options}, place="the environment")
     command = [
         sys.executable,
         "-m",
@@ -73,7 +81,6 @@ def _by_torchrun(num_processes: int, options: dict, tmp_path: Path) -> list[list
     ]
     environment = {
         **os.environ,
-        RUN_CONFIG_VARIABLE: config.to_json(),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
@@ -98,11 +105,13 @@ def _by_launcher(num_processes: int, options: dict) -> list[list[float]]:
 @pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
 def test_training_when_run_by_torchrun_and_by_our_launcher_has_the_same_losses(tmp_path):
     found = {}
-    for name, (num_processes, options) in CONFIGURATIONS.items():
-        torchrun = _by_torchrun(num_processes, options, tmp_path)
-        ours = _by_launcher(num_processes, options)
-        assert all(rank == torchrun[0] for rank in [*torchrun, *ours]), (name, torchrun, ours)
-        found[name] = torchrun[0]
+    for size in (1, 2):
+        mine = {name: options for name, (wanted, options) in CONFIGURATIONS.items() if wanted == size}
+        told = _by_torchrun(size, list(mine.values()), tmp_path)
+        for (name, options), *torchrun in zip(mine.items(), *told, strict=True):
+            ours = _by_launcher(size, options)
+            assert all(rank == torchrun[0] for rank in [*torchrun, *ours]), (name, torchrun, ours)
+            found[name] = torchrun[0]
     assert len(found["one rank"]) == 2 * 7
     # bf16 follows float32 roughly; accumulation takes the first window's losses on the untrained model
     assert found["ddp bf16"] == pytest.approx(found["one rank"], rel=0.1, abs=0.02)

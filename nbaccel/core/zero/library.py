@@ -24,7 +24,7 @@ def import_deepspeed(world: World, wanted_by: str) -> Any:
     if world.device.type == "cpu":
         # Else DeepSpeed takes a GPU where there is one, whatever was asked.
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # As its own launcher does. Else ZeRO-3 starts the program numactl for each parameter in each backward, to count.
+        # As its own launcher does. Else ZeRO-3 starts numactl for each parameter in each backward, to count devices.
         os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
     try:
         import deepspeed
