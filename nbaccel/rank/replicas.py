@@ -5,10 +5,10 @@
         rank 1 ─ thread, channel, stdout, stderr, `__main__`, process groups, device
 
 Each speaks to the notebook over its own channel and has its own `__main__`, in which its functions and cells are at
-home. What Python prints is written to the pipe of the rank whose thread prints it; what C code or a thread of the
-user's own prints goes to the first rank's. The ranks share imported modules, random generators and environment
-variables (RANK is the first one's): ask `nbaccel.Accelerator` or torch_xla for the rank. Their process groups are
-apart by torch's own thread-local world, which torch's tests use (`multi_threaded_pg`).
+home. A thread belongs to the rank that started it. What Python prints is written to the pipe of the rank whose thread
+prints it; what C code prints goes to the first rank's. The ranks share imported modules, random generators and
+environment variables (RANK is the first one's): ask `nbaccel.Accelerator` or torch_xla for the rank. Their process
+groups are apart by torch's own thread-local world, which torch's tests use (`multi_threaded_pg`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
 
-from nbaccel.rank import capture, rendezvous, tpu, worker
+from nbaccel.rank import capture, here, rendezvous, shell, tpu, worker
 from nbaccel.rank.failure import describe
 from nbaccel.rank.reporter import Reporter
 from nbaccel.rank.spec import Place, RunSpec, rank_environ
@@ -33,9 +33,6 @@ from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Event, Raised, Request, Status
 
 __all__ = ["start"]
-
-_here = threading.local()
-"""`index`: which of this process's ranks the thread is; absent in others."""
 
 
 def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
@@ -54,6 +51,7 @@ def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
         shared.set_names()
         os.environ.update(rank_environ(spec, places[0].rank, places[0].port))
         worker.set_up(spec)
+        here.let_threads_follow()
         _separate_process_groups()
         devices = tpu.set_up(spec, places[0].rank // spec.replicas)
         worker.serve_libraries(spec, places[0].rank, _ThreadsPort(ports))
@@ -130,7 +128,7 @@ class _Rank:
             )
 
     def _serve(self) -> None:
-        _here.index = self._index
+        here.belong(self._index)
         spec, place, port = self._spec, self._place, self._port
         try:
             tpu.use(self._device, place.rank)
@@ -148,8 +146,8 @@ class _Rank:
             port.emit(Raised(call=-1, info=describe(error)))
 
     def is_here(self) -> bool:
-        """Whether the code that asks runs in this thread; in one of the user's own it is the first rank's."""
-        return getattr(_here, "index", 0) == self._index
+        """Whether the code that asks is this rank's; what belongs to none is the first one's."""
+        return here.index() == self._index
 
 
 @final
@@ -173,13 +171,14 @@ class _Shared:
         """Put them in place."""
         sys.stdout, sys.stderr = self._stdout, self._stderr
         sys.modules["__main__"] = self._main
+        shell.set_displayhook()
 
 
 def _main_by_thread(mains: Sequence[types.ModuleType]) -> types.ModuleType:
-    """The `__main__` that each thread finds as its rank's own; one of the user's own finds the first rank's."""
+    """The `__main__` that each thread finds as its rank's own."""
 
     def own() -> types.ModuleType:
-        return mains[getattr(_here, "index", 0)]
+        return mains[here.index()]
 
     class Main(types.ModuleType):
         def __getattribute__(self, name: str) -> Any:
@@ -211,7 +210,7 @@ class _ThreadsPort:
         self._ports = ports
 
     def _own(self) -> worker.Port:
-        return self._ports[getattr(_here, "index", 0)]
+        return self._ports[here.index()]
 
     def emit(self, event: Event) -> None:
         self._own().emit(event)
@@ -233,7 +232,7 @@ class _ByThread(io.TextIOBase):
         self._streams = streams
 
     def _own(self) -> Any:
-        return self._streams[getattr(_here, "index", 0)]
+        return self._streams[here.index()]
 
     def write(self, text: str) -> int:
         return int(self._own().write(text))

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import importlib
 import sys
 import threading
-import types
 import warnings
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, final
 
+from nbaccel.rank import here
 from nbaccel.rank.display import Publisher
 
-__all__ = ["Cell", "Shown", "complete", "run_cell", "warm_up"]
+__all__ = ["Cell", "Shown", "complete", "run_cell", "set_displayhook", "warm_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
     result = shell.run_cell(above + cell.source, store_history=False)
     error = result.error_before_exec or result.error_in_exec
     if error is not None:
-        error = error.with_traceback(_users_part(error.__traceback__))
+        error = error.with_traceback(_users_part(error.__traceback__, shell.user_ns))
         vars(sys).update(
             last_type=type(error), last_value=error, last_traceback=error.__traceback__
         )  # for %debug
@@ -95,35 +96,38 @@ def warm_up() -> None:
     _shell()
 
 
-def _users_part(tb: TracebackType | None) -> TracebackType | None:
+def _users_part(tb: TracebackType | None, names: dict[str, Any]) -> TracebackType | None:
     """The traceback from the cell's own frame on; all of it when there is none, as for a magic's error."""
     found = tb
     while found is not None:
-        if found.tb_frame.f_globals is sys.modules["__main__"].__dict__:
+        if found.tb_frame.f_globals is names:
             return found
         found = found.tb_next
     return None
 
 
 _made: dict[int, Any] = {}
-"""A shell for each `__main__`, by the id of its dict: ranks that are threads of one process have one each."""
+"""By `here.index()`: ranks that are threads of one process have one each."""
 _making = threading.RLock()
 
 
 def _shell() -> Any:
     """This rank's shell, made by the first cell; from then on IPython's functions find it."""
-    main = sys.modules["__main__"]
-    with _making:
-        found = _made.get(id(main.__dict__))
-        if found is None:
-            found = _made[id(main.__dict__)] = _make(main)
-    return found
+    own = here.index()
+    if own not in _made:
+        with _making:
+            _made[own] = _made.get(own) or _make()
+    return _made[own]
 
 
-def _make(main: types.ModuleType) -> Any:
+def _make() -> Any:
     from IPython.core.getipython import get_ipython
     from IPython.core.interactiveshell import InteractiveShell
 
+    importlib.import_module(
+        "pygments.lexers"
+    )  # its first import fails in one of two threads that come together
+    main = sys.modules["__main__"]
     shell = _kind()(config=_config(), user_module=main, user_ns=main.__dict__)
     shell.display_pub = Publisher()
     shell.set_hook("show_in_pager", _page, 90)
@@ -139,6 +143,12 @@ def _make(main: types.ModuleType) -> Any:
     shell.display_trap.hook = _show_value
     shell.display_trap.__enter__()
     return shell
+
+
+def set_displayhook() -> None:
+    """Let last expressions go to the shell of their rank, whatever a cell has put in its place."""
+    if _made:
+        sys.displayhook = _show_value
 
 
 def _show_value(value: Any) -> None:

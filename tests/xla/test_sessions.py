@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +153,32 @@ dist.barrier()
 found, list(listed), os.environ["NBACCEL_CELL"], asked() is get_ipython()
 """
     assert shown(session, source) == ["(0, ['0'], 'here', True)", "(1, ['1'], 'here', True)"]
+
+
+def test_cells_are_their_ranks_own_again_after_magics_that_change_the_whole_process(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from IPython import get_ipython\nasked = get_ipython().user_ns['rank']\n")
+    session.execute("%%capture kept\nimport time\nprint('hidden')\ntime.sleep(rank / 20)")
+    session.execute(f"%run {script}")
+    capsys.readouterr()
+    session.execute(
+        """
+import threading
+told = threading.Thread(target=lambda: print("thread of", rank))
+told.start()
+told.join()
+"""
+    )
+    printed = capsys.readouterr().out
+    assert "hidden" not in printed
+    assert "[rank 0] thread of 0" in printed
+    assert "[rank 1] thread of 1" in printed
+    assert shown(session, "import __main__\nasked, __main__.__dict__ is globals()") == [
+        "(0, True)",
+        "(1, True)",
+    ]
 
 
 def test_failing_cell_names_its_rank_and_line_and_keeps_variables(session: Session) -> None:
