@@ -121,3 +121,53 @@ def test_logging_neither_cuts_the_step_nor_waits_for_it(tmp_path: Path) -> None:
     (file,) = tmp_path.rglob("True/**/metrics.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["total"] for line in lines] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def evaluate(batches: int) -> tuple[float, int]:
+    """The sum of a model's outputs, kept on the device, and how many graphs were compiled for it."""
+    acc = Accelerator(verify=False)
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    rows = torch.arange(6.0 * batches).view(-1, 3) / 50
+    model, loader = acc.prepare(model, DataLoader(rows, batch_size=2))  # type: ignore[arg-type]
+    model.eval()
+    on_xla = acc.device.type == "xla"
+    before, total = counts("UncachedCompile")[0] if on_xla else 0, torch.zeros((), device=acc.device)
+    for batch in loader:
+        with torch.no_grad():
+            total = total + model(batch).sum()
+    value = total.item()
+    return value, counts("UncachedCompile")[0] - before if on_xla else 0
+
+
+def test_an_evaluation_of_more_batches_compiles_nothing_more() -> None:
+    with Session(num_processes=1, device="tpu") as session:
+        few, many = (session.run(evaluate, batches)[0] for batches in (3, 9))
+    with Session(num_processes=1, device="cpu") as session:
+        expected = session.run(evaluate, 9)[0]
+    assert few[1] > 0
+    assert many[1] == 0
+    assert many[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+def distil(accumulation: int) -> int:
+    """How many graphs two optimizer steps run, with a teacher that is called in each of their micro-steps."""
+    acc = Accelerator(gradient_accumulation_steps=accumulation, verify=False)
+    teacher: Any = nn.Linear(4, 2)
+    student: Any = nn.Linear(4, 2)
+    optimizer: Any = torch.optim.SGD(student.parameters(), lr=0.1)
+    teacher, student, optimizer = acc.prepare(teacher, student, optimizer)
+    batch = torch.ones(2, 4).to(acc.device)
+    before = executed()
+    for _ in range(2 * accumulation):
+        with acc.accumulate(student):
+            with torch.no_grad():
+                wanted = teacher(batch)
+            acc.backward((student(batch) - wanted).pow(2).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    return executed() - before
+
+
+def test_model_without_gradients_within_a_step_of_training_does_not_cut_it() -> None:
+    assert launch(distil, 3, num_processes=1, device="tpu").result(timeout=200)[0] == 2
