@@ -12,7 +12,6 @@ from typing import Any
 
 import nbformat
 import pytest
-from playwright.sync_api import expect
 
 from tests.browser.conftest import Lab, Page
 
@@ -368,6 +367,8 @@ def test_page_closed_in_mid_run_finds_the_run_again(book: Page, lab: Lab, open_p
 def test_saved_notebook_shows_the_last_panel_without_widgets(
     book: Page, lab: Lab, open_page: Any, trusted: bool
 ) -> None:
+    from playwright.sync_api import expect
+
     book.save()
     name = "panel.ipynb"
     if not trusted:
