@@ -217,8 +217,8 @@ class DeepSpeed:
     """Where parameters live between uses; stage 3 only."""
     nvme_path: str | None = None
     """A folder on the disk, for "nvme"."""
-    overlap_comm: bool = False
-    """Reduce gradients while backward computes: more memory, and a stream of its own."""
+    overlap_comm: bool | None = None
+    """Communicate on a stream of its own while the device computes: more memory. None: in stage 3 only."""
     communication_dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """What gradients are sent in; None: float32, as under the other strategies."""
     reduce_bucket_size: int | None = None
@@ -228,7 +228,8 @@ class DeepSpeed:
     prefetch_bucket_size: int | None = None
     """Numbers of parameters that stage 3 gathers ahead of their use."""
     max_live_parameters: int | None = None
-    """Numbers of parameters that stage 3 holds whole at once."""
+    """Numbers of parameters that stage 3 holds whole at once; the more, the fewer are gathered again in backward. None:
+    three quarters of the model and at most 10⁹; with `offload_param`, one block."""
     param_persistence_threshold: int | None = None
     """Parameters of stage 3 with fewer numbers stay whole on every rank."""
     leaf_modules: Sequence[str] = ()

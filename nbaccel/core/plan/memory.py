@@ -30,8 +30,11 @@ OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "rmsprop": 1, "adagrad": 1,
 """Numbers of state per parameter, each as wide as the parameter, as torch.optim keeps them."""
 _GATHERED = 3.5
 """Blocks that FSDP2 holds at once: one at work, one prefetched, and the buffers they come and go in."""
-_ZERO_GATHERED = 3.5
-"""The same of ZeRO-3, with `zero_buckets`."""
+_ZERO_GATHERED = 2.5
+"""Blocks that ZeRO-3 holds beside those that `zero_buckets` lets live: the buffers they come and go in."""
+_LIVE = 0.75
+"""Part of the parameters that ZeRO-3 keeps whole from their forward to their backward: with all of them it takes more
+memory than DeepSpeed as transformers sets it up, with one block the half more time for gathering."""
 
 Family = Literal["single", "ddp", "fsdp", "zero", "tensor_parallel"]
 
@@ -113,11 +116,16 @@ class Buckets:
     sub_group: int
 
 
-def zero_buckets(size: Size, num_processes: int) -> Buckets:
-    """Buffers that stay small beside the model; DeepSpeed's defaults where the model is large."""
+def zero_buckets(size: Size, num_processes: int, *, offloaded: bool = False) -> Buckets:
+    """Buffers that stay small beside the model; DeepSpeed's defaults where the model is large.
+
+    Args:
+        offloaded: parameters live in host memory or on disk, so that the device's is what is short.
+    """
+    live = size.largest_block if offloaded else max(size.largest_block, int(_LIVE * size.parameters))
     return Buckets(
         reduce=min(500_000_000, max(size.largest_parameter, size.parameters // 16)),
-        live=min(1_000_000_000, size.largest_block),
+        live=min(1_000_000_000, live),
         prefetch=min(50_000_000, size.largest_block // 2),
         persistent=min(100_000, size.largest_parameter // 16),
         sub_group=min(1_000_000_000, max(size.largest_parameter, size.parameters // num_processes // 4)),
@@ -238,11 +246,12 @@ def _zero(size: Size, spread: Spread, setting: Setting, gradients: float) -> flo
     """Backward fills a bucket and what a stage keeps; the step takes flat float32 gradients of this rank's
     share, with temporaries of as much as is stepped together."""
     seen, each = setting.activations, _narrow_bytes(size, setting)
-    buckets = zero_buckets(size, setting.num_processes)
+    buckets = zero_buckets(size, setting.num_processes, offloaded=spread.offload)
     share = size.trainable / spread.optimizer
     stepped = min(share, buckets.sub_group) if spread.weights > 1 else share
     step = 4 * stepped + _step_temporaries(setting, largest=4 * stepped, together=4 * stepped)
-    gathered = each * (_ZERO_GATHERED * size.largest_block + size.outside) if spread.weights > 1 else 0.0
+    live = buckets.live + _ZERO_GATHERED * size.largest_block + size.outside
+    gathered = each * min(live, size.parameters + 2 * size.largest_block) if spread.weights > 1 else 0.0
     around = gathered + 2 * each * min(buckets.reduce, size.trainable)
     if spread.offload:
         return seen.peak + around

@@ -94,11 +94,11 @@ def _within_layers(size: Size, spread: Spread, setting: Setting, machine: Machin
 def _of_shards(size: Size, spread: Spread, setting: Setting, machine: Machine, whole: float) -> float:
     """Parameters gathered and gradients reduced, packed before each and unpacked after it."""
     if spread.weights > 1:
-        passes = 2 if spread.whole else 3  # one gathering less
+        passes = 2 + _gathered_again(size, spread, setting)
         moved, calls = passes * _moved(whole, setting), passes * (size.num_blocks + 1)
     else:
         # gradients are reduced to their owners, and what these have stepped is gathered
-        passes = 1
+        passes = 1.0
         buckets = size.parameters // max(1, zero_buckets(size, setting.num_processes).reduce)
         moved, calls = 2 * _moved(whole, setting), 2 + buckets
     seconds = moved / _across(setting, machine) + machine.latency * calls
@@ -106,6 +106,16 @@ def _of_shards(size: Size, spread: Spread, setting: Setting, machine: Machine, w
     if spread.offload:
         seconds += 2 * whole / setting.num_processes / machine.host_bandwidth
     return seconds
+
+
+def _gathered_again(size: Size, spread: Spread, setting: Setting) -> float:
+    """The part of the parameters that backward gathers once more."""
+    if spread.whole:
+        return 0.0
+    if spread.family != "zero":
+        return 1.0
+    live = zero_buckets(size, setting.num_processes, offloaded=spread.offload).live
+    return 1 - min(1.0, live / max(size.parameters, 1))
 
 
 def _optimizer(size: Size, spread: Spread, setting: Setting, machine: Machine) -> float:

@@ -30,18 +30,13 @@ from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
 from nbaccel.core.zero import gradients
+from nbaccel.core.zero.flat import part_of, write_part
 from nbaccel.core.zero.library import import_deepspeed
 from nbaccel.core.zero.nvme import claim_folder, places
+from nbaccel.core.zero.optimizer import ZeroOptimizerState
 from nbaccel.core.zero.settings import settings, with_stage_of_file
-from nbaccel.core.zero.state import (
-    ZeroModelState,
-    ZeroOptimizerState,
-    load_weights,
-    part_of,
-    whole_state_dict,
-    write_part,
-)
 from nbaccel.core.zero.swapping import is_on_disk
+from nbaccel.core.zero.weights import ZeroModelState, load_weights, whole_state_dict
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
@@ -100,31 +95,14 @@ class Zero(Strategy):
             module = module.to(self._world.device) if place else module
             broadcast_module(module, world=self._world)
             return module, list(optimizers)
-        (optimizer,) = self._checked(optimizers)
-        stage = self._stage
-        if stage != 3 and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
-            raise ConfigError(
-                f"the model was built under zero.Init, in shards, which stage {stage} of ZeRO does not have; ask for "
-                "DeepSpeed(stage=3), or build it without"
-            )
+        (optimizer,) = self._checked(module, optimizers)
+        config = self._configured(module)
         known: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-        size = size_of(module)
-        config = settings(
-            self._options,
-            stage=stage,
-            size=size,
-            num_processes=self._world.size,
-            precision=self._precision.kind,
-            accumulation=self._accumulation,
-            clipping=self._clipping,
-        )
-        if places(config):
-            claim_folder(config, size, self._world)
         groups = [[known.get(p) for p in group["params"]] for group in optimizer.param_groups]
         if self._options.activation_checkpointing:
             for block in find_blocks(module, "auto") or [module]:
                 recompute_in_backward(block)
-        exact = self._fill(module, optimizer, known, config, stage)
+        exact = self._fill(module, optimizer, known, config)
         named = dict(module.named_parameters())
         self._names = [
             {canonical_name(module, name): named[name] for name in group if name is not None}
@@ -134,7 +112,7 @@ class Zero(Strategy):
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         self._engine.set_gradient_accumulation_boundary(True)
-        if stage == 0:
+        if self._stage == 0:
             return self._engine, [optimizer]
         for name, part in exact.items():
             write_part(named[name], part, None)
@@ -148,7 +126,6 @@ class Zero(Strategy):
         optimizer: Optimizer,
         known: Mapping[Tensor, str],
         config: Mapping[str, Any],
-        stage: int,
     ) -> dict[str, Tensor]:
         """Rank 0's values, and values for what is on the meta device; in stage 3 block by block, each kept in
         shards at once.
@@ -158,26 +135,18 @@ class Zero(Strategy):
         """
         exact: dict[str, Tensor] = {}
         done: set[int] = set()
+        in_shards = self._stage == 3
         swapper: Any = None  # for all blocks: each of its own would begin by emptying the folder on NVMe
-        for part in [*reversed(find_blocks(module, "auto")), module] if stage == 3 else [module]:
+        for part in [*reversed(find_blocks(module, "auto")), module] if in_shards else [module]:
             materialise(part, module, self._world.device)
             names = {id(p): name for name, p in module.named_parameters()}
             fresh = [p for p in part.parameters() if id(p) not in done]
             done.update(map(id, fresh))
             for parameter in fresh:
-                if hasattr(parameter, "ds_tensor"):  # from DeepSpeed's own zero.Init: in shards already
-                    narrowed = self._precision.dtype is not None and parameter.requires_grad
-                    if narrowed and not is_on_disk(parameter):  # there it is narrow already
-                        exact[names[id(parameter)]] = parameter.ds_tensor.float().clone()
-                    continue
-                parameter.data = parameter.data.to(self._world.device).contiguous()
-                dist.broadcast(parameter.data, src=0)
-                if self._precision.dtype is not None and parameter.requires_grad and stage:
-                    exact[names[id(parameter)]] = self._kept(parameter.data, stage)
-                if self._precision.dtype is not None and parameter.is_floating_point() and stage == 3:
-                    # DeepSpeed narrows parameters that are whole, not those in shards
-                    parameter.data = parameter.data.to(self._precision.dtype)
-            if stage == 3:
+                kept = self._begin(parameter)
+                if kept is not None:
+                    exact[names[id(parameter)]] = kept
+            if in_shards:
                 sharding = self._deepspeed.zero.Init(
                     module=part, config_dict_or_path=dict(config), param_swapper=swapper
                 )
@@ -188,17 +157,58 @@ class Zero(Strategy):
             group["params"] = [now[known[p]] if p in known else p for p in group["params"]]
         return exact
 
-    def _kept(self, value: Tensor, stage: int) -> Tensor:
-        return part_of(value, -(-value.numel() // self._world.size)).clone() if stage == 3 else value.clone()
+    def _begin(self, parameter: Any) -> Tensor | None:
+        """Gives one parameter rank 0's values; the float32 ones, if DeepSpeed narrows them before it copies them."""
+        dtype, in_shards = self._precision.dtype, self._stage == 3
+        narrows = dtype is not None and parameter.requires_grad and self._stage > 0
+        if hasattr(parameter, "ds_tensor"):  # from DeepSpeed's own zero.Init: in shards already
+            keeps = narrows and not is_on_disk(parameter)  # there it is narrow already
+            return parameter.ds_tensor.float().clone() if keeps else None
+        parameter.data = parameter.data.to(self._world.device).contiguous()
+        dist.broadcast(parameter.data, src=0)
+        kept: Tensor | None = None
+        if narrows:
+            value = parameter.data
+            kept = (part_of(value, -(-value.numel() // self._world.size)) if in_shards else value).clone()
+        if dtype is not None and parameter.is_floating_point() and in_shards:
+            # DeepSpeed narrows parameters that are whole, not those in shards
+            parameter.data = parameter.data.to(dtype)
+        return kept
 
-    def _checked(self, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+    def _checked(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         if self._engine is not None:
             raise ConfigError(
                 "strategy 'deepspeed' trains one model: give both to one module, or use strategy 'fsdp'"
             )
         if reason := unfit(optimizers, self._options):
             raise ConfigError(reason)
+        if names := [name for name, parameter in module.named_parameters() if not parameter.ndim]:
+            raise ConfigError(
+                f"{names[0]} is a parameter without a dimension, which DeepSpeed 0.19.8 cannot send to other ranks; "
+                "give it one, torch.ones(1), or use strategy 'ddp'"
+            )
+        if self._stage != 3 and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
+            raise ConfigError(
+                f"the model was built under zero.Init, in shards, which stage {self._stage} of ZeRO does not have; ask "
+                "for DeepSpeed(stage=3), or build it without"
+            )
         return optimizers
+
+    def _configured(self, module: nn.Module) -> dict[str, Any]:
+        """What DeepSpeed is given for this model; the folder it swaps to is this run's then."""
+        size = size_of(module)
+        config = settings(
+            self._options,
+            stage=self._stage,
+            size=size,
+            num_processes=self._world.size,
+            precision=self._precision.kind,
+            accumulation=self._accumulation,
+            clipping=self._clipping,
+        )
+        if places(config):
+            claim_folder(config, size, self._world)
+        return config
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         if isinstance(optimizer, _ZeroStep):
@@ -242,7 +252,7 @@ class Zero(Strategy):
             return
         if options.keys() - {"retain_graph"}:
             raise ConfigError(f"backward({', '.join(options)}) cannot go with strategy 'deepspeed'")
-        _forget_norm(self._engine.optimizer)
+        gradients.forget_norm(self._engine.optimizer)
         self._engine.backward(loss, **options)
 
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
@@ -266,7 +276,7 @@ class Zero(Strategy):
             raise ConfigError(
                 f"norm_type={norm_type} cannot go with ZeRO, which knows the 2-norm; leave it out"
             )
-        norm = _norm_for_step(zero)
+        norm = gradients.norm_for_step(zero)
         zero.clip_grad = max_norm  # for the step that follows; _ZeroStep takes it back
         before: Tensor = norm.float().cpu() / float(zero.loss_scale)
         return before
@@ -332,7 +342,7 @@ class _ZeroStep(Optimizer):
             hook(self, (), {})
         self._engine.step()
         self._engine.optimizer.clip_grad = 0.0
-        _forget_norm(self._engine.optimizer)
+        gradients.forget_norm(self._engine.optimizer)
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, (), {})
 
@@ -375,25 +385,6 @@ def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
             "strategy 'fsdp', or DeepSpeed(untested_optimizer=True) if you know it does"
         )
     return ""
-
-
-_NORMS = ("_get_norm_groups", "scaled_global_norm")
-"""Of stage 3, by sub-group; of stages 1 and 2."""
-
-
-def _norm_for_step(zero: Any) -> Tensor:
-    """The norm of the gradients, still scaled; the step that follows would compute it once more, and is given it."""
-    name = next(name for name in _NORMS if hasattr(zero, name))
-    found = getattr(zero, name)()
-    setattr(zero, name, lambda: found)
-    parts = found if isinstance(found, (list, tuple)) else [found]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(part) for part in parts]))
-    return norm
-
-
-def _forget_norm(zero: Any) -> None:
-    for name in _NORMS:
-        vars(zero).pop(name, None)
 
 
 def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:

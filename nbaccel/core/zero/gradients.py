@@ -1,4 +1,4 @@
-"""Gradients between the last backward of a window and the step, wherever ZeRO keeps them."""
+"""Gradients between the last backward of a window and the step, wherever ZeRO keeps them: their norm, their scale."""
 
 from __future__ import annotations
 
@@ -7,15 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbaccel.core.zero.flat import flats
 from nbaccel.core.zero.swapping import gradients_in_memory
 
-__all__ = ["flats", "scale"]
+__all__ = ["forget_norm", "norm_for_step", "scale"]
+
+_NORMS = ("_get_norm_groups", "scaled_global_norm")
+"""DeepSpeed's methods: of stage 3, which gives one norm for each sub-group; of stages 1 and 2."""
 
 
-def flats(zero: Any) -> list[Tensor]:
-    """The flat float32 tensors that the user's optimizer steps: one per group, or per sub-group in stage 3."""
-    stage3 = getattr(zero, "fp32_partitioned_groups_flat", None)
-    return list(zero.single_partition_of_fp32_groups if stage3 is None else stage3)
+def norm_for_step(zero: Any) -> Tensor:
+    """The norm of all gradients, still scaled; the step that follows would compute it once more, and is given it."""
+    name = next(name for name in _NORMS if hasattr(zero, name))
+    found = getattr(zero, name)()
+    setattr(zero, name, lambda: found)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(part) for part in parts]))
+    return norm
+
+
+def forget_norm(zero: Any) -> None:
+    """Gradients are others now: DeepSpeed computes their norm itself."""
+    for name in _NORMS:
+        vars(zero).pop(name, None)
 
 
 @torch.no_grad()
@@ -30,7 +44,7 @@ def scale(zero: Any, ratio: float | Tensor) -> None:
     factor = float(ratio)
     for sub_group, flat in enumerate(flats(zero)):
         with gradients_in_memory(zero, sub_group):
-            if flat.grad is not None:
-                flat.grad.mul_(factor)
+            if flat.tensor.grad is not None:
+                flat.tensor.grad.mul_(factor)
     for name, norm in zero.norm_for_param_grads.items():
         zero.norm_for_param_grads[name] = norm * factor

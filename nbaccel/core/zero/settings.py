@@ -16,8 +16,11 @@ from nbaccel.parallel import DeepSpeed
 
 __all__ = ["read_config", "settings", "with_stage_of_file"]
 
-_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""Known to the loaders, not to DeepSpeed."""
+_LOOP_S = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("gradient_accumulation_steps", "gradient_clipping"),
+)
+"""What the loop and the loaders decide, whatever the user's file says of it."""
 
 
 def settings(
@@ -37,61 +40,62 @@ def settings(
     Raises:
         ConfigError: the user's file asks for something else than the Accelerator.
     """
-    buckets = zero_buckets(size, num_processes)
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "overlap_comm": options.overlap_comm,
-        "reduce_bucket_size": buckets.reduce,
-        "allgather_bucket_size": buckets.reduce,
-    }
-    if stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": buckets.prefetch,
-            "stage3_max_live_parameters": buckets.live,
-            "stage3_max_reuse_distance": buckets.live,
-            "stage3_param_persistence_threshold": buckets.persistent,
-            "sub_group_size": buckets.sub_group,
-        }
-    zero |= _asked(options, stage)
-    for name, place in (
-        ("offload_optimizer", options.offload_optimizer),
-        ("offload_param", options.offload_param),
-    ):
-        if place is not None:
-            zero[name] = {"device": place}
-            if place == "nvme":
-                zero[name]["nvme_path"] = options.nvme_path
+    given = {} if options.config is None else read_config(options.config)
+    _check(given, accumulation=accumulation, precision=precision, clipping=clipping, stage=stage)
     filled: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0; the loop's clip_grad_norm_ sets it step by step
-        "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16" and stage > 0},
-        "fp16": {"enabled": precision == "fp16" and stage > 0},
+        "zero_optimization": _zero(options, stage, size, num_processes),
+        **_numbers(options, stage, precision),
         "zero_allow_untested_optimizer": True,  # which are refused is decided in the strategy
         "zero_force_ds_cpu_optimizer": False,  # would compile one of its own
     }
-    if precision != "no" and stage > 1:
-        # Micro-steps add up in float32, as elsewhere; stage 1 would take another optimizer for it.
-        filled["data_types"] = {"grad_accum_dtype": "fp32"}
-    sent = options.communication_dtype or ("fp32" if precision != "no" else None)
-    if sent is not None:
-        filled["communication_data_type"] = sent
-    given = {} if options.config is None else read_config(options.config)
-    _check(given, accumulation=accumulation, precision=precision, clipping=clipping, stage=stage)
-    for name in _OURS:
-        given.pop(name, None)
-    given.pop("gradient_accumulation_steps", None)
-    given.pop("gradient_clipping", None)
-    merged = _merge(filled, given)
-    merged["train_micro_batch_size_per_gpu"] = 1
-    on_nvme = places(merged)
-    if on_nvme and stage != 3:
-        raise ConfigError(f"offload to 'nvme' needs stage 3 of ZeRO, and the stage is {stage}")
-    for name, given_for in on_nvme.items():
-        merged["zero_optimization"][name] = {**_buffers(name, size, num_processes), **given_for}
+    merged = _merge(filled, {name: value for name, value in given.items() if name not in _LOOP_S})
+    for name, place in (on_nvme := places(merged)).items():
+        if stage != 3:
+            raise ConfigError(f"offload to 'nvme' needs stage 3 of ZeRO, and the stage is {stage}")
+        merged["zero_optimization"][name] = {**_buffers(name, size, num_processes), **place}
     if "offload_param" in on_nvme:
         _fetch_one_by_one(merged["zero_optimization"], asked=options.prefetch_bucket_size, given=given)
     return merged
+
+
+def _zero(options: DeepSpeed, stage: int, size: Size, num_processes: int) -> dict[str, Any]:
+    """How the model is divided: DeepSpeed's "zero_optimization"."""
+    overlap = stage == 3 if options.overlap_comm is None else options.overlap_comm
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
+    ours = zero_buckets(size, num_processes, offloaded=options.offload_param is not None)
+    sizes = {
+        "reduce_bucket_size": (options.reduce_bucket_size, ours.reduce),
+        "allgather_bucket_size": (options.allgather_bucket_size, ours.reduce),
+    }
+    if stage == 3:
+        sizes |= {
+            "stage3_prefetch_bucket_size": (options.prefetch_bucket_size, ours.prefetch),
+            "stage3_max_live_parameters": (options.max_live_parameters, ours.live),
+            "stage3_max_reuse_distance": (options.max_live_parameters, ours.live),
+            "stage3_param_persistence_threshold": (options.param_persistence_threshold, ours.persistent),
+            "sub_group_size": (None, ours.sub_group),
+        }
+        if options.leaf_modules:
+            zero["leaf_module"] = {"classes": list(options.leaf_modules)}
+    zero |= {name: own if asked is None else asked for name, (asked, own) in sizes.items()}
+    for name in ("offload_optimizer", "offload_param"):
+        place = getattr(options, name)
+        if place is not None:
+            zero[name] = {"device": place, **({"nvme_path": options.nvme_path} if place == "nvme" else {})}
+    return zero
+
+
+def _numbers(options: DeepSpeed, stage: int, precision: str) -> dict[str, Any]:
+    """In which types is computed, added up and sent."""
+    found: dict[str, Any] = {kind: {"enabled": precision == kind and stage > 0} for kind in ("bf16", "fp16")}
+    if precision != "no" and stage > 1:
+        # Micro-steps add up in float32, as elsewhere; stage 1 would take another optimizer for it.
+        found["data_types"] = {"grad_accum_dtype": "fp32"}
+    sent = options.communication_dtype or ("fp32" if precision != "no" else None)
+    return found if sent is None else {**found, "communication_data_type": sent}
 
 
 def _buffers(name: str, size: Size, num_processes: int) -> dict[str, int]:
@@ -117,22 +121,6 @@ def _fetch_one_by_one(zero: dict[str, Any], *, asked: int | None, given: Mapping
             f"prefetch_bucket_size, and {name} of the configuration"
         )
     zero |= {name: 0, "stage3_max_reuse_distance": 0}
-
-
-def _asked(options: DeepSpeed, stage: int) -> dict[str, Any]:
-    """The sizes and lists that were named, by DeepSpeed's names."""
-    found: dict[str, Any] = {
-        "reduce_bucket_size": options.reduce_bucket_size,
-        "allgather_bucket_size": options.allgather_bucket_size,
-    }
-    if stage == 3:
-        found |= {
-            "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
-            "stage3_max_live_parameters": options.max_live_parameters,
-            "stage3_param_persistence_threshold": options.param_persistence_threshold,
-            "leaf_module": {"classes": list(options.leaf_modules)} if options.leaf_modules else None,
-        }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def with_stage_of_file(options: DeepSpeed) -> DeepSpeed:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from torch import Tensor
-
-from nbaccel.core.checkpoint import Checkpoints, Contents, Entries, LocalFileSystem, Saved
+from nbaccel.core.checkpoint import Checkpoints, Contents, Entries, LocalFileSystem
 from nbaccel.core.checkpoint.find import examine
 from nbaccel.core.world import single
 from nbaccel.core.zero.native import Native, find_native, read_native
@@ -51,8 +49,8 @@ def convert(folder: Path) -> Path | None:
     return target
 
 
-def _contents(native: Native, origin: Mapping[str, Any]) -> Contents:
-    shared: dict[str, Any] = {"counters": _State({"steps": native.step, "knobs": {}})}
+def _contents(native: Native, origin: Mapping[str, Any]) -> Contents[_Converted, _State]:
+    shared = {"counters": _State({"steps": native.step, "knobs": {}})}
     if native.scheduler is not None and _plain(native.scheduler):
         shared["scheduler_0"] = _State(native.scheduler)
     names = list(native.moments)
@@ -68,7 +66,7 @@ def _contents(native: Native, origin: Mapping[str, Any]) -> Contents:
         },
     )
     return Contents(
-        sharded={"model_0": _Whole(Entries(tensors=native.model)), "optimizer_0": _Whole(optimizer)},
+        sharded={"model_0": _Converted(Entries(tensors=native.model)), "optimizer_0": _Converted(optimizer)},
         shared=shared,
         extra={"converted": origin},
     )
@@ -84,8 +82,8 @@ def _plain(value: Any) -> bool:
 
 
 @final
-class _Whole:
-    """Tensors that are there as a whole, to be written."""
+class _Converted:
+    """A model or an optimizer that has been read, whole, to be written."""
 
     def __init__(self, entries: Entries) -> None:
         self._entries = entries
@@ -93,22 +91,13 @@ class _Whole:
     def entries(self) -> Entries:
         return self._entries
 
-    def targets(self, saved: Saved) -> dict[str, Tensor]:
-        raise NotImplementedError("only written")
-
-    def finish(self, tensors: Mapping[str, Tensor], saved: Saved) -> None:
-        raise NotImplementedError("only written")
-
 
 @final
 class _State:
-    """A state that is there, to be written."""
+    """A state that has been read, to be written."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
 
     def state_dict(self) -> Mapping[str, Any]:
         return self._state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        raise NotImplementedError("only written")
