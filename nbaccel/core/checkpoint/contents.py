@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-__all__ = ["PLAIN", "Contents", "Entries", "Saved", "Sharded", "Stateful"]
+__all__ = ["PLAIN", "Contents", "Entries", "HasEntries", "HasState", "Saved", "Sharded", "Stateful"]
 
 PLAIN = "plain of "
 """Begins the name under which the plain values of a sharded thing stand among the shared states."""
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything that can say what it is and become it again."""
+class HasState(Protocol):
+    """Anything that can say what it is: enough to be saved."""
 
     def state_dict(self) -> Any: ...
+
+
+@runtime_checkable
+class Stateful(HasState, Protocol):
+    """Anything that can say what it is and become it again."""
+
     def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
@@ -45,11 +50,15 @@ class Saved:
     plain: Mapping[str, Any]
 
 
-class Sharded(Protocol):
-    """A model or an optimizer, whose tensors can be saved on some ranks and read on others."""
+class HasEntries(Protocol):
+    """A model or an optimizer, as it is saved."""
 
     def entries(self) -> Entries:
         """What to save."""
+
+
+class Sharded(HasEntries, Protocol):
+    """A model or an optimizer, whose tensors can be saved on some ranks and read on others."""
 
     def targets(self, saved: Saved) -> dict[str, torch.Tensor]:
         """Where to read each tensor to, all of `saved.shapes`' that are wanted.
@@ -62,15 +71,22 @@ class Sharded(Protocol):
         """Takes over what was read into `targets`, and the plain values."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """Everything of one checkpoint, by name. The mappings are read after the pre-hooks have run."""
+ThingT = TypeVar("ThingT", bound=HasEntries, covariant=True)
+StateT = TypeVar("StateT", bound=HasState, covariant=True)
 
-    sharded: Mapping[str, Sharded] = field(default_factory=dict)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents(Generic[ThingT, StateT]):
+    """Everything of one checkpoint, by name. The mappings are read after the pre-hooks have run.
+
+    Any can be saved; loaded are those of `Sharded` things and `Stateful` states.
+    """
+
+    sharded: Mapping[str, ThingT] = field(default_factory=dict)
     """Models and optimizers: they can be loaded on more or fewer ranks."""
-    shared: Mapping[str, Stateful] = field(default_factory=dict)
+    shared: Mapping[str, StateT] = field(default_factory=dict)
     """Things with the same state on every rank; rank 0's is written, every rank gets it."""
-    per_rank: Mapping[str, Stateful] = field(default_factory=dict)
+    per_rank: Mapping[str, StateT] = field(default_factory=dict)
     """Things with a state of their own on each rank, such as random generators. Each rank gets its own
     back when as many ranks load as saved; else it is left alone and the load says so."""
     before: tuple[Callable[[Path], None], ...] = ()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nbaccel.core.checkpoint.contents import PLAIN, Contents, Saved
+from nbaccel.core.checkpoint.contents import PLAIN, Contents, Saved, Sharded, Stateful
 from nbaccel.core.checkpoint.crew import Crew
 from nbaccel.core.checkpoint.filesystem import FileSystem
 from nbaccel.core.checkpoint.find import Found, candidates, resolve
@@ -58,7 +58,7 @@ def find_newest(project_dir: Path, crew: Crew, filesystem: FileSystem) -> Found:
 
 def load(
     folder: Path,
-    contents: Contents,
+    contents: Contents[Sharded, Stateful],
     crew: Crew,
     filesystem: FileSystem,
     *,
@@ -141,7 +141,7 @@ class _Reading:
     def open(
         cls,
         folder: Path,
-        contents: Contents,
+        contents: Contents[Sharded, Stateful],
         crew: Crew,
         filesystem: FileSystem,
         allow_pickle: bool,
@@ -190,7 +190,7 @@ class _Reading:
         flat = {f"{item}/{name}": t for item, targets in self.targets.items() for name, t in targets.items()}
         read_into(flat, self.index, self.folder, self.filesystem)
 
-    def hand_over(self, contents: Contents) -> None:
+    def hand_over(self, contents: Contents[Sharded, Stateful]) -> None:
         """Gives everything to its owner."""
         for name, targets in self.targets.items():
             contents.sharded[name].finish(targets, self.saved[name])

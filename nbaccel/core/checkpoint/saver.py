@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from nbaccel.core.checkpoint.contents import Contents
+from nbaccel.core.checkpoint.contents import Contents, HasEntries, HasState, Sharded, Stateful
 from nbaccel.core.checkpoint.crew import Crew, describe_error
 from nbaccel.core.checkpoint.filesystem import FileSystem, LocalFileSystem
 from nbaccel.core.checkpoint.find import Found, hidden_name, remove_leftovers
@@ -78,7 +78,7 @@ class Checkpoints:
     def save(
         self,
         folder: str | Path,
-        contents: Contents,
+        contents: Contents[HasEntries, HasState],
         *,
         step: int,
         keep: int | None = None,
@@ -150,7 +150,7 @@ class Checkpoints:
     def load(
         self,
         folder: str | Path,
-        contents: Contents,
+        contents: Contents[Sharded, Stateful],
         *,
         verify: bool = True,
         allow_pickle: bool = False,
@@ -206,7 +206,14 @@ class Checkpoints:
             raise CheckpointError(f"cannot save {target}: {problem}")
         return partial
 
-    def _gather(self, target: Path, partial: Path, contents: Contents, copy: bool, crew: Crew) -> State:
+    def _gather(
+        self,
+        target: Path,
+        partial: Path,
+        contents: Contents[HasEntries, HasState],
+        copy: bool,
+        crew: Crew,
+    ) -> State:
         """Everything to write, planned and known to fit on every rank; else the hidden folder is gone."""
         state, error = None, None
         try:
@@ -247,7 +254,7 @@ class Checkpoints:
         target: Path,
         partial: Path,
         state: State,
-        contents: Contents,
+        contents: Contents[HasEntries, HasState],
         step: int,
         keep: int | None,
         crew: Crew,

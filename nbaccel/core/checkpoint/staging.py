@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 
-from nbaccel.core.checkpoint.contents import PLAIN, Contents, Entries
+from nbaccel.core.checkpoint.contents import PLAIN, Contents, Entries, HasEntries, HasState
 from nbaccel.core.checkpoint.shards import Plan, fingerprint
 from nbaccel.core.checkpoint.small import Packed, pack
 from nbaccel.core.tied import same_memory
@@ -38,7 +38,7 @@ class State:
         return self.own.num_bytes + (self.shared.num_bytes if self.shared else 0)
 
 
-def gather_state(contents: Contents, folder: Path, rank: int, *, copy: bool) -> State:
+def gather_state(contents: Contents[HasEntries, HasState], folder: Path, rank: int, *, copy: bool) -> State:
     """Runs the pre-hooks, then asks everything for its state.
 
     Args:
