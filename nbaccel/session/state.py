@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from nbaccel.session.curves import Curve
 from nbaccel.session.lines import Lines
@@ -33,7 +33,10 @@ from nbaccel.wire.events import (
     Status,
 )
 
-__all__ = ["ENDED", "Failure", "Pace", "RankState", "RunState", "fold", "new_state"]
+__all__ = ["ENDED", "Failure", "Pace", "RankState", "RunState", "Situation", "fold", "new_state"]
+
+Situation = Literal["starting", "running", "done", "failed", "stopped"]
+"""Of a run as a whole."""
 
 ENDED: frozenset[State] = frozenset({"done", "failed", "lost"})
 """The states in which a rank has nothing more to do for this run."""
@@ -137,6 +140,16 @@ class RunState:
     """What is known of ranks that wait for one another; empty while all go on."""
     options: Mapping[str, str] = field(default_factory=dict)
     """What the ranks' code really uses of the run's options (precision, strategy)."""
+
+    @property
+    def situation(self) -> Situation:
+        """Where the run as a whole is; an interrupted one is stopped, and what ended it no failure of its own."""
+        if self.failure is not None:
+            info = self.failure.info
+            return "stopped" if info is not None and info.type_name == "KeyboardInterrupt" else "failed"
+        if self.ended is not None:
+            return "done" if all(rank.state == "done" for rank in self.ranks) else "stopped"
+        return "starting" if any(rank.state in ("starting", "idle") for rank in self.ranks) else "running"
 
     @property
     def failed_ranks(self) -> tuple[int, ...]:

@@ -70,6 +70,18 @@ def test_first_failure_is_the_earliest_in_time_not_in_arrival() -> None:
     assert state.ended == 9.0
 
 
+@pytest.mark.parametrize(("kind", "situation"), [("ValueError", "failed"), ("KeyboardInterrupt", "stopped")])
+def test_situation_when_a_rank_raised_or_was_interrupted(kind: str, situation: str) -> None:
+    state = replay(2, [Status(rank=0, time=1, state="running")])
+    assert state.situation == "starting"
+    state = replay(2, [Status(rank=rank, time=1, state="running") for rank in range(2)])
+    assert state.situation == "running"
+    state = fold(state, Raised(rank=0, time=2, call=1, info=ExceptionInfo(kind, f"{kind}: x", ())))
+    assert state.situation == situation
+    state = fold(state, Died(rank=1, time=3, exitcode=-15))
+    assert state.situation == situation
+
+
 def test_rank_that_dies_before_its_result_is_lost_even_with_exit_code_zero() -> None:
     state = replay(1, [Status(rank=0, time=1, state="running"), Died(rank=0, time=2, exitcode=0)])
     assert state.ranks[0].state == "lost"

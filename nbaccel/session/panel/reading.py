@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Literal
 
 from nbaccel.session.curves import Curve
 from nbaccel.session.results import rank_ranges
-from nbaccel.session.state import ENDED, Pace, RankState, RunState
+from nbaccel.session.state import ENDED, Pace, RankState, RunState, Situation
 from nbaccel.wire.events import ExceptionInfo, Progress
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "Chart",
     "Heading",
     "Row",
-    "Situation",
     "View",
     "all_rows",
     "clock",
@@ -29,8 +27,6 @@ __all__ = [
     "shown_state",
     "size",
 ]
-
-Situation = Literal["starting", "running", "done", "failed", "stopped"]
 
 PARTS = ("data", "transfer", "forward", "backward", "communication", "optimizer", "checkpoint", "other")
 """Of a step's time, in the order they are shown."""
@@ -155,7 +151,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
     precision = state.options.get("mixed_precision") or heading.precision
     return View(
         heading=replace(heading, precision=precision),
-        situation=_situation(state),
+        situation=state.situation,
         num_ranks=len(ranks),
         elapsed=max(0.0, now - state.started),
         left=max(lefts, default=None),
@@ -174,16 +170,6 @@ def all_rows(state: RunState, now: float) -> tuple[Row, ...]:
     """A row for every rank, however many there are."""
     at = now if state.ended is None else state.ended
     return tuple(_row(rank, state, at) for rank in state.ranks)
-
-
-def _situation(state: RunState) -> Situation:
-    if state.failure is not None:
-        # a rank that we ended after an interrupt is no failure of its own
-        cause = state.failure.info.type_name if state.failure.info else ""
-        return "stopped" if cause == "KeyboardInterrupt" else "failed"
-    if state.ended is not None:
-        return "done" if all(rank.state == "done" for rank in state.ranks) else "stopped"
-    return "starting" if any(rank.state in ("starting", "idle") for rank in state.ranks) else "running"
 
 
 def _efficiency(heading: Heading, loops: Sequence[Progress | None], rates: Sequence[float]) -> float | None:

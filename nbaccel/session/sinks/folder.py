@@ -173,7 +173,7 @@ class FolderSink:
         ended = state.ended if state.ended is not None else time.time()
         dropped = {str(rank): log.dropped for rank, log in self._logs.items() if log.dropped}
         return {
-            "state": _outcome(state),
+            "state": "stopped" if state.situation in ("starting", "running") else state.situation,
             "started": state.started,
             "ended": ended,
             "duration": ended - state.started,
@@ -191,12 +191,6 @@ def _asked(run: Callable[[], Facts]) -> Facts:
         return run()
     except Exception as problem:  # noqa: BLE001 - gathered about the user's code; it is written down instead
         return {"error": f"{type(problem).__name__}: {problem}"}
-
-
-def _outcome(state: RunState) -> str:
-    if state.failure is not None:
-        return "failed"
-    return "done" if all(rank.state == "done" for rank in state.ranks) else "stopped"
 
 
 def _rates(state: RunState) -> Facts:
