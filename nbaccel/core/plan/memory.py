@@ -33,8 +33,8 @@ _GATHERED = 3.5
 _ZERO_GATHERED = 2.5
 """Blocks that ZeRO-3 holds beside those that `zero_buckets` lets live: the buffers they come and go in."""
 _LIVE = 0.75
-"""Part of the parameters that ZeRO-3 keeps whole from their forward to their backward: with all of them it takes more
-memory than DeepSpeed as transformers sets it up, with one block the half more time for gathering."""
+"""Part of the parameters that ZeRO-3 keeps whole from forward to backward. With all of them it takes more memory than
+DeepSpeed as transformers sets it up; with one block it gathers half as much again (benchmarks/strategies.py)."""
 
 Family = Literal["single", "ddp", "fsdp", "zero", "tensor_parallel"]
 

@@ -117,11 +117,13 @@ class FullyShardedDataParallel(Strategy):
         return kept
 
     def _embeddings(self, module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-        """What a Hugging Face model embeds its inputs and outputs with, where that is as large as a block: gathered
-        with the rest of the model it would stay whole throughout the step."""
-        if self._options.wrap != "auto" or not blocks:
+        """What a Hugging Face model embeds its inputs and outputs with, unless that is small beside a block: gathered
+        with the rest of the model it would stay whole throughout the step. Where `wrap` looks at each module itself, it
+        has chosen."""
+        by_name = isinstance(self._options.wrap, Sequence) and self._options.wrap != "none"
+        if not by_name or not blocks:
             return []
-        least, inside = max(map(_size, blocks)), {one for block in blocks for one in block.modules()}
+        least, inside = max(map(_size, blocks)) / 4, {one for block in blocks for one in block.modules()}
         found = dict.fromkeys(_embedding(module, end) for end in ("input", "output"))
         fit = [one for one in found if one is not None and one not in inside and _size(one) >= least]
         return keep_ties_together(module, fit)

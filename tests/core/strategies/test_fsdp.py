@@ -57,16 +57,18 @@ def llama(strategy: Any, words: int, tied: bool) -> dict[str, Any]:
     return found
 
 
-def of_all_kinds(strategy: Any) -> list[dict[str, Any]]:
-    return [llama(strategy, words, tied) for words, tied in ((400, False), (400, True), (50, False))]
+def of_all_kinds(strategy: Any, by_name: Any) -> list[dict[str, Any]]:
+    kinds = [llama(strategy, words, tied) for words, tied in ((400, False), (400, True), (30, False))]
+    return [*kinds, llama(by_name, 400, False)]
 
 
-def test_embeddings_when_as_large_as_a_block_are_gathered_apart() -> None:
-    (alone,) = run_ranks(of_all_kinds, "single", num_processes=1)
-    for ranks in run_ranks(of_all_kinds, "fsdp"):
+def test_embeddings_when_not_small_beside_a_block_are_gathered_apart() -> None:
+    (alone,) = run_ranks(of_all_kinds, "single", "single", num_processes=1)
+    for ranks in run_ranks(of_all_kinds, "fsdp", FSDP(wrap="LlamaDecoderLayer")):
         for one, expected in zip(ranks, alone, strict=True):
             assert difference(one["losses"], expected["losses"]) <= 1e-5
-        large, tied, small = (one["whole"] for one in ranks)
+        large, tied, small, by_name = (one["whole"] for one in ranks)
         assert large == {"model.norm.weight", "lm_head.weight"}  # what backward wants first
         assert tied == {"model.norm.weight", "model.embed_tokens.weight"}
         assert small == {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
+        assert by_name == large
