@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel import Accelerator, launch
 from nbaccel.errors import ConfigError
+from tests.xla.test_upload import watch_uploads
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,7 @@ def step(model: Any, optimizer: Any, features: Any, wanted: Any, backward: Any) 
 def train(folder: str, load: bool) -> tuple[nn.Module, dict[str, str], int]:
     """The model, how it, the optimizer's state and a batch are sharded, and the number of ranks."""
     acc = Accelerator(project_dir=folder)
+    uploads = watch_uploads() if acc.device.type == "xla" else []
     model, optimizer, data = parts()
     loader: Any = DataLoader(data, batch_size=8)
     model, optimizer, loader = acc.prepare(model, optimizer, loader)
@@ -54,6 +56,7 @@ def train(folder: str, load: bool) -> tuple[nn.Module, dict[str, str], int]:
         "bias of 3": told(model[2].bias),
         "state": told(optimizer.state[weight]["exp_avg"]),
         "batch": told(features),
+        "uploaded by": ", ".join(sorted(set(uploads))),
     }
     return model, shardings, acc.num_processes
 
@@ -78,6 +81,7 @@ def test_one_process_trains_sharded_arrays_and_saves_them_whole(devices: int, tm
     row = f"{{devices=[{devices},1]{','.join(map(str, range(devices)))}}}"
     assert (shardings["weight"], shardings["state"], shardings["batch"]) == (row, row, row)
     assert f"devices=[{devices}" not in shardings["bias of 3"]
+    assert shardings["uploaded by"] == "nbaccel-upload_0"
     expected, optimizer, data = parts()
     for features, wanted in DataLoader(data, batch_size=8):
         step(expected, optimizer, features, wanted, torch.Tensor.backward)
