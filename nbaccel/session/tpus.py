@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from nbaccel.config import RunConfig, TpuRuntime
 from nbaccel.errors import ConfigError
+from nbaccel.session.accelerators import Accelerators
 from nbaccel.session.environment import Environment
 
 __all__ = ["TpuPlan", "plan_tpu"]
@@ -108,8 +109,7 @@ def _on_torch_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
     """One process for each chip; what tells them apart is asked of the package when they are made
     (`engines.tpu`)."""
     there = environment.accelerators
-    name = f"TPU {there.tpu_kind}".strip()
-    said = f"{there.tpu_chips} {name} chips" if there.tpu_chips > 1 else f"one {name} chip"
+    name, said = _name(there), _count(there)
     if there.tpu_kind == "v2/v3":
         raise ConfigError(
             "TorchTPU knows no chips before v4, and these are v2 or v3: pip install 'nbaccel[xla]' and ask for "
@@ -130,10 +130,9 @@ def _on_torch_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
 def _on_chips(config: RunConfig, environment: Environment) -> TpuPlan:
     there = environment.accelerators
     chips, two_cores = there.tpu_chips, there.tpu_kind == "v2/v3"
-    name = f"TPU {there.tpu_kind}".strip()
+    name, said = _name(there), _count(there)
     replicas = 2 if two_cores else 1
     ranks = chips * replicas
-    said = f"{chips} {name} chips" if chips > 1 else f"one {name} chip"
     fits = f"there {'are' if chips > 1 else 'is'} {said}" + (" with two cores each" if replicas > 1 else "")
     _require_number(config, ranks, f"{fits}, and the runtime takes all of them")
     kept, unset = _for_ranks(environment.variables)
@@ -156,17 +155,26 @@ def _one_chip(name: str) -> tuple[str, ...]:
 def _on_all_chips(config: RunConfig, environment: Environment) -> TpuPlan:
     """SPMD: one process computes on every chip."""
     there = environment.accelerators
-    name = f"TPU {there.tpu_kind}".strip()
     _require_number(config, 1, "with xla_spmd one process computes on all devices")
     kept, unset = _for_ranks(environment.variables)
     return TpuPlan(
         runtime="torch_xla",
-        name=name,
+        name=_name(there),
         processes=1,
         variables={**kept, _SPMD: "1"},
         unset=unset,
         why=f"ranks: one, whose arrays are sharded over all {there.tpu_chips} chips (xla_spmd)",
     )
+
+
+def _name(there: Accelerators) -> str:
+    """Of a chip, for people to read."""
+    return f"TPU {there.tpu_kind}".strip()
+
+
+def _count(there: Accelerators) -> str:
+    """How many there are, in words."""
+    return f"{there.tpu_chips} {_name(there)} chips" if there.tpu_chips > 1 else f"one {_name(there)} chip"
 
 
 def _on_cpu(config: RunConfig, environment: Environment) -> TpuPlan:
