@@ -78,3 +78,27 @@ def test_position_on_cuda_counts_the_batch_in_hand_and_not_the_one_ahead():
             break
     loader.load_state_dict(state)
     assert seen + [batch[0].tolist() for batch in loader] == whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_error_of_the_data_on_cuda_comes_after_the_batches_before_it():
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            if index == 13:
+                raise OSError("disk")
+            return torch.tensor(index)
+
+    loader = ShardedLoader(DataLoader(Broken(), 4), world=single("cuda"), seed=1)
+    seen: list[int] = []
+
+    def take():
+        for batch in loader:
+            seen.extend(batch.tolist())
+
+    with pytest.raises(OSError, match="disk"):
+        take()
+    assert (seen, loader.position) == (list(range(12)), 12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbaccel.core.data.plan import Share
-from nbaccel.core.data.upload import Upload, move_tensors, uploaded_ahead
+from nbaccel.core.data.upload import Upload, ahead, move_tensors, uploaded_ahead
 from nbaccel.core.nested import map_leaves
 
 __all__ = ["Transfer"]
@@ -40,7 +40,7 @@ class Transfer:
             return source
         if self._upload is not None:
             return self._uploaded(source, self._upload)
-        return self._ahead(source) if self._stream is not None else self._plain(source)
+        return self._streamed(source) if self._stream is not None else self._plain(source)
 
     def _uploaded(self, source: Iterator[Read], upload: Upload) -> Iterator[Read]:
         for coming in uploaded_ahead(source, lambda batch: move_tensors(batch, upload)):
@@ -62,22 +62,17 @@ class Transfer:
             self.seconds += time.perf_counter() - started
             yield moved, share
 
-    def _ahead(self, source: Iterator[Read]) -> Iterator[Read]:
-        waiting: tuple[Any, Any, Share] | None = None
-        for batch, share in source:
-            started = time.perf_counter()
-            moved, copied = self._launch(batch)
-            self.seconds += time.perf_counter() - started
-            if waiting is not None:
-                yield self._arrive(*waiting)
-            waiting = moved, copied, share
-        if waiting is not None:
-            yield self._arrive(*waiting)
+    def _streamed(self, source: Iterator[Read]) -> Iterator[Read]:
+        for batch, copied, share in ahead((self._launched(*read) for read in source), 1):
+            yield self._arrive(batch, copied, share)
 
-    def _launch(self, batch: Any) -> tuple[Any, Any]:
+    def _launched(self, batch: Any, share: Share) -> tuple[Any, Any, Share]:
+        started = time.perf_counter()
         # The copy waits for nothing on the loop's stream: its source is host memory, its target fresh.
         with self._streams.stream(self._stream):
-            return _map_movable(self._copy, batch), self._stream.record_event()
+            moved, copied = _map_movable(self._copy, batch), self._stream.record_event()
+        self.seconds += time.perf_counter() - started
+        return moved, copied, share
 
     def _copy(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from nbaccel.core.data.plan import Share
 from nbaccel.core.nested import leaves, map_leaves
 
-__all__ = ["DEPTH", "Upload", "move_tensors", "uploaded_ahead"]
+__all__ = ["DEPTH", "Upload", "ahead", "move_tensors", "uploaded_ahead"]
 
 DEPTH = 2
 """Batches on their way, or waiting on the device, besides the one in hand."""
@@ -27,6 +27,21 @@ DEPTH = 2
 Upload = Callable[[list[Tensor]], list[Tensor]]
 """From CPU tensors to copies on the device, in any thread; touches nothing that the loop's thread computes with."""
 Read = tuple[Any, Share]
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """`items`, taken `depth` further than they are given out; an error of theirs comes after those before it."""
+    waiting: deque[Item] = deque()
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > depth:
+                yield waiting.popleft()
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting
 
 
 def uploaded_ahead(source: Iterator[Read], move: Callable[[Any], Any]) -> Iterator[Future[Read]]:
@@ -34,33 +49,17 @@ def uploaded_ahead(source: Iterator[Read], move: Callable[[Any], Any]) -> Iterat
 
     An error of reading or moving a batch is that batch's: those before it come first.
     """
-    # a thread that the interpreter joins at its end, if nobody ends the iterator before
-    pool = ThreadPoolExecutor(1, thread_name_prefix="nbaccel-upload")
-    try:
-        waiting: deque[Future[Read]] = deque()
-        for one in _on_their_way(source, move, pool):
-            waiting.append(one)
-            if len(waiting) > DEPTH:
-                yield waiting.popleft()
-        yield from waiting
-    finally:
-        # not waited for: whoever interrupts a loop does not want to wait for a device
-        pool.shutdown(wait=False, cancel_futures=True)
 
-
-def _on_their_way(
-    source: Iterator[Read], move: Callable[[Any], Any], pool: ThreadPoolExecutor
-) -> Iterator[Future[Read]]:
     def moved(batch: Any, share: Share) -> Read:
         return move(batch), share
 
+    # a thread that the interpreter joins at its end, if nobody ends the iterator before
+    pool = ThreadPoolExecutor(1, thread_name_prefix="nbaccel-upload")
     try:
-        for batch, share in source:
-            yield pool.submit(moved, batch, share)
-    except Exception as error:  # noqa: BLE001  # raised where its batch is due
-        failed: Future[Read] = Future()
-        failed.set_exception(error)
-        yield failed
+        yield from ahead((pool.submit(moved, batch, share) for batch, share in source), DEPTH)
+    finally:
+        # not waited for: whoever interrupts a loop does not want to wait for a device
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def move_tensors(batch: Any, upload: Upload) -> Any:
