@@ -14,36 +14,43 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from nbaccel.errors import ConfigError
+from nbaccel.rank import here
 
 __all__ = ["forget_before", "install", "post_mortem", "remember"]
 
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_HOME, room) + os.sep for room in ("rank", "wire", "engines"))
 
-_failure: list[BaseException] = []
-_looking: list[bool] = []  # whether the call under way is `post_mortem`: its own errors are not kept
-_rank: list[int] = [0]
+# Of each rank of this process, by `here.index()`.
+_failures: dict[int, BaseException] = {}
+_looking: set[int] = set()
+"""Whose call under way is `post_mortem`: its own errors are not kept."""
+_first: list[int] = [0]
 
 
 def install(rank: int) -> None:
-    """Let breakpoint() open the debugger here, unless PYTHONBREAKPOINT says otherwise."""
-    _rank[:] = [rank]
+    """Let breakpoint() open the debugger here, unless PYTHONBREAKPOINT says otherwise.
+
+    Args:
+        rank: the first of this process.
+    """
+    _first[:] = [rank]
     if "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _at_breakpoint
 
 
 def remember(error: BaseException) -> None:
     """Keep this failure until the person's next call."""
-    if not _looking:
-        _failure[:] = [error]
+    if here.index() not in _looking:
+        _failures[here.index()] = error
 
 
 def forget_before(function: Callable[..., Any]) -> None:
     """Let go of what is kept, unless this call is one of ours, such as a completion."""
-    _looking[:] = [True] if function is post_mortem else []
+    (_looking.add if function is post_mortem else _looking.discard)(here.index())
     name = getattr(function, "__module__", None) or ""
     if not name.startswith("nbaccel.") or getattr(function, "__name__", "") == "run_cell":
-        _failure.clear()
+        _failures.pop(here.index(), None)
 
 
 def post_mortem() -> None:
@@ -52,9 +59,10 @@ def post_mortem() -> None:
     Raises:
         ConfigError: there is none.
     """
-    if not _failure:
-        raise ConfigError(f"rank {_rank[0]} has kept no failure: its last call ended well")
-    error = _failure[0]
+    error = _failures.get(here.index())
+    if error is None:
+        rank = _first[0] + here.index()
+        raise ConfigError(f"rank {rank} has kept no failure: its last call ended well")
     debugger = _new()
     debugger.reset()
     print(f"{type(error).__name__}: {error}", flush=True)

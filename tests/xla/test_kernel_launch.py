@@ -118,4 +118,7 @@ def test_cells_run_on_replicas_and_are_interrupted(xla_kernel: Kernel) -> None:
     assert waiting.error == "KeyboardInterrupt"
     cell = xla_kernel.ok("%%ranks 1\nprint('still', mine)", timeout=60)
     assert "still 2" in cell.stdout
+    assert xla_kernel.run("%%ranks\n1 / (mine - mine)", timeout=60).error == "WorkerError"
+    cell = xla_kernel.ok("%nbaccel debug 0", answers=["p ('mine is', mine)", "q"], timeout=60)
+    assert "('mine is', 1)" in cell.stdout
     xla_kernel.ok("%nbaccel stop", timeout=60)
