@@ -15,6 +15,7 @@ import pickle
 import select
 import socket
 import struct
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ _SMALL, _CHUNK = 1 << 13, 1 << 18
 # Descriptors that arrive must not leak into a user's subprocess, which would keep our pipes open.
 _FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _FLAGS_NOW = _FLAGS | int(socket.MSG_DONTWAIT)
+_READS_ALL = sys.platform == "linux"
 
 
 class ChannelClosed(ConnectionError):
@@ -79,15 +81,26 @@ class Channel:
         Raises:
             ChannelClosed: nobody is there any more.
         """
+        self.send_encoded(self.encode(value, len(fds)), fds)
+
+    @staticmethod
+    def encode(value: Any, num_fds: int = 0) -> bytes:
+        """What `send` would write, for `send_encoded`: one value for many channels."""
         body = pickle.dumps(value, protocol=5)
-        header = _HEADER.pack(len(body), len(fds))
+        return _HEADER.pack(len(body), num_fds) + body
+
+    def send_encoded(self, frame: bytes, fds: Sequence[int] = ()) -> None:
+        """Send what `encode` made, and duplicates of as many descriptors as it was told.
+
+        Raises:
+            ChannelClosed: nobody is there any more.
+        """
         try:
             with self._lock:
                 if fds:
-                    self._send_with_fds(header, fds)
-                    self._sock.sendall(body)
+                    self._send_with_fds(frame, fds)
                 else:
-                    self._sock.sendall(header + body)
+                    self._sock.sendall(frame)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed("the other end of the channel is gone") from error
         except OSError as error:
@@ -95,31 +108,14 @@ class Channel:
                 raise ChannelClosed("the channel is closed") from error
             raise
 
-    @staticmethod
-    def encode(value: Any) -> bytes:
-        """What `send` would write, for `send_encoded`: one value for many channels."""
-        body = pickle.dumps(value, protocol=5)
-        return _HEADER.pack(len(body), 0) + body
-
-    def send_encoded(self, frame: bytes) -> None:
-        """Send what `encode` made.
-
-        Raises:
-            ChannelClosed: nobody is there any more.
-        """
-        try:
-            with self._lock:
-                self._sock.sendall(frame)
-        except OSError as error:
-            raise ChannelClosed("the other end of the channel is gone") from error
-
-    def _send_with_fds(self, header: bytes, fds: Sequence[int]) -> None:
+    def _send_with_fds(self, frame: bytes, fds: Sequence[int]) -> None:
         for start in range(0, len(fds), _BATCH):
             rights = array.array("i", fds[start : start + _BATCH])
-            carrier = header[:1] if start == 0 else b"\0"
+            carrier = frame[:1] if start == 0 else b"\0"
             self._sock.sendmsg([carrier], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
             if start == 0:
-                self._sock.sendall(header[1:])
+                self._sock.sendall(frame[1 : _HEADER.size])
+        self._sock.sendall(frame[_HEADER.size :])
 
     def recv(self, timeout: float | None = None) -> tuple[Any, list[int]]:
         """The next value and its descriptors.
@@ -132,8 +128,8 @@ class Channel:
             ChannelClosed: the other end is gone and all it sent has been read.
         """
         while True:
-            for value, fds in self._frames():
-                return value, fds
+            if (found := self._frame()) is not None:
+                return found
             if self._eof:
                 raise ChannelClosed("the other end of the channel is gone")
             if not _readable(self._sock, timeout):
@@ -142,9 +138,11 @@ class Channel:
 
     def drain(self) -> Iterator[tuple[Any, list[int]]]:
         """Every whole value that can be read without waiting. Check `eof` afterwards."""
-        while not self._eof and self._fill(wait=False):
-            yield from self._frames()
-        yield from self._frames()
+        more = True
+        while more:
+            more = not self._eof and self._fill(wait=False)
+            while self._buffer and (found := self._frame()) is not None:
+                yield found
 
     @property
     def eof(self) -> bool:
@@ -152,7 +150,7 @@ class Channel:
         return self._eof
 
     def _fill(self, *, wait: bool = True) -> bool:
-        """Read what is there, descriptors included; whether there was anything, or the end."""
+        """Read what is there, descriptors included; whether there may be more, or the end."""
         flags = _FLAGS if wait else _FLAGS_NOW
         try:
             data, ancillary, _, _ = self._sock.recvmsg(self._size, socket.CMSG_SPACE(_BATCH * 4), flags)
@@ -160,8 +158,9 @@ class Channel:
             data, ancillary = b"", []
         except BlockingIOError:
             return False
+        whole = len(data) < self._size
         # a large buffer for each small message costs more than the message
-        self._size = min(4 * self._size, _CHUNK) if len(data) == self._size else _SMALL
+        self._size = _SMALL if whole else min(4 * self._size, _CHUNK)
         if not data:
             self._eof = True
         for level, kind, content in ancillary:
@@ -170,19 +169,21 @@ class Channel:
                 received.frombytes(content[: len(content) - len(content) % received.itemsize])
                 self._fds.extend(received)
         self._buffer += data
-        return True
+        # a read ends at a message with descriptors, outside Linux before one as well
+        return not (whole and not ancillary and _READS_ALL)
 
-    def _frames(self) -> Iterator[tuple[Any, list[int]]]:
-        """Every whole frame in the buffer."""
-        while len(self._buffer) >= _HEADER.size:
-            length, num_fds = _HEADER.unpack_from(self._buffer)
-            fillers = max(0, -(-num_fds // _BATCH) - 1)
-            start, end = _HEADER.size + fillers, _HEADER.size + fillers + length
-            if len(self._buffer) < end:
-                return
-            value = pickle.loads(memoryview(self._buffer)[start:end].toreadonly())
-            del self._buffer[:end]
-            yield value, [self._fds.popleft() for _ in range(num_fds)]
+    def _frame(self) -> tuple[Any, list[int]] | None:
+        """The next whole frame in the buffer."""
+        if len(self._buffer) < _HEADER.size:
+            return None
+        length, num_fds = _HEADER.unpack_from(self._buffer)
+        start = _HEADER.size + (max(0, -(-num_fds // _BATCH) - 1) if num_fds else 0)
+        end = start + length
+        if len(self._buffer) < end:
+            return None
+        value = pickle.loads(memoryview(self._buffer)[start:end].toreadonly())
+        del self._buffer[:end]
+        return value, [self._fds.popleft() for _ in range(num_fds)]
 
     def shut_sending(self) -> None:
         """Let the other end see that nothing more comes, and go on receiving."""

@@ -8,11 +8,13 @@ taken where the event was made (seconds since the epoch).
 
 from __future__ import annotations
 
+import functools
+import operator
 import threading
 import time as _time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 __all__ = [
@@ -49,12 +51,35 @@ __all__ = [
 State = Literal["starting", "idle", "running", "compiling", "waiting", "done", "failed", "lost"]
 
 
+@functools.cache
+def _values(kind: type) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes the fields' values out of an event."""
+    return operator.attrgetter(*(one.name for one in fields(kind)))
+
+
+@functools.cache
+def _setters(kind: type) -> tuple[Callable[[Any, Any], None], ...]:
+    return tuple(getattr(kind, one.name).__set__ for one in fields(kind))
+
+
+def _made_again(kind: type, values: tuple[Any, ...]) -> Any:
+    event: Any = object.__new__(kind)
+    for put, value in zip(_setters(kind), values, strict=False):
+        put(event, value)
+    return event
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Event:
     rank: int = -1
     """The rank it comes from; -1 until the relay has stamped it."""
     time: float = field(default_factory=_time.time)
     """Seconds since the epoch, on the clock of the machine the rank runs on."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a frozen dataclass with slots asks for its fields' names each time, on both sides
+        kind: Any = type(self)
+        return _made_again, (kind, _values(kind)(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

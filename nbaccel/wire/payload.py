@@ -35,6 +35,8 @@ _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte al
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _INLINE = 1 << 16  # contents up to this travel in the message itself, without a file
+# What every receiver has, and finds by name.
+_EVERYWHERE = frozenset({cloudpickle.Pickler.__module__, __name__})
 
 
 class Parcel(NamedTuple):
@@ -100,7 +102,7 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
             raise PayloadError(explain(value, error)) from error
         sidecar = bool(pickler.names or pickler.classes or pickler.sources)
         if sidecar:
-            pickler.dump(Sidecar(pickler.names, pickler.classes, pickler.sources))
+            pickler.dump((pickler.names, pickler.classes, pickler.sources))
         pickled = file.size
         buffers, end = [], pickled
         for buffer in pickler.buffers:
@@ -142,7 +144,7 @@ def unpack(parcel: Parcel, fd: int | None = None) -> tuple[Any, Sidecar]:
         file = _Reader(content[: parcel.pickled])
     unpickler = pickle.Unpickler(file, buffers=buffers)
     value = unpickler.load()
-    sidecar: Sidecar = unpickler.load() if parcel.sidecar else Sidecar()
+    sidecar = Sidecar(*unpickler.load()) if parcel.sidecar else Sidecar()
     for identity, cls in sidecar.classes.items():
         _known[cls] = identity
     return value, sidecar
@@ -190,6 +192,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return False
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (type, types.FunctionType)):
+            return self._definition(obj)
         torch = sys.modules.get("torch")
         if torch is not None and hasattr(torch, "nn"):
             kind = type(obj)
@@ -205,16 +209,22 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 and (inner := _inner_module(obj)) is not None
             ):
                 return _same, (inner,)
-        if isinstance(obj, type) and not self._outward and obj in _known:
-            return _notebook_class, (_known[obj], obj.__qualname__)
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _exception, (type(obj), obj.args), obj.__dict__ or None
-        reduced = super().reducer_override(obj)
         if isinstance(obj, types.ModuleType):
             self.modules.add(obj.__name__)
-        elif reduced is NotImplemented and isinstance(obj, (type, types.FunctionType)):
-            self.modules.add(obj.__module__)  # goes by name
-        if isinstance(reduced, tuple) and isinstance(obj, (type, types.FunctionType)):
+        return super().reducer_override(obj)
+
+    def _definition(self, obj: type | types.FunctionType) -> Any:
+        """A class or a function: by name, or by value if its module is not there in the receiver."""
+        if obj.__module__ in _EVERYWHERE:
+            return NotImplemented
+        if not self._outward and isinstance(obj, type) and obj in _known:
+            return _notebook_class, (_known[obj], obj.__qualname__)
+        reduced = super().reducer_override(obj)
+        if reduced is NotImplemented:
+            self.modules.add(obj.__module__)
+        elif isinstance(reduced, tuple):
             self._note(obj)
         return reduced
 

@@ -123,3 +123,28 @@ def test_unread_descriptors_are_closed_with_the_channel() -> None:
     assert os.read(read, 1) == b""  # nobody holds the other end any more
     os.close(read)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_drain_gives_all_when_values_with_descriptors_lie_between(ends: Ends) -> None:
+    ours, theirs = ends
+    with open(os.devnull) as file:
+        for number in range(4):
+            ours.send(number, (file.fileno(),) if number % 2 else ())
+    found = list(theirs.drain())
+    assert [(value, len(fds)) for value, fds in found] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    for _, fds in found:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_encoded_value_arrives_as_if_it_was_sent_when_it_goes_to_several(ends: Ends) -> None:
+    ours, theirs = ends
+    frame = Channel.encode({"a": 1}, 1)
+    with open(os.devnull) as file:
+        for channel in ends:
+            channel.send_encoded(frame, (file.fileno(),))
+    for channel in (theirs, ours):
+        value, fds = channel.recv(5)
+        assert value == {"a": 1}
+        assert os.path.samestat(os.fstat(fds[0]), os.stat(os.devnull))
+        os.close(*fds)
