@@ -7,6 +7,7 @@ group, all ranks make the default group anew.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib
@@ -83,7 +84,7 @@ class Membership:
         """How many collectives this rank has called in the session's group; -1 when that is no longer the
         default one."""
         c10d = _c10d()
-        if self._group is None or not c10d.is_initialized() or c10d.group.WORLD is not self._group:
+        if self._group is None or c10d.group.WORLD is not self._group:
             return -1
         try:
             return int(self._group._get_sequence_number_for_group())
@@ -174,6 +175,7 @@ class Membership:
         return original
 
 
+@functools.cache
 def _c10d() -> Any:
     return importlib.import_module("torch.distributed.distributed_c10d")
 

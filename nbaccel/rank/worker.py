@@ -8,21 +8,20 @@ already opened.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps to make enums of handlers, at ten times the cost
 import atexit
 import logging
 import multiprocessing.util
 import os
 import random
-import select
 import signal
 import sys
 import threading
 import types
 import weakref
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, Protocol, TypeVar, final
+from typing import Any, NoReturn, Protocol, final
 
 from nbaccel import gloo
 from nbaccel.errors import PayloadError
@@ -33,6 +32,7 @@ from nbaccel.rank.failure import describe
 from nbaccel.rank.input import relay_input
 from nbaccel.rank.membership import Membership
 from nbaccel.rank.pickling import by_value_in_main
+from nbaccel.rank.port import Port
 from nbaccel.rank.process import call_process, die_with_parent
 from nbaccel.rank.reporter import Reporter
 from nbaccel.rank.sharded import forget_broken_steps
@@ -40,7 +40,7 @@ from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
 from nbaccel.rank.trainer import relay_trainer
 from nbaccel.wire import events, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
-from nbaccel.wire.events import Applied, Event, Joined, Raised, Request, Returned, Status
+from nbaccel.wire.events import Applied, Joined, Raised, Returned, Status
 
 __all__ = [
     "Port",
@@ -135,88 +135,6 @@ def serve_libraries(spec: RunSpec, rank: int, port: Any) -> None:
     os.register_at_fork(after_in_child=lambda: events.connect(None))
 
 
-_Command = Call | Join | Exit
-_Found = TypeVar("_Found")
-
-
-@final
-class Port:
-    """The rank's end of the channel: `wire.events` speaks through it."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._commands: deque[tuple[_Command, list[int]]] = deque()
-        self._replies: dict[str, Any] = {}
-        self._requests: list[Request] = []
-        self._comms: deque[Request] = deque()
-        self._changed = threading.Condition()
-        self._watched = False  # whether a thread waits at the channel, for all
-
-    def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
-        self._channel.send(event, fds)
-
-    def requests(self) -> list[Request]:
-        with self._changed:
-            if not self._watched:
-                self._read()
-            found, self._requests = self._requests, []
-        return found
-
-    def wait_reply(self, id: str) -> Any:
-        """The answer to the question of this id, once it is there."""
-        return self._wait(lambda: id in self._replies, lambda: self._replies.pop(id))
-
-    def wait_comm(self) -> Request:
-        """The next message to a widget of this rank."""
-        return self._wait(lambda: bool(self._comms), self._comms.popleft)
-
-    def _wait(self, there: Callable[[], bool], take: Callable[[], _Found]) -> _Found:
-        """One of the threads that wait does so at the channel, and sorts what comes for the others too."""
-        with self._changed:
-            while True:
-                if self._watched:
-                    self._changed.wait()
-                else:
-                    self._read()
-                if there():
-                    return take()
-                if self._channel.eof:
-                    raise ChannelClosed("the notebook is gone")
-                if not self._watched:
-                    self._watch()
-
-    def _watch(self) -> None:
-        """Until something comes, without the lock."""
-        poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
-        self._watched = True
-        self._changed.release()
-        try:
-            poll.poll()
-        finally:
-            self._changed.acquire()
-            self._watched = False
-            self._read()
-            self._changed.notify_all()
-
-    def _read(self) -> None:
-        """Sort what has arrived by who it is for."""
-        for message, fds in self._channel.drain():
-            if not isinstance(message, Request):
-                self._requests.clear()
-                self._commands.append((message, fds))
-            elif message.kind == "input":
-                self._replies[message.name] = message.value
-            elif message.kind == "comm":
-                self._comms.append(message)
-            else:
-                self._requests.append(message)
-
-    def next_command(self) -> tuple[_Command, list[int]]:
-        """Wait for what to do next; requests that come while nothing runs are for nobody."""
-        return self._wait(lambda: bool(self._commands), self._commands.popleft)
-
-
 def set_up(spec: RunSpec) -> None:
     """Random state, signals and threads as a fresh process of its own would have them."""
     import torch
@@ -296,6 +214,10 @@ class Replica(Protocol):
 
     def is_here(self) -> bool:
         """Whether the code that asks runs in this thread."""
+
+
+_ABSENT = object()
+_IGNORE = int(signal.SIG_IGN)
 
 
 @final
@@ -394,15 +316,14 @@ class Server:
         """The notebook's data came along with a function that refers to it: what this rank has made under
         such a name stays."""
         for name, value in list(names.items()):
+            if before.get(name, _ABSENT) is value:
+                continue
             if isinstance(value, (type, types.FunctionType, types.ModuleType)) or name.startswith("__"):
                 continue
-            if name not in before:
+            if name not in before or self._came.get(name, value) is before[name]:
                 self._came[name] = value
-            elif before[name] is not value:
-                if self._came.get(name, value) is before[name]:
-                    self._came[name] = value
-                else:
-                    names[name] = before[name]
+            else:
+                names[name] = before[name]
 
     def _num_collectives(self) -> int:
         return 0 if self._membership is None else self._membership.num_collectives()
@@ -451,7 +372,7 @@ def _tell_of_peers() -> None:
 
 def _interruptible(on: bool) -> None:
     """Whether SIGINT raises KeyboardInterrupt: only while user code runs."""
-    signal.signal(signal.SIGINT, signal.default_int_handler if on else signal.SIG_IGN)
+    _signal.signal(signal.SIGINT, signal.default_int_handler if on else _IGNORE)
 
 
 def leave(code: int) -> NoReturn:
