@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from nbaccel.notebook.cell import Cell
 from nbaccel.notebook.controls import Actions
@@ -28,7 +28,7 @@ from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.state import new_state
 from nbaccel.wire.events import Request
 
-__all__ = ["Dashboard", "Front", "build_front"]
+__all__ = ["Dashboard", "Front", "LateFront", "build_front"]
 
 Dashboard = Literal["auto"] | bool
 
@@ -47,6 +47,29 @@ class Front:
     """Paints the run below another cell."""
 
 
+@final
+class LateFront:
+    """What is shown of a call that a cell waits for, built when there is something to show.
+
+    Args:
+        build: makes it.
+    """
+
+    def __init__(self, build: Callable[[], Front]) -> None:
+        self._build = build
+        self._front: Front | None = None
+
+    def sinks(self) -> tuple[Sink, ...]:
+        """Its sinks, made now; called once."""
+        self._front = self._build()
+        return self._front.sinks
+
+    def meanwhile(self) -> None:
+        """For the thread that waits for the run."""
+        if self._front is not None:
+            self._front.meanwhile()
+
+
 def build_front(
     environment: Environment,
     plan: Plan,
@@ -60,7 +83,7 @@ def build_front(
     made: Sequence[Run],
     label: CellLabel,
 ) -> Front:
-    """The sinks for the front end this process has. Called in the main thread, from the cell that launches.
+    """The sinks for the front end this process has. Called from the cell that launches, or while it waits.
 
     Args:
         name, precision, folder: of the run, for the panel's header.

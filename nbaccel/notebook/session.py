@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import weakref
@@ -12,7 +13,7 @@ from typing import Any, Literal, final
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
-from nbaccel.notebook.front import Dashboard, Front, build_front
+from nbaccel.notebook.front import Dashboard, Front, LateFront, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
 from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
@@ -332,7 +333,9 @@ class Session:
         # what is only shown, as a cell's text, is in the notebook already
         folder = make_folder(task.name, None, _say) if dashboard is not False else None
         plan = plan or self._plan
-        front = self._front(task.name, plan, folder, dashboard, made) if shown else None
+        build = functools.partial(self._front, task.name, plan, folder, dashboard, made)
+        late = LateFront(build) if shown and dashboard is False else None  # a cell waits for it
+        front = build() if shown and late is None else None
         sinks: list[Sink] = [] if front is None else [*front.sinks]
         if folder is not None:
             sinks.append(self._folder_sink(folder, task, plan))
@@ -346,18 +349,21 @@ class Session:
             label=cell_label,
             keep=True,
             folder=str(folder) if folder else None,
+            late_sinks=None if late is None else late.sinks,
         )
-        self._relay.submit(call)
+        shows = late or front
         run = Run(
             self._relay,
             call,
             name=task.name,
             folder=folder,
-            meanwhile=None if front is None else front.meanwhile,
+            meanwhile=None if shows is None else shows.meanwhile,
             heading=None if front is None else front.heading,
             show=None if front is None else front.show,
         )
         made.append(run)
+        # last: the relay's thread takes the interpreter from here on
+        self._relay.submit(call)
         return run
 
     def _finish(self, run: Run) -> Results:

@@ -20,10 +20,23 @@ from nbaccel.session.sinks.base import Sink
 from nbaccel.session.state import RunState, new_state
 from nbaccel.session.watch import Stall
 from nbaccel.wire import payload
-from nbaccel.wire.events import Applied, Died, Event, Raised, Returned
+from nbaccel.wire.events import (
+    Applied,
+    CommMessage,
+    Died,
+    Display,
+    Event,
+    InputRequest,
+    Output,
+    Raised,
+    Returned,
+)
 
 __all__ = ["CallInFlight", "Delivery"]
 
+_FORGOTTEN: Future[Results] = Future()
+_FORGOTTEN.cancel()
+_SHOWN = (Output, Display, CommMessage, InputRequest)
 # A failed call tells its cell by then, whatever the other ranks are at.
 _TOLD_BY = 1.2
 
@@ -45,6 +58,7 @@ class CallInFlight:
     Args:
         delivery: what to call; its descriptor is closed at the end.
         sinks: shown every event of the call, and closed at its end.
+        late_sinks: makes more of them when there is something to show; many calls show nothing.
         num_ranks: ranks of the group.
         ranks: those that are to run it; None is all.
         keep: whether the ranks stay when it is over.
@@ -67,6 +81,7 @@ class CallInFlight:
         keep: bool = False,
         folder: str | None = None,
         expected: Mapping[str, str] | None = None,
+        late_sinks: Callable[[], Sequence[Sink]] | None = None,
     ) -> None:
         self.future: Future[Results] = Future()
         self.delivery, self.limits, self.label = delivery, limits, label
@@ -78,6 +93,7 @@ class CallInFlight:
         self.state = new_state(num_ranks, time.time())
         self.ending = Ending(limits.grace, keep=keep)
         self.deadline: float | None = None
+        """When it has run for as long as it may."""
         self.failures: dict[int, Raised | Died] = {}
         self.values: dict[int, tuple[payload.Parcel | None, int | None]] = {}
         self.errors: dict[int, tuple[payload.Parcel, int | None]] = {}
@@ -90,6 +106,7 @@ class CallInFlight:
         self.notes: list[str] = []
         """What the error's last lines say besides: ranks that were replaced, replicas that differ."""
         self._sinks = list(sinks)
+        self._late_sinks = late_sinks
         self._folder = folder
         self._expected = dict(expected or {})
         self._closed = False
@@ -146,21 +163,26 @@ class CallInFlight:
         self.state = state
         if isinstance(event, Applied):
             self._expected.pop(event.option, None)
-        self._tell_sinks(lambda sink: sink.handle(event, state))
+        elif self._late_sinks is not None and isinstance(event, _SHOWN):
+            self._make_late_sinks(self._late_sinks)
+        if self._sinks:
+            self._tell_sinks(lambda sink: sink.handle(event, state))
+
+    def _make_late_sinks(self, make: Callable[[], Sequence[Sink]]) -> None:
+        self._late_sinks = None
+        try:
+            self._sinks += self.context.run(make)
+        except Exception as error:  # noqa: BLE001  # whatever a front end may raise
+            self.say(f"nothing is shown ({type(error).__name__}: {error}); the run goes on")
 
     def tick(self, now: float) -> None:
         """Let the sinks show what they held back."""
         self._tell_sinks(lambda sink: sink.tick(now))
 
     def next_at(self) -> float | None:
-        """When something is due by itself."""
-        told_by = self._told_by()
-        due = [at for at in (self.ending.next_at(), self.deadline, told_by) if at is not None]
+        """When something is due by itself, once it is to end."""
+        due = [at for at in (self.ending.next_at(), self._told_by()) if at is not None]
         return min(due, default=None)
-
-    def overdue(self, now: float) -> bool:
-        """Whether it has run longer than it may."""
-        return self.deadline is not None and now > self.deadline and self.ending.reason is None
 
     def must_be_told(self, now: float) -> bool:
         """Whether a failure has been kept from the person for long enough."""
@@ -176,7 +198,7 @@ class CallInFlight:
         """Close the sinks, then hand out the values or the error; once."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._late_sinks = True, None
         try:
             outcome: Results | BaseException = problem or conclude(self._ended(), self.label)
         except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
@@ -206,8 +228,7 @@ class CallInFlight:
 
     def forget(self) -> None:
         """Keep the values no longer, once it has ended."""
-        self.future = Future()
-        self.future.cancel()
+        self.future = _FORGOTTEN
 
     def _ended(self) -> Ended:
         return Ended(
@@ -228,10 +249,14 @@ class CallInFlight:
         )
 
     def _tell_sinks(self, tell: Callable[[Sink], Any]) -> None:
+        """In the cell that made the call."""
+        self.context.run(self._tell_each, tell)
+
+    def _tell_each(self, tell: Callable[[Sink], Any]) -> None:
         """A display that fails is dropped, with a word; the ranks' work goes on."""
-        for sink in list(self._sinks):
+        for sink in tuple(self._sinks):
             try:
-                self.context.run(tell, sink)
+                tell(sink)
             except Exception as error:  # noqa: BLE001  # whatever a display or a disk may raise
                 self._sinks.remove(sink)
-                self.say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")
+                self._say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Collection, Sequence
 
-from nbaccel.engines.base import Exited
+from nbaccel.engines.base import Exited, Failed
 from nbaccel.errors import LaunchError
 from nbaccel.session.report import CellLabel, explain_exit, render
 from nbaccel.session.resources import oom_kills
@@ -14,7 +14,15 @@ from nbaccel.session.state import RunState
 from nbaccel.wire.events import Died, Raised
 from nbaccel.wire.snapshot import Line
 
-__all__ = ["cause_of_exit", "fates", "late_start", "start_failure"]
+__all__ = [
+    "cause_of_exit",
+    "fates",
+    "late_server",
+    "late_start",
+    "lost_parent",
+    "opening_failure",
+    "start_failure",
+]
 
 
 def cause_of_exit(exited: Exited, frames: Sequence[Line], oom_kills_before: int, label: CellLabel) -> str:
@@ -48,6 +56,23 @@ def fates(state: RunState, taken: Collection[int]) -> dict[int, str]:
         elif known.exitcode is not None:
             found[known.rank] = f"it {explain_exit(known.exitcode)}"
     return found
+
+
+def late_server(limit: float, log: str) -> LaunchError:
+    """Nobody was there to make the ranks; `log`: the last words of those who should."""
+    return LaunchError(f"the server that makes ranks was not ready in {limit:g} s.\n{log}")
+
+
+def lost_parent(log: str, *, starting: bool) -> LaunchError:
+    """Whoever made the ranks has ended, and they with it; `log`: its last words."""
+    what = "there" if starting else "done: the session has ended"
+    return LaunchError(f"the process that makes the ranks ended before they were {what}.\n{log}")
+
+
+def opening_failure(failed: Failed, label: CellLabel) -> LaunchError:
+    """The call could not be unpickled."""
+    text = "\n".join(render(failed.info, label, title="the ranks' parent", colour=False))
+    return LaunchError(f"the function or its arguments could not be opened in the ranks.\n{text}")
 
 
 def late_start(state: RunState, limit: float) -> LaunchError:

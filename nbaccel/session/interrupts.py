@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps to make enums of handlers, at ten times the cost
 import queue
 import signal
 import threading
@@ -32,13 +33,13 @@ class Presses:
 
     def __enter__(self) -> Presses:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._pressed)
+            self._before = _signal.signal(signal.SIGINT, self._pressed)
             self._installed = True
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._installed:
-            signal.signal(signal.SIGINT, self._before)
+            _signal.signal(signal.SIGINT, self._before)
             self._installed = False
 
     def _pressed(self, number: int, frame: FrameType | None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
 from nbaccel.session.ending import Limits, Reason
@@ -22,9 +21,8 @@ Sent = tuple[payload.Parcel, int | None]
 """A parcel and the descriptor of its content."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """What the relay knows once no process of the run is left."""
+class Ended(NamedTuple):
+    """What the relay knows once the call is over."""
 
     num_ranks: int
     ranks: tuple[int, ...]

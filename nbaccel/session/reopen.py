@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, final
 
@@ -166,8 +166,8 @@ def load_state(folder: Path, num_ranks: int) -> RunState:
             known = fold(state, output).ranks[known.rank]
         ranks.append(known)
     ended = result.get("ended")
-    return replace(
-        state, ranks=tuple(ranks), ended=float(ended) if isinstance(ended, (int, float)) else state.ended
+    return state._replace(
+        ranks=tuple(ranks), ended=float(ended) if isinstance(ended, (int, float)) else state.ended
     )
 
 

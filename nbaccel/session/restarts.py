@@ -15,7 +15,10 @@ _COUNT, _LIMIT = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 
 
 def attempt(plan: Plan, number: int, limit: int) -> Plan:
-    """The plan of the attempt of this number, from 0; its ranks are told as torchrun tells them."""
+    """The plan of the attempt of this number, from 0; its ranks are told as torchrun tells them. Without restarts
+    they have its zeros already."""
+    if limit == 0:
+        return plan
     return replace(plan, variables={**plan.variables, _COUNT: str(number), _LIMIT: str(limit)})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, final
@@ -60,7 +60,7 @@ class Run:
         """Where the run's files are; None when no run folder was wanted."""
         self._relay = relay
         self._call = call
-        self._future = call.future
+        self._taken = False
         self._meanwhile = meanwhile
         self._heading = heading or Heading(name=name, folder=str(folder) if folder else None)
         self._show = show
@@ -80,24 +80,19 @@ class Run:
             RunTimeout: it took longer than `max_time`.
             KeyboardInterrupt: the run was interrupted or killed.
         """
-        if not self._future.done():
+        if self._taken:
+            raise self._gone()
+        if not self._call.future.done():
             with Presses() as presses:
                 self.wait_done(presses, timeout)
-        return self._future.result()
+        return self._call.future.result()
 
     def take_result(self) -> Results:
         """`result`, for the last time: the values are then the caller's alone, and so is their memory."""
-        try:
-            return self.result()
-        finally:
-            if self._future.exception() is None:
-                self._future = Future()
-                self._future.set_exception(
-                    ConfigError(
-                        f"the values of {self.name} went to the cell that launched it and are not kept here"
-                    )
-                )
-                self._call.forget()
+        values = self.result()
+        self._taken = True
+        self._call.forget()
+        return values
 
     def wait_done(self, presses: Presses, timeout: float | None = None) -> None:
         """Wait for the end, passing on the presses of ■ that whoever started the run has been holding.
@@ -126,8 +121,10 @@ class Run:
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result` would raise; None when it would return."""
+        if self._taken:
+            return self._gone()
         try:
-            return self._future.exception(timeout)
+            return self._call.future.exception(timeout)
         except (FutureTimeout, CancelledError):
             raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on") from None
 
@@ -247,9 +244,14 @@ class Run:
             except asyncio.CancelledError:
                 self._relay.interrupt(self._call)
                 raise
-            return self._future.result()
+            return self.result()
 
         return wait().__await__()
+
+    def _gone(self) -> ConfigError:
+        return ConfigError(
+            f"the values of {self.name} went to the cell that launched it and are not kept here"
+        )
 
     def __repr__(self) -> str:
         states: dict[str, list[int]] = {}

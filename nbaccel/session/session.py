@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +54,8 @@ def check_call(task: Task) -> None:
         raise ConfigError(
             f"the first argument must be a function to run on every rank, not {type(task.function).__name__}"
         )
+    if _takes(task.function, len(task.args)) and not task.kwargs:
+        return
     try:
         signature = inspect.signature(task.function)
     except (TypeError, ValueError):
@@ -62,6 +65,14 @@ def check_call(task: Task) -> None:
     except TypeError as error:
         given = f"args={task.args!r:.200}" + (f", kwargs={dict(task.kwargs)!r:.200}" if task.kwargs else "")
         raise ConfigError(f"{task.name}{signature} cannot be called with {given}: {error}") from None
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether it plainly has as many parameters, all positional: asking `inspect` takes long for a short call."""
+    if type(function) is not types.FunctionType or function.__dict__:  # or decorated
+        return False
+    code = function.__code__
+    return code.co_argcount == count and code.co_kwonlyargcount == 0
 
 
 def start_run(

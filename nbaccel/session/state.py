@@ -7,10 +7,11 @@ floods us costs time but no memory.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from nbaccel.session.curves import Curve
@@ -33,7 +34,18 @@ from nbaccel.wire.events import (
     Status,
 )
 
-__all__ = ["ENDED", "Failure", "Pace", "RankState", "RunState", "Situation", "fold", "new_state"]
+__all__ = [
+    "ENDED",
+    "Failure",
+    "Pace",
+    "RankState",
+    "RunState",
+    "Situation",
+    "fold",
+    "for_next_call",
+    "made_whole",
+    "new_state",
+]
 
 Situation = Literal["starting", "running", "done", "failed", "stopped"]
 """Of a run as a whole."""
@@ -123,9 +135,8 @@ class Failure:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """What is known of a run. Made by `new_state`, brought up to date by `fold`."""
+class RunState(NamedTuple):
+    """What is known of a run. Made by `new_state`, brought up to date by `fold`. A named tuple as `RankState`."""
 
     ranks: tuple[RankState, ...]
     started: float
@@ -134,11 +145,11 @@ class RunState:
     """When the last rank ended; None while one has not."""
     failure: Failure | None = None
     """The first failure in time, by the ranks' clocks: it is taken for the cause of the others."""
-    knobs: Mapping[str, Knob] = field(default_factory=dict)
+    knobs: Mapping[str, Knob] = {}
     """The values that can be changed from outside, as the ranks use them now."""
     stall: str = ""
     """What is known of ranks that wait for one another; empty while all go on."""
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = {}
     """What the ranks' code really uses of the run's options (precision, strategy)."""
 
     @property
@@ -159,7 +170,33 @@ class RunState:
 
 def new_state(num_ranks: int, started: float) -> RunState:
     """The state of a run of `num_ranks` ranks of which nothing has been heard; `started`: epoch seconds."""
-    return RunState(ranks=tuple(RankState(rank) for rank in range(num_ranks)), started=started)
+    return RunState(ranks=_unheard(num_ranks), started=started)
+
+
+@functools.cache
+def _unheard(num_ranks: int) -> tuple[RankState, ...]:
+    return tuple(RankState(rank) for rank in range(num_ranks))
+
+
+def for_next_call(state: RunState, taken: Collection[int], now: float) -> RunState:
+    """The state when the same ranks begin another call at `now`, in epoch seconds: of the one before it shows
+    nothing; `taken` run it."""
+    ranks = tuple(
+        RankState(
+            known.rank, state="running" if known.rank in taken else "idle", pid=known.pid, seen=now, since=now
+        )
+        for known in state.ranks
+    )
+    return RunState(ranks=ranks, started=now)
+
+
+def made_whole(state: RunState, lost: Collection[int]) -> RunState:
+    """The state while the group is made again, the ranks of `lost` as fresh processes."""
+    ranks = tuple(
+        known._replace(state="starting", exitcode=None, pid=None if known.rank in lost else known.pid)
+        for known in state.ranks
+    )
+    return state._replace(ranks=ranks)
 
 
 def fold(state: RunState, event: Event) -> RunState:
@@ -174,6 +211,10 @@ def fold(state: RunState, event: Event) -> RunState:
     rank = ranks[number]
     changed = _with_output(rank, event) if type(event) is Output else _changed(rank, event)
     ranks = (*ranks[:number], changed, *ranks[number + 1 :])
+    ended, failure = state.ended, state.failure
+    if changed.state != rank.state or type(event) is Died:
+        ended = _ended(state, ranks, event.time)
+        failure = _first_failure(failure, rank, changed, event)
     options, stall, knobs = state.options, state.stall, state.knobs
     if type(event) is Applied:
         options = _updated(options, {event.option: event.value})
@@ -181,28 +222,7 @@ def fold(state: RunState, event: Event) -> RunState:
         knobs = {**knobs, event.name: event}
     elif type(event) is Stalled:
         stall = "" if event.text == _GO_ON else event.text
-    if changed.state == rank.state and type(event) is not Died:
-        return RunState(
-            ranks=ranks,
-            started=state.started,
-            ended=state.ended,
-            failure=state.failure,
-            knobs=knobs,
-            stall=stall,
-            options=options,
-        )
-    if changed.state != rank.state:
-        changed = changed._replace(since=event.time)
-        ranks = (*ranks[:number], changed, *ranks[number + 1 :])
-    return RunState(
-        knobs=knobs,
-        stall=stall,
-        options=options,
-        ranks=ranks,
-        started=state.started,
-        ended=_ended(state, ranks, event.time),
-        failure=_first_failure(state.failure, rank, changed, event),
-    )
+    return RunState(ranks, state.started, ended, failure, knobs, stall, options)
 
 
 def _with_output(rank: RankState, event: Output) -> RankState:
@@ -228,49 +248,70 @@ def _trimmed(tail: bytes) -> bytes:
 
 
 def _changed(rank: RankState, event: Event) -> RankState:
-    return rank._replace(seen=event.time, **_news(rank, event))
+    learn = _LEARN.get(type(event))
+    news = {} if learn is None else learn(rank, event)
+    if news.get("state", rank.state) != rank.state:
+        news["since"] = event.time
+    return rank._replace(seen=event.time, **news)
 
 
-def _news(rank: RankState, event: Event) -> dict[str, Any]:
-    """What an event changes of a rank."""
-    if isinstance(event, Progress):
-        pace = _paced(rank.paces.get(event.name), event)
-        return {
-            "progress": _updated(rank.progress, {event.name: event}),
-            "paces": _updated(rank.paces, {event.name: pace}),
-        }
-    if isinstance(event, Metric):
-        metrics = _updated(rank.metrics, dict.fromkeys(event.values, event))
-        return {"metrics": metrics, "curves": _drawn(rank.curves, event)}
-    if isinstance(event, Status):
-        news = {
-            "state": event.state,
-            "detail": event.detail,
-            "pid": rank.pid if event.pid is None else event.pid,
-        }
-        if event.state == "starting":  # a process in place of one that ended
-            return {**news, "exitcode": None, "error": None}
-        return {**news, "error": None} if event.state == "running" else news  # the next call
-    if isinstance(event, Heartbeat):
-        return _measured(rank, event)
-    if isinstance(event, Returned):
-        return {"state": "done", "detail": ""}
-    if isinstance(event, Raised):
-        return {"state": "failed", "detail": "", "error": event.info}
-    if isinstance(event, Died):
-        news = {"exitcode": event.exitcode, "detail": event.detail}
-        # After its result the process ends as it must; before it, it is lost.
-        return news if rank.state in ENDED else {**news, "state": "lost"}
-    return {}
+def _moved(rank: RankState, event: Progress) -> dict[str, Any]:
+    pace = _paced(rank.paces.get(event.name), event)
+    return {
+        "progress": _updated(rank.progress, {event.name: event}),
+        "paces": _updated(rank.paces, {event.name: pace}),
+    }
+
+
+def _logged(rank: RankState, event: Metric) -> dict[str, Any]:
+    metrics = _updated(rank.metrics, dict.fromkeys(event.values, event))
+    return {"metrics": metrics, "curves": _drawn(rank.curves, event)}
+
+
+def _stated(rank: RankState, event: Status) -> dict[str, Any]:
+    news = {
+        "state": event.state,
+        "detail": event.detail,
+        "pid": rank.pid if event.pid is None else event.pid,
+    }
+    if event.state == "starting":  # a process in place of one that ended
+        return {**news, "exitcode": None, "error": None}
+    return {**news, "error": None} if event.state == "running" else news  # the next call
+
+
+def _returned(rank: RankState, event: Returned) -> dict[str, Any]:
+    return {"state": "done", "detail": ""}
+
+
+def _raised(rank: RankState, event: Raised) -> dict[str, Any]:
+    return {"state": "failed", "detail": "", "error": event.info}
+
+
+def _died(rank: RankState, event: Died) -> dict[str, Any]:
+    news = {"exitcode": event.exitcode, "detail": event.detail}
+    # After its result the process ends as it must; before it, it is lost.
+    return news if rank.state in ENDED else {**news, "state": "lost"}
 
 
 def _measured(rank: RankState, event: Heartbeat) -> dict[str, Any]:
     """What a rank that works is at besides, as far as it can be seen from beside it."""
-    news = {"vitals": event}
+    news: dict[str, Any] = {"vitals": event}
     if rank.state not in ("running", "waiting", "compiling"):
         return news
     state = event.doing if event.doing in ("waiting", "compiling") else "running"
     return news if state == rank.state else {**news, "state": state, "detail": event.detail}
+
+
+_LEARN: Mapping[type, Callable[[RankState, Any], dict[str, Any]]] = {
+    Progress: _moved,
+    Metric: _logged,
+    Status: _stated,
+    Heartbeat: _measured,
+    Returned: _returned,
+    Raised: _raised,
+    Died: _died,
+}
+"""What an event changes of a rank, by the kind of event."""
 
 
 def _paced(pace: Pace | None, event: Progress) -> Pace:
@@ -307,8 +348,9 @@ def _updated(old: Mapping[str, _Value], new: Mapping[str, _Value]) -> Mapping[st
 
 
 def _ended(state: RunState, ranks: tuple[RankState, ...], time: float) -> float | None:
-    if any(rank.state not in ENDED for rank in ranks):
-        return None
+    for rank in ranks:
+        if rank.state not in ENDED:
+            return None
     return time if state.ended is None else state.ended
 
 

@@ -56,9 +56,8 @@ class _Stage:
 
 @dataclass(frozen=True, slots=True)
 class _Vigil:
-    """What one call wants of the watch."""
+    """A call that is looked after."""
 
-    began: float
     stages: tuple[_Stage, ...]
     tell: Callable[[Stall], None]
     beat: Callable[[Mapping[int, Vitals]], None]
@@ -88,8 +87,10 @@ class Watch:
         self._first_rank = first_rank
         self._num_ranks, self._ended, self._label = num_ranks, ended, label
         self._probes = Probes()
+        self._begins: Callable[[], _Vigil] | None = None  # what a call wants that has run for a moment only
+        self._begins_at = 0.0
         self._vigil: _Vigil | None = None
-        self._threads: list[tuple[_Vigil, threading.Thread]] = []
+        self._threads: list[threading.Thread] = []
 
     def add(self, rank: int, pid: int, descriptors: Sequence[int]) -> None:
         """A rank is there; takes over the descriptors its reporter sent."""
@@ -124,24 +125,23 @@ class Watch:
             beat: called there with what ranks hold and are at, by rank.
         """
         self.finished()
-        stages = () if stall_after <= 0 else _stages(stall_after, hang_after)
-        self._vigil = _Vigil(time.monotonic(), stages, tell, beat, threading.Event())
+        self._begins_at = time.monotonic() + _FIRST_LOOK
+        self._begins = lambda: _Vigil(_stages(stall_after, hang_after), tell, beat, threading.Event())
 
     def tick(self, now: float) -> None:
         """Called now and then while a call runs; `now` is `time.monotonic()`."""
-        vigil = self._vigil
-        if vigil is None or now - vigil.began <= _FIRST_LOOK:
+        if self._begins is None or now <= self._begins_at:
             return
-        if not self._threads or self._threads[-1][0] is not vigil:
-            # what it tells appears in the cell that called
-            run = contextvars.copy_context().run
-            name = "nbaccel-watch"
-            thread = threading.Thread(target=run, args=(self._look_after, vigil), name=name, daemon=True)
-            self._threads = [*(pair for pair in self._threads if pair[1].is_alive()), (vigil, thread)]
-            thread.start()
+        self._vigil, self._begins = self._begins(), None
+        # what it tells appears in the cell that called
+        run, name = contextvars.copy_context().run, "nbaccel-watch"
+        thread = threading.Thread(target=run, args=(self._look_after, self._vigil), name=name, daemon=True)
+        self._threads = [*(one for one in self._threads if one.is_alive()), thread]
+        thread.start()
 
     def finished(self) -> None:
         """The call has ended: nothing more is told of it."""
+        self._begins = None
         if self._vigil is not None:
             self._vigil.over.set()
             self._vigil = None
@@ -154,7 +154,7 @@ class Watch:
     def close(self) -> None:
         """Let go of everything; may be called twice."""
         self.finished()
-        for _, thread in self._threads:
+        for thread in self._threads:
             thread.join()
         self._probes.close()
 
@@ -192,7 +192,9 @@ class Watch:
 
 
 def _stages(stall_after: float, hang_after: float) -> tuple[_Stage, ...]:
-    """In their order; what would come after the end is left out."""
+    """In their order; what would come after the end is left out. None if nobody is to look (`stall_after` is 0)."""
+    if stall_after <= 0:
+        return ()
     stages = [_Stage(HINT_AFTER, "word")] if stall_after > HINT_AFTER else []
     stages += [_Stage(stall_after, "report")] if stall_after < hang_after else []
     return (*(stage for stage in stages if stage.after < hang_after), _Stage(hang_after, "end"))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import selectors
-import struct
+import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, final
 
 from nbaccel.engines.base import Ports
+from nbaccel.wire.channel import Channel
 from nbaccel.wire.events import Event
 
 __all__ = ["Wires"]
 
 _READ = 1 << 18
-_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+_NOTHING = bytes(4)  # what FIONREAD says of an empty pipe
+Stream = Literal["stdout", "stderr"]
 
 
 @final
@@ -36,7 +39,7 @@ class Wires:
         *,
         on_control: Callable[[], None],
         on_rank: Callable[[int], None],
-        on_output: Callable[[int, Literal["stdout", "stderr"], bytes], None],
+        on_output: Callable[[int, Stream, bytes], None],
     ) -> None:
         self.ports = ports
         self._on_control, self._on_rank, self._on_output = on_control, on_rank, on_output
@@ -45,8 +48,9 @@ class Wires:
         os.set_blocking(self._wake_write, False)
         os.set_blocking(self._wake_read, False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
-        self._watch()
+        self._watched: dict[int, selectors.SelectorKey] = {}
+        self._watch(self._wake_read, self._woken)
+        self._watch_all()
 
     def wake(self) -> None:
         """End `wait` now. Safe in a signal handler and from any thread."""
@@ -60,18 +64,14 @@ class Wires:
     def wait(self, timeout: float | None) -> None:
         """Call back for whatever comes within `timeout` seconds (None: until something does)."""
         for key, _ in self._selector.select(timeout):
-            try:
-                watched = self._selector.get_key(key.fileobj) is key
-            except (KeyError, ValueError):
-                watched = False  # the one before it let go of it
-            if watched:
+            if self._watched.get(key.fd) is key:  # else the one before it let go of it
                 key.data()
 
     def replace(self, ports: Ports) -> None:
         """Read these instead of all the present ones."""
         self._let_go()
         self.ports = ports
-        self._watch()
+        self._watch_all()
 
     def drop_rank(self, rank: int) -> None:
         """Read nothing of this rank any more, and close what was read."""
@@ -81,27 +81,24 @@ class Wires:
 
     def watch_rank(self, rank: int) -> None:
         """Read what the ports now have for this rank."""
-        read, ports = selectors.EVENT_READ, self.ports
-        self._selector.register(ports.channels[rank], read, lambda: self._on_rank(rank))
-        for stream in _STREAMS:
-            fd = (ports.stdouts if stream == "stdout" else ports.stderrs)[rank]
-            self._selector.register(fd, read, lambda stream=stream: self._read(rank, stream))
+        self._watch(self.ports.channels[rank], functools.partial(self._on_rank, rank))
+        self._watch(self.ports.stdouts[rank], functools.partial(self._read, rank, "stdout"))
+        self._watch(self.ports.stderrs[rank], functools.partial(self._read, rank, "stderr"))
 
-    def events(self, rank: int) -> Iterator[tuple[Event, list[int]]]:
+    def events(self, rank: int) -> list[tuple[Event, list[int]]]:
         """What has come over a rank's channel."""
         channel = self.ports.channels[rank]
-        yield from channel.drain()
+        found = list(channel.drain())
         if channel.eof:
             self._forget([channel])
+        return found
 
     def drain_output(self, rank: int) -> None:
         """Read what a rank had written until now; not what goes on being written meanwhile."""
-        for stream in _STREAMS:
-            fd = (self.ports.stdouts if stream == "stdout" else self.ports.stderrs)[rank]
-            waiting = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
-            while waiting > 0:
-                got = self._read(rank, stream)
-                waiting = waiting - got if got else 0
+        if (waiting := fcntl.ioctl(self.ports.stdouts[rank], termios.FIONREAD, _NOTHING)) != _NOTHING:
+            self._read_all(rank, "stdout", int.from_bytes(waiting, sys.byteorder))
+        if (waiting := fcntl.ioctl(self.ports.stderrs[rank], termios.FIONREAD, _NOTHING)) != _NOTHING:
+            self._read_all(rank, "stderr", int.from_bytes(waiting, sys.byteorder))
 
     def forget_control(self) -> None:
         """Its other end is gone."""
@@ -118,12 +115,21 @@ class Wires:
     def _woken(self) -> None:
         os.read(self._wake_read, 4096)
 
-    def _watch(self) -> None:
-        self._selector.register(self.ports.control, selectors.EVENT_READ, self._on_control)
+    def _watch_all(self) -> None:
+        self._watch(self.ports.control, self._on_control)
         for rank in range(len(self.ports.channels)):
             self.watch_rank(rank)
 
-    def _read(self, rank: int, stream: Literal["stdout", "stderr"]) -> int:
+    def _watch(self, source: int | Channel, callback: Callable[[], object]) -> None:
+        key = self._selector.register(source, selectors.EVENT_READ, callback)
+        self._watched[key.fd] = key
+
+    def _read_all(self, rank: int, stream: Stream, waiting: int) -> None:
+        """Read so many bytes, or what there is of them."""
+        while waiting > 0 and (got := self._read(rank, stream)):
+            waiting -= got
+
+    def _read(self, rank: int, stream: Stream) -> int:
         """Read what is in a pipe; the number of bytes, 0 when there is nothing more for now."""
         fd = (self.ports.stdouts if stream == "stdout" else self.ports.stderrs)[rank]
         try:
@@ -139,7 +145,7 @@ class Wires:
     def _forget(self, watched: list[Any]) -> None:
         for one in watched:
             if one in self._selector.get_map():
-                self._selector.unregister(one)
+                del self._watched[self._selector.unregister(one).fd]
 
     def _let_go(self) -> None:
         ports = self.ports
