@@ -27,6 +27,9 @@ def let_threads_follow() -> None:
         own, run = index(), thread.run
 
         def run_here() -> None:
+            del vars(thread)[
+                "run"
+            ]  # else the thread holds itself, and its tensors, until the collector comes
             belong(own)
             run()
 

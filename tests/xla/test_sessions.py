@@ -166,11 +166,17 @@ def test_cells_are_their_ranks_own_again_after_magics_that_change_the_whole_proc
     session.execute(
         """
 import threading
+import gc, weakref
+gc.disable()
 told = threading.Thread(target=lambda: print("thread of", rank))
 told.start()
 told.join()
+told = weakref.ref(told)
+kept = told() is not None
+gc.enable()
 """
     )
+    assert list(session.pull("kept")) == [False, False]
     printed = capsys.readouterr().out
     assert "hidden" not in printed
     assert "[rank 0] thread of 0" in printed
