@@ -27,9 +27,8 @@ def let_threads_follow() -> None:
         own, run = index(), thread.run
 
         def run_here() -> None:
-            del vars(thread)[
-                "run"
-            ]  # else the thread holds itself, and its tensors, until the collector comes
+            # else the thread would hold itself, and its tensors, until the collector comes
+            del vars(thread)["run"]
             belong(own)
             run()
 
