@@ -187,6 +187,12 @@ class Zero(Strategy):
                 f"{names[0]} is a parameter without a dimension, which DeepSpeed 0.19.8 cannot send to other ranks; "
                 "give it one, torch.ones(1), or use strategy 'ddp'"
             )
+        for number, group in enumerate(optimizers[0].param_groups):
+            if self._stage and not any(parameter.requires_grad for parameter in group["params"]):
+                raise ConfigError(
+                    f"nothing in group {number} of the optimizer learns, which DeepSpeed 0.19.8 does not expect; leave "
+                    "the group out, or use strategy 'fsdp'"
+                )
         if self._stage != 3 and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
             raise ConfigError(
                 f"the model was built under zero.Init, in shards, which stage {self._stage} of ZeRO does not have; ask "

@@ -91,6 +91,10 @@ class ZeroOptimizerState:
             if value.shape != whole_shape(self._named[name])
         }
         long = {key for values in own.values() for key in values} - numbers
+        if not numbers | long:  # saved before any step: what there is begins again
+            for flat, _ in self._flats():
+                here = _divided(state.get(flat, {}), flat)
+                numbers, long = numbers | here[0].keys(), long.union(here[1])
         shared = self._shared({n: {k: v for k, v in own[n].items() if k in numbers} for n in own}, numbers)
         for group, theirs in zip(zero.optimizer.param_groups, saved.plain["groups"], strict=True):
             group.update({key: value for key, value in theirs.items() if key != "params"})

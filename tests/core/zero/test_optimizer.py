@@ -12,6 +12,7 @@ from ranks import run_ranks
 from torch import nn
 
 from nbaccel import DeepSpeed
+from nbaccel.errors import ConfigError
 from tests.conftest import needs
 
 pytestmark = [pytest.mark.timeout(300), needs("deepspeed")]
@@ -113,22 +114,32 @@ def test_counts_of_steps_when_they_differ_are_kept_by_group_and_said_to_be_lost_
 
 
 def frozen(folder: str) -> dict[str, Any]:
-    """Trains with parameters in the optimizer that do not learn; saves, and goes on from there under another stage."""
+    """Trains with parameters in the optimizer that do not learn; saves, and goes on from there under another stage.
+    Also from before the first step, with moments there meanwhile."""
     from nbaccel.core import Accelerator
 
     found: dict[str, Any] = {}
-    for stage, load in ((2, None), (3, f"{folder}/2"), (2, f"{folder}/3")):
+    for number, (stage, load) in enumerate(((2, None), (3, "0"), (2, "1"))):
         acc = Accelerator(cpu=True, strategy=DeepSpeed(stage=stage))
         torch.manual_seed(2)
         model: Any = Parts()
-        model.late.requires_grad_(False)
+        for one in (model.late.weight, model.early.bias):
+            one.requires_grad_(False)
         before = model.late.weight.detach().clone()
-        model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+        groups = [{"params": [*model.early.parameters(), model.scale]}, {"params": model.late.parameters()}]
+        model, optimizer = acc.prepare(model, torch.optim.AdamW(groups, lr=0.01))
         if load:
-            acc.load_state(load)
+            acc.load_state(f"{folder}/{load}")
+        else:
+            acc.save_state(f"{folder}/begin")
+            acc.step(model(torch.ones(2, 6)).square().mean(), optimizer)
+            once = acc.get_state_dict(model)
+            acc.load_state(f"{folder}/begin")
         acc.step(model(torch.ones(2, 6)).square().mean(), optimizer)
-        acc.save_state(f"{folder}/{stage}{'' if load is None or stage == 3 else ' again'}")
         state = acc.get_state_dict(model)
+        if not load:
+            found["begins again"] = all(torch.equal(state[name], value) for name, value in once.items())
+        acc.save_state(f"{folder}/{number}")
         found["still"] = torch.equal(state["late.weight"], before)
         found["steps"] = acc.steps
     return found
@@ -136,4 +147,26 @@ def frozen(folder: str) -> dict[str, Any]:
 
 def test_parameters_when_they_do_not_learn_are_saved_and_loaded_without_moments(tmp_path) -> None:
     for found in run_ranks(frozen, str(tmp_path)):
-        assert found == {"still": True, "steps": 3}
+        assert found == {"begins again": True, "still": True, "steps": 3}
+
+
+def refused() -> list[str]:
+    from nbaccel.core import Accelerator
+
+    found = []
+    for kind in ("number", "group"):
+        model = Parts()
+        if kind == "number":
+            model.scale = nn.Parameter(torch.tensor(0.5))
+        model.late.requires_grad_(kind != "group")
+        groups = [{"params": [*model.early.parameters(), model.scale]}, {"params": model.late.parameters()}]
+        with pytest.raises(ConfigError) as caught:
+            Accelerator(cpu=True, strategy=DeepSpeed(stage=2)).prepare(model, torch.optim.AdamW(groups))
+        found.append(str(caught.value))
+    return found
+
+
+def test_parameters_when_deepspeed_would_fail_over_them_are_refused_by_name() -> None:
+    for number, group in run_ranks(refused):
+        assert "scale is a parameter without a dimension" in number
+        assert "nothing in group 1 of the optimizer learns" in group
