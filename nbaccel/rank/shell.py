@@ -221,6 +221,9 @@ def _kind() -> Any:
         def enable_gui(self, gui: Any = None) -> None:
             pass
 
+        def ask_exit(self) -> None:
+            print("the rank stays, with its variables; %nbaccel stop ends the session")
+
     return RankShell
 
 

@@ -82,6 +82,12 @@ def test_ipython_is_there_when_a_cell_uses_it(live: Kernel) -> None:
     assert "Wall time" in live.ok("%%ranks 1\n%%time\nx = 2").stdout
 
 
+def test_rank_stays_when_a_cell_calls_exit(live: Kernel) -> None:
+    live.ok("%%ranks\nkept_by_ranks = 5")
+    assert "%nbaccel stop ends the session" in live.ok("%%ranks\nexit()").stdout
+    assert shown(live, "%%ranks\nkept_by_ranks") == "[0-2] 5"
+
+
 def test_error_names_cell_and_line_when_a_rank_raises(live: Kernel) -> None:
     live.ok("%%ranks\ndef invert(a):\n    return 1 / a")
     began = time.monotonic()
