@@ -44,12 +44,13 @@ def build(megabytes: float) -> tuple[Any, Any]:
 
 def ours(folder: Path, megabytes: float) -> Contender:
     """nbaccel, at once and in the background."""
-    from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState
+    from nbaccel.core.checkpoint import Checkpoints, Contents, ModelState, OptimizerState, Sharded, Stateful
     from nbaccel.core.world import join
 
     model, optimizer = build(megabytes)
     at_once, behind = Checkpoints(world=join()), Checkpoints(world=join())
-    contents = Contents(sharded={"model": ModelState(model), "optimizer": OptimizerState(optimizer, [model])})
+    things: dict[str, Sharded] = {"model": ModelState(model), "optimizer": OptimizerState(optimizer, [model])}
+    contents: Contents[Sharded, Stateful] = Contents(sharded=things)
     return {
         "save": lambda: at_once.save(folder / "c", contents, step=1),
         "load": lambda: at_once.load(folder / "c", contents),

@@ -186,7 +186,11 @@ def times(names: Sequence[str], device: str, steps: int) -> dict[str, dict[str, 
             dist.barrier()
             marks = [time.perf_counter()]
             worked = time.process_time()
-            loss[name] = trainings[name].step(lambda phase, marks=marks: marks.append(time.perf_counter()))
+
+            def mark(phase: str, marks: list[float] = marks) -> None:
+                marks.append(time.perf_counter())
+
+            loss[name] = trainings[name].step(mark)
             if number < WARM:
                 continue
             seconds[name].append(time.perf_counter() - marks[0])

@@ -229,9 +229,7 @@ class Saving:
         assert isinstance(path, Path)
         return path
 
-    def _contents(
-        self, hooked: Callable[[Path, dict[str, Sharded]], None]
-    ) -> Contents[Sharded, Stateful]:
+    def _contents(self, hooked: Callable[[Path, dict[str, Sharded]], None]) -> Contents[Sharded, Stateful]:
         shared: dict[str, Stateful] = {"counters": _Counters(self._loop, self._knobs)}
         per_rank: dict[str, Stateful] = {"rng": RngState(self._world.device)}
         if self._loop.scaler is not None:
