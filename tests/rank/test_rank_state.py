@@ -87,8 +87,13 @@ def test_edited_module_is_fresh_at_the_next_launch(tmp_path: Path, monkeypatch: 
 
 def own_bytes(tensor: torch.Tensor) -> tuple[float, int]:
     """What the rank shares with no other process: unlike Pss, the same however many processes wait beside it."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
     total = float(tensor.sum())
+    dist.barrier()  # a page that only one rank has read yet, or still has, counts as its own
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    dist.barrier()
     return total, sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
 
 
