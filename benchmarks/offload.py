@@ -76,8 +76,9 @@ def forward(folder: Path, megabytes: float, rounds: int, rows: int) -> dict[str,
     theirs = accelerate.disk_offload(stack(megabytes, layers), str(folder / f"accelerate-{rows}"))
     x = torch.randn(rows, memory[0].in_features)
     with torch.no_grad():
-        assert torch.equal(memory(x), ours(x))
-        assert torch.equal(memory(x), theirs(x))
+        # weights mapped where they lie in the file are not always aligned: the last bit may differ
+        torch.testing.assert_close(ours(x), memory(x))
+        torch.testing.assert_close(theirs(x), memory(x))
         answers = {"in memory": memory, "nbaccel": ours, "accelerate": theirs}
         return in_turns({name: partial(model, x) for name, model in answers.items()}, rounds)
 
