@@ -193,7 +193,8 @@ def clip_local_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     grads = [p.grad for p in listed if p.grad is not None]
     kinds = {(grad.device, grad.dtype) for grad in grads}
     if len(kinds) != 1 or next(iter(kinds))[0].type not in ("cpu", "cuda") or {*map(type, grads)} != {Tensor}:
-        return torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type)
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type)
+        return norm
     # its operations without its sorting by device and type, which takes longer than they do for a small model
     norm_type = float(norm_type)
     with torch.no_grad():
