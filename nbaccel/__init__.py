@@ -30,7 +30,7 @@ _HOMES = {
     "dispatch_model": "nbaccel.core.offload",
     "doctor": "nbaccel.notebook.doctor",
     "find_executable_batch_size": "nbaccel.core.memory",
-    "find_tied_parameters": "nbaccel.core.tied",
+    "find_tied_parameters": "nbaccel.core.model.tied",
     "get_logger": "nbaccel.core.logger",
     "infer_auto_device_map": "nbaccel.core.offload",
     "init_empty_weights": "nbaccel.core.offload",
@@ -42,7 +42,7 @@ _HOMES = {
     "notebook_launcher": "nbaccel.notebook.launcher",
     "plan": "nbaccel.session.planning",
     "remove_hooks": "nbaccel.core.offload",
-    "retie_parameters": "nbaccel.core.tied",
+    "retie_parameters": "nbaccel.core.model.tied",
     "runs": "nbaccel.session.reopen",
     "set_seed": "nbaccel.core.rng",
 }

@@ -13,6 +13,24 @@ FLOORS = {
     "errors": -2, "gloo": -2, "parallel": -1, "fp8": -1, "config": 0, "wire": 1, "core": 2, "rank": 2,
     "engines": 3, "session": 4, "notebook": 5, "cli": 5, "compat": 6
 }  # fmt: skip
+# From the ground up; what stands on one line does not know its neighbours.
+CORE = """
+    nested precision refused tpu
+    world
+    comm model trackers
+    async_io checkpoint data logger memory processes rng xla
+    load_model plan save_model sharding
+    offload zero
+    inference merge planning
+    strategies
+    loop
+    assembly saving
+    choosing preparing
+    accelerator
+    local_sgd selfcheck
+"""
+# A type's name only; and the text of an error, for which the asked object's class is looked up.
+UPWARDS = {("tpu", "world"), ("refused", "accelerator")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -56,6 +74,23 @@ def test_imports_go_down_only(path: Path) -> None:
         if theirs not in FLOORS or mine not in FLOORS or theirs == mine:
             continue  # the package's own face, or a name of it
         assert FLOORS[theirs] < FLOORS[mine], f"{path}:{line}: {mine} imports {theirs}"
+
+
+def room(module: str) -> str:
+    """The room of the core that a module is in: "core.data.plan" is in "data"."""
+    return module.removeprefix("nbaccel.").removeprefix("core").lstrip(".").partition(".")[0]
+
+
+def test_imports_within_the_core_go_down_only() -> None:
+    levels = {name: level for level, line in enumerate(CORE.split("\n")) for name in line.split()}
+    files = [path for path in FILES if floor(name_of(path)) == "core" and room(name_of(path))]
+    assert levels.keys() == {room(name_of(path)) for path in files}
+    for path in files:
+        mine = room(name_of(path))
+        for module, line in imports(path, everywhere=True):
+            theirs = room(module) if module.startswith("nbaccel.core.") else mine
+            if theirs != mine and (mine, theirs) not in UPWARDS:
+                assert levels[theirs] < levels[mine], f"{path}:{line}: {mine} imports {theirs}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

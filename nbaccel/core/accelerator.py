@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-from nbaccel.core import collectives, refused
-from nbaccel.core.accumulate import LossWeighting
+from nbaccel.core import refused
 from nbaccel.core.assembly import (
     asked_config,
     choose_strategy,
@@ -28,24 +27,26 @@ from nbaccel.core.assembly import (
 )
 from nbaccel.core.checkpoint import Loaded
 from nbaccel.core.choosing import leave_to_planner
-from nbaccel.core.communicator import Communicator
-from nbaccel.core.context import divide_context
+from nbaccel.core.comm import collectives
 from nbaccel.core.data import Shard, ShardedLoader
-from nbaccel.core.knobs import Knobs
-from nbaccel.core.loop import Loop
-from nbaccel.core.micro_steps import MicroSteps
+from nbaccel.core.loop.accumulate import LossWeighting
+from nbaccel.core.loop.communicator import Communicator
+from nbaccel.core.loop.knobs import Knobs
+from nbaccel.core.loop.loop import Loop
+from nbaccel.core.loop.micro_steps import MicroSteps
+from nbaccel.core.loop.step_times import StepTimes, Stopwatch, profiled
+from nbaccel.core.loop.trust import TrustChecks
+from nbaccel.core.loop.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
 from nbaccel.core.preparing import Preparing
 from nbaccel.core.processes import Processes
 from nbaccel.core.rng import set_seed
 from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
-from nbaccel.core.step_times import StepTimes, Stopwatch, profiled
+from nbaccel.core.sharding.context import divide_context
 from nbaccel.core.strategies.ddp import DDPOptions
 from nbaccel.core.trackers import Block, Logbook, Tracked, Tracker
-from nbaccel.core.trust import TrustChecks
 from nbaccel.core.world import join, read_environment
-from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import StrategyLike

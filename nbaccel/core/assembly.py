@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from nbaccel.config import RunConfig, combine, duration_seconds
-from nbaccel.core.control import Control
-from nbaccel.core.knobs import Knobs
+from nbaccel.core.loop.control import Control
+from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.strategies.ddp import DDP, DDPOptions

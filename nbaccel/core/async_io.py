@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nbaccel.core.collectives import gather_object
+from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 

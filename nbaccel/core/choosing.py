@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbaccel.config import RunConfig
 from nbaccel.core.assembly import choose_strategy
-from nbaccel.core.composed import is_composed
+from nbaccel.core.model.composed import is_composed
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.strategies.ddp import DDPOptions

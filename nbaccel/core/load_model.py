@@ -14,7 +14,7 @@ from nbaccel.core.checkpoint import FileSystem, LocalFileSystem
 from nbaccel.core.checkpoint.modules import differences
 from nbaccel.core.checkpoint.shards import Index, read_into
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
-from nbaccel.core.tied import find_tied_parameters
+from nbaccel.core.model.tied import find_tied_parameters
 from nbaccel.errors import CheckpointError
 
 __all__ = ["Weights", "find_weights", "load_model", "load_module", "tied_names"]

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch.distributed as dist
 
-from nbaccel.core.collectives import barrier
+from nbaccel.core.comm.collectives import barrier
 from nbaccel.core.world import join, read_environment
 
 __all__ = ["RankLogger", "get_logger"]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nbaccel import gloo
-from nbaccel.core.frames import exchange_objects
+from nbaccel.core.comm.frames import exchange_objects
 from nbaccel.core.world import join
 from nbaccel.errors import ConfigError
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from nbaccel.core.collectives import broadcast_object_list, gather_object
+from nbaccel.core.comm.collectives import broadcast_object_list, gather_object
 from nbaccel.core.offload.limits import free_memory, own_limit
 from nbaccel.core.plan import (
     Activations,

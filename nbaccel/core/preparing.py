@@ -11,21 +11,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nbaccel.core import compiling
 from nbaccel.core.data import ShardedLoader
-from nbaccel.core.loop import Loop
-from nbaccel.core.nested import leaves, map_leaves
-from nbaccel.core.precision import Precision, choose_precision, probe_hardware
-from nbaccel.core.saving import Saving
-from nbaccel.core.trust import TrustChecks
-from nbaccel.core.world import World
-from nbaccel.core.wrappers import (
+from nbaccel.core.loop.loop import Loop
+from nbaccel.core.loop.trust import TrustChecks
+from nbaccel.core.loop.wrappers import (
     PreparedOptimizer,
     PreparedScheduler,
     is_scheduler,
     patch_forward,
     restore_forward,
 )
+from nbaccel.core.model import compiling
+from nbaccel.core.nested import leaves, map_leaves
+from nbaccel.core.precision import Precision, choose_precision, probe_hardware
+from nbaccel.core.saving import Saving
+from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
 __all__ = ["Chooser", "Preparing"]
@@ -171,6 +171,7 @@ class Preparing:
             wrapped = inner.to(self._device) if place else inner
         else:
             wrapped = self._spread(model, optimizers, place)
+            loop.learning.spread(wrapped)
         plain = loop.strategy.handles_precision and not evaluation_mode
         precision = self._plain if plain else self._precision
         if wrapped is inner:
@@ -263,6 +264,7 @@ class Preparing:
         self._prepared.clear()
         self._stepped.clear()
         self._loop.models.clear()
+        self._loop.learning.forget()
         self._loop.windows = {(): self._loop.windows[()]}
         self._loop.lead(False)
         for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from nbaccel.core.collectives import barrier
+from nbaccel.core.comm.collectives import barrier
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 

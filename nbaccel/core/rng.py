@@ -10,7 +10,7 @@ from typing import Any, Literal, final
 
 import torch
 
-from nbaccel.core.collectives import broadcast_object_list
+from nbaccel.core.comm.collectives import broadcast_object_list
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 

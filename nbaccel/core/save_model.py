@@ -17,8 +17,8 @@ import torch
 
 from nbaccel.core.checkpoint.files import layout_of, write_file, write_tensors
 from nbaccel.core.checkpoint.filesystem import FileSystem, LocalFileSystem
-from nbaccel.core.composed import is_composed
-from nbaccel.core.tied import same_memory
+from nbaccel.core.model.composed import is_composed
+from nbaccel.core.model.tied import same_memory
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError, ConfigError
 

@@ -23,10 +23,10 @@ from nbaccel.core.checkpoint import (
     Stateful,
     next_folder,
 )
-from nbaccel.core.collectives import broadcast_object_list, gather_object
+from nbaccel.core.comm.collectives import broadcast_object_list, gather_object
 from nbaccel.core.data import ShardedLoader
-from nbaccel.core.knobs import Knobs
-from nbaccel.core.loop import Loop
+from nbaccel.core.loop.knobs import Knobs
+from nbaccel.core.loop.loop import Loop
 from nbaccel.core.rng import RngState
 from nbaccel.core.world import World
 from nbaccel.core.zero.universal import convert

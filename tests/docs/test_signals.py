@@ -16,9 +16,9 @@ from nbaccel.wire.events import State
 from tests.docs.pages import ROOT
 
 SPEAKERS = {
-    "core/findings.py": "*",
-    "core/recompiles.py": "*",
-    "core/trust.py": "backward stepped _compare _tell_unused _tell_idle _look",
+    "core/loop/findings.py": "*",
+    "core/xla/recompiles.py": "*",
+    "core/loop/trust.py": "backward stepped _compare _tell_unused _tell_idle _look",
     "engines/forkserver.py": "server_for",
     "engines/local.py": "_ask",
     "session/devices.py": "_unused_notes _mig_notes",

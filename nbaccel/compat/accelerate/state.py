@@ -16,7 +16,7 @@ import torch.distributed as dist
 from nbaccel import core
 from nbaccel.compat.accelerate.utils.dataclasses import DistributedType
 from nbaccel.config import RunConfig
-from nbaccel.core.collectives import barrier
+from nbaccel.core.comm.collectives import barrier
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.processes import Processes
 from nbaccel.core.world import World, join, read_environment

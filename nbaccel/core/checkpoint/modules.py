@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nbaccel.core.checkpoint.contents import Entries, Saved
-from nbaccel.core.composed import is_composed, parts_of
+from nbaccel.core.model.composed import is_composed, parts_of
 from nbaccel.errors import CheckpointError
 
 __all__ = ["ModelState", "OptimizerState", "canonical_name", "differences"]

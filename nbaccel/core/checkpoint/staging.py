@@ -12,7 +12,7 @@ import torch
 from nbaccel.core.checkpoint.contents import PLAIN, Contents, Entries, HasEntries, HasState
 from nbaccel.core.checkpoint.shards import Plan, fingerprint
 from nbaccel.core.checkpoint.small import Packed, pack
-from nbaccel.core.tied import same_memory
+from nbaccel.core.model.tied import same_memory
 from nbaccel.errors import CheckpointError
 
 __all__ = ["Buffer", "State", "gather_state"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from nbaccel.core.collectives import gather_object
+from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.data.plan import Layout, Shard
 from nbaccel.core.data.sampling import load_sampler_state, sampler_state
 from nbaccel.core.data.source import Source

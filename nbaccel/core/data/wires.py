@@ -16,7 +16,7 @@ from typing import Any, Protocol, final
 import torch.distributed as dist
 from torch import Tensor
 
-from nbaccel.core.collectives import broadcast_object_list
+from nbaccel.core.comm.collectives import broadcast_object_list
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError, WorkerError
 

@@ -123,6 +123,18 @@ class Strategy(ABC):
         """
         loss.backward(**options)  # type: ignore[no-untyped-call]
 
+    def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:  # noqa: B027
+        """Other parameters of a wrapped module want gradients than when it was wrapped, or than at the last call.
+
+        Called before a pass over a prepared loader, by all ranks together if all made the same change.
+
+        Args:
+            changed: the parameters that do now and did not, or the other way round, by the user's names.
+
+        Raises:
+            ConfigError: the strategy cannot follow; what to do instead is said.
+        """
+
     def pipeline_step(self, modules: Sequence[nn.Module], batch: Any, factor: float) -> Tensor:
         """Forward and backward of a batch in one, where they alternate; the loss, 0-d, the same on all stages.
 

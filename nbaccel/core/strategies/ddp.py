@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from nbaccel.core.collectives import broadcast_module
-from nbaccel.core.composed import share_composed
+from nbaccel.core.comm.collectives import broadcast_module
+from nbaccel.core.model.composed import share_composed
+from nbaccel.core.sharding.replicas import set_up_anew
 from nbaccel.core.strategies.base import (
     DataAxis,
     Strategy,
@@ -97,6 +98,9 @@ class DDP(Strategy):
             broadcast_module(module, world=self._world)
             return module
         share_composed(module, self._world)
+        return self._made_of(module, place=place, share=True)
+
+    def _made_of(self, module: nn.Module, *, place: bool, share: bool) -> DistributedDataParallel:
         options = self._options
         indexed = self._world.device.type != "cpu" and place
         # torch 2.13 warns whoever names an old option, its default too
@@ -109,9 +113,23 @@ class DDP(Strategy):
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
+            init_sync=share,
         )
         _register_hook(wrapped, options)
         return wrapped
+
+    def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
+        if isinstance(module, DistributedDataParallel):
+            # buffers that are each rank's own stay so
+            fresh = self._made_of(
+                module.module, place=bool(module.device_ids), share=self._options.broadcast_buffers
+            )
+            set_up_anew(module, fresh)
+        elif trainable(module):
+            raise ConfigError(
+                f"{changed[0]!r} learns now, and nothing of this model did when it was prepared: DDP was not put "
+                "around it. Prepare it again, after free_memory()"
+            )
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module.module if isinstance(module, DistributedDataParallel) else module

@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.blocks import find_blocks
 from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.checkpoint.modules import canonical_name
-from nbaccel.core.collectives import broadcast_module
+from nbaccel.core.comm.collectives import broadcast_module
 from nbaccel.core.load_model import load_module
-from nbaccel.core.materialise import materialise
+from nbaccel.core.model.blocks import find_blocks
+from nbaccel.core.model.materialise import materialise
+from nbaccel.core.model.recompute import recompute_in_backward
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.plan import size_of
 from nbaccel.core.precision import Precision
-from nbaccel.core.recompute import recompute_in_backward
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
 from nbaccel.core.zero import gradients
@@ -225,6 +225,17 @@ class Zero(Strategy):
                 "strategy 'deepspeed' needs model and optimizer together: prepare(model, optimizer)"
             )
         return optimizer
+
+    def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
+        if self._stage == 0 and module is self._engine:
+            return  # it looks for gradients at each step
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{changed[0]!r}{more} learned when the model was prepared and does not now, or the other way round. "
+            "ZeRO steps what learned then: it would go on moving frozen parameters by their momentum, and leave "
+            "others as they are. Set requires_grad before prepare; or save_state, and load_state after preparing "
+            "model and optimizer afresh; or use strategy 'fsdp' or 'ddp', which follow such a change"
+        )
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         engine: Any = module

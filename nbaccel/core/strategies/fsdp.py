@@ -21,20 +21,20 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nbaccel.core.blocks import find_blocks, keep_ties_together
-from nbaccel.core.composed import refuse_composed
-from nbaccel.core.context import context_ranks, make_context_mesh
-from nbaccel.core.materialise import give_back_memory, materialise
-from nbaccel.core.recompute import recompute_in_backward
-from nbaccel.core.sharded import (
+from nbaccel.core.model.blocks import find_blocks, keep_ties_together
+from nbaccel.core.model.composed import refuse_composed
+from nbaccel.core.model.materialise import give_back_memory, materialise
+from nbaccel.core.model.recompute import recompute_in_backward
+from nbaccel.core.sharding.context import context_ranks, make_context_mesh
+from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
     gather_state_dict,
     point_optimizer,
     require_same_model,
     share_values,
 )
+from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of, tensor_ranks
 from nbaccel.core.strategies.base import DataAxis, Strategy
-from nbaccel.core.tensor_plan import divide, draw_alike, styles_of, tensor_ranks
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import FSDP

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint import OptimizerState, Sharded
 from nbaccel.core.load_model import find_weights, tied_names
-from nbaccel.core.megatron import (
+from nbaccel.core.sharding.dtensors import combine_norms
+from nbaccel.core.sharding.megatron import (
     DividedModelState,
     DividedOptimizerState,
     is_divided,
@@ -29,7 +30,7 @@ from nbaccel.core.megatron import (
     whole_shape,
     whole_state_dict,
 )
-from nbaccel.core.sharded import combine_norms
+from nbaccel.core.sharding.replicas import set_up_anew
 from nbaccel.core.strategies.base import DataAxis, Strategy, trainable
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -69,10 +70,22 @@ class MegatronCore(Strategy):
             module = module.to(self._world.device)
         self._share(module)
         if self._data.size() > 1 and trainable(module):
-            module = DistributedDataParallel(
-                module, process_group=self._data, gradient_as_bucket_view=True, init_sync=False
-            )
+            module = self._averaging(module)
         return module, list(optimizers)
+
+    def _averaging(self, module: nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            module, process_group=self._data, gradient_as_bucket_view=True, init_sync=False
+        )
+
+    def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
+        if isinstance(module, DistributedDataParallel):
+            set_up_anew(module, self._averaging(module.module))
+        elif self._data.size() > 1 and trainable(module):
+            raise ConfigError(
+                f"{changed[0]!r} learns now, and nothing of this model did when it was prepared: its gradients would "
+                "not be averaged. Prepare it again, after free_memory()"
+            )
 
     @torch.no_grad()
     def _share(self, module: nn.Module) -> None:

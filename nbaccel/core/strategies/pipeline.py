@@ -24,13 +24,13 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbaccel.core.checkpoint import Sharded
-from nbaccel.core.composed import refuse_composed
 from nbaccel.core.load_model import find_weights
-from nbaccel.core.materialise import materialise
-from nbaccel.core.sharded import combine_norms, require_same_model, share_values
-from nbaccel.core.stages import StagedModel, StagedOptimizer, divide_layers, gather_stages
+from nbaccel.core.model.composed import refuse_composed
+from nbaccel.core.model.materialise import materialise
+from nbaccel.core.model.tied import find_tied_parameters
+from nbaccel.core.sharding.dtensors import combine_norms, require_same_model, share_values
+from nbaccel.core.sharding.stages import StagedModel, StagedOptimizer, divide_layers, gather_stages
 from nbaccel.core.strategies.base import DataAxis, Strategy
-from nbaccel.core.tied import find_tied_parameters
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import Pipeline

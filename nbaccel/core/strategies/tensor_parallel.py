@@ -13,17 +13,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nbaccel.core.composed import refuse_composed
-from nbaccel.core.materialise import materialise
-from nbaccel.core.sharded import (
+from nbaccel.core.model.composed import refuse_composed
+from nbaccel.core.model.materialise import materialise
+from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
     gather_state_dict,
     point_optimizer,
     require_same_model,
     share_values,
 )
+from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of
 from nbaccel.core.strategies.base import DataAxis, Strategy
-from nbaccel.core.tensor_plan import divide, draw_alike, styles_of
 from nbaccel.core.world import World
 from nbaccel.parallel import TensorParallel
 

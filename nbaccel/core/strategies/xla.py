@@ -19,10 +19,10 @@ import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.collectives import broadcast_module
-from nbaccel.core.lazy import Traced, on_cpu, upload
+from nbaccel.core.comm.collectives import broadcast_module
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
+from nbaccel.core.xla.lazy import Traced, on_cpu, upload
 from nbaccel.errors import ConfigError
 
 __all__ = ["XLA"]

@@ -18,10 +18,10 @@ import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.lazy import Traced, on_cpu, upload
 from nbaccel.core.nested import leaves
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
+from nbaccel.core.xla.lazy import Traced, on_cpu, upload
 
 __all__ = ["XLASharded"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nbaccel import init_empty_weights, init_on_device
-from nbaccel.core.tied import find_tied_parameters
+from nbaccel.core.model.tied import find_tied_parameters
 
 
 class Tied(nn.Module):

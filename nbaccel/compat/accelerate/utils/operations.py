@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nbaccel.core import collectives
+from nbaccel.core.comm import collectives
 from nbaccel.core.nested import leaves, map_leaves, map_tensors
 from nbaccel.core.world import join
 from nbaccel.errors import CollectiveMismatch

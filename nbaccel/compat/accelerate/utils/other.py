@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from nbaccel.core import rng
-from nbaccel.core.collectives import barrier
+from nbaccel.core.comm.collectives import barrier
+from nbaccel.core.loop.wrappers import restore_forward
 from nbaccel.core.world import join, read_environment
-from nbaccel.core.wrappers import restore_forward
 from nbaccel.errors import ConfigError
 
 __all__ = [

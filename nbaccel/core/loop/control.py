@@ -22,9 +22,9 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 
-from nbaccel.core.frames import exchange_objects
-from nbaccel.core.knobs import Knobs
-from nbaccel.core.sideline import Sideline
+from nbaccel.core.comm.frames import exchange_objects
+from nbaccel.core.comm.sideline import Sideline
+from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import World
 from nbaccel.wire import events
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from nbaccel.core.tied import find_tied_parameters, retie_parameters
+from nbaccel.core.model.tied import find_tied_parameters, retie_parameters
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import TensorParallel
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from nbaccel.core.collectives import gather_object
+from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 

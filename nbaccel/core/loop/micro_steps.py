@@ -7,9 +7,9 @@ from typing import final
 
 from torch import Tensor, nn
 
-from nbaccel.core.accumulate import Window
-from nbaccel.core.loop import Loop
-from nbaccel.core.wrappers import PreparedOptimizer, PreparedScheduler
+from nbaccel.core.loop.accumulate import Window
+from nbaccel.core.loop.loop import Loop
+from nbaccel.core.loop.wrappers import PreparedOptimizer, PreparedScheduler
 
 __all__ = ["MicroSteps"]
 

@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from nbaccel.core.float8 import Float8Forward, compute_in_float8, restore_linears
+from nbaccel.core.model.float8 import Float8Forward, compute_in_float8, restore_linears
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 

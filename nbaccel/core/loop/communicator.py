@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from nbaccel.core import collectives
-from nbaccel.core.loop import Loop
+from nbaccel.core.comm import collectives
+from nbaccel.core.loop.loop import Loop
 from nbaccel.core.nested import map_leaves
 
 __all__ = ["Communicator"]

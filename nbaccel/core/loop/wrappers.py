@@ -9,11 +9,11 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from nbaccel.core.float8 import compute_in_float8, restore_linears
-from nbaccel.core.loop import Loop
+from nbaccel.core.loop.loop import Loop
+from nbaccel.core.loop.step_times import DeviceClock, Stopwatch
+from nbaccel.core.model.float8 import compute_in_float8, restore_linears
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.precision import Precision
-from nbaccel.core.step_times import DeviceClock, Stopwatch
 
 __all__ = [
     "ConvertedForward",

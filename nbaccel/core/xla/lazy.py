@@ -15,8 +15,8 @@ import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbaccel.core.recompiles import Recompiles
-from nbaccel.core.tied import find_tied_parameters, retie_parameters
+from nbaccel.core.model.tied import find_tied_parameters, retie_parameters
+from nbaccel.core.xla.recompiles import Recompiles
 
 __all__ = ["Traced", "graphs_compiled", "on_cpu", "upload"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nbaccel.core.checkpoint import Entries, ModelState, OptimizerState, Saved
 from nbaccel.core.checkpoint.modules import differences
-from nbaccel.core.collectives import gather_object
+from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError, ConfigError
 

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nbaccel.core.accumulate import LossWeighting, Window
-from nbaccel.core.control import Control
 from nbaccel.core.data import ShardedLoader
+from nbaccel.core.loop.accumulate import LossWeighting, Window
+from nbaccel.core.loop.control import Control
+from nbaccel.core.loop.learning import Learning
+from nbaccel.core.loop.step_times import Stopwatch
 from nbaccel.core.precision import Precision
-from nbaccel.core.step_times import Stopwatch
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -68,6 +69,7 @@ class Loop:
         self.window = self.new_window(self.models)
         """The window in progress; that of all models together unless `accumulate` named some."""
         self.windows: dict[tuple[nn.Module, ...], Window] = {(): self.window}
+        self.learning = Learning(strategy)
         self.loaders: list[ShardedLoader] = []
         """Loaders being iterated, the innermost last."""
         self.steps = 0
@@ -128,6 +130,8 @@ class Loop:
     def began(self, loader: ShardedLoader) -> None:
         """A pass over `loader` is about to begin."""
         self.before_pass(loader)
+        if not self.strategy.plain:
+            self.learning.look()
         if self.stopwatch is not None:
             self.stopwatch.begin(_clock())
         self.loaders.append(loader)

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel.core import Accelerator
-from nbaccel.core.control import Control
-from nbaccel.core.knobs import Knobs
+from nbaccel.core.loop.control import Control
+from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import single
 from nbaccel.errors import ConfigError
 from nbaccel.wire import events

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from nbaccel.core import collectives as c
+from nbaccel.core.comm import collectives as c
 from nbaccel.core.world import join, single
 from nbaccel.errors import CollectiveMismatch, ConfigError
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from nbaccel.core.recompute import recompute_in_backward
+from nbaccel.core.model.recompute import recompute_in_backward
 
 
 def stepped(block: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbaccel.core.tied import find_tied_parameters, num_parameters, retie_parameters, same_memory
+from nbaccel.core.model.tied import find_tied_parameters, num_parameters, retie_parameters, same_memory
 
 
 def tied_model() -> nn.Module:

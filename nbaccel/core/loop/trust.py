@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nbaccel.core.collectives import gather_object
+from nbaccel.core.comm.collectives import gather_object
+from nbaccel.core.comm.sideline import Sideline
 from nbaccel.core.data import ShardedLoader
-from nbaccel.core.findings import (
+from nbaccel.core.loop.findings import (
     Facts,
     ModelFacts,
     Pass,
@@ -28,9 +29,8 @@ from nbaccel.core.findings import (
     fingerprint,
     same_inputs,
 )
-from nbaccel.core.loop import Loop
+from nbaccel.core.loop.loop import Loop
 from nbaccel.core.nested import leaves
-from nbaccel.core.sideline import Sideline
 from nbaccel.errors import LeftLoopError, TrustError
 
 __all__ = ["TrustChecks"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbaccel.core.recompiles import Recompiles
+from nbaccel.core.xla.recompiles import Recompiles
 
 
 class Loop:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset, WeightedRandomSampler
 
 from nbaccel.core import Accelerator, DDPOptions
-from nbaccel.core.findings import fingerprint
+from nbaccel.core.loop.findings import fingerprint
 from nbaccel.errors import TrustError
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from nbaccel.core.frames import (
+from nbaccel.core.comm.frames import (
     ROOM,
     CheckMode,
     Meeting,
@@ -25,8 +25,8 @@ from nbaccel.core.frames import (
     exchange_blobs,
     exchange_objects,
 )
+from nbaccel.core.comm.packing import as_bytes, pack, packed_size, unpack, unpack_rows
 from nbaccel.core.nested import leaves, map_leaves, map_tensors
-from nbaccel.core.packing import as_bytes, pack, packed_size, unpack, unpack_rows
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 

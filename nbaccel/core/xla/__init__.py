@@ -1,0 +1,1 @@
+"""What both strategies on XLA share."""
