@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-VOCABULARY, WIDTH, STEPS = 13, 16, 10
+VOCABULARY, WIDTH, STEPS = 13, 16, 6
 
 
 class Block(nn.Module):
