@@ -184,7 +184,7 @@ def test_run_goes_on_from_its_checkpoint_when_a_host_is_lost(net: Net):
            "--project-dir", "out", "--resume", "auto", "--set", "save_every=5")  # fmt: skip
     one = net.launch(1, *ask, "train.py", pause=0.1)
     zero = net.launch(0, *ask, "train.py", pause=0.1)
-    zero.wait_for("step 13")  # that of step 10 is complete
+    zero.wait_for("step 15")  # the checkpoint of step 10 is complete
     assert said_by(zero.output + one.output, "begins at 0 of 2") == {0, 1}
     net.cut(1)  # nothing arrives any more, no end of a connection either
     again = zero.wait_for(r"begins at (\d+) of 1")

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 def measured(strategies: dict[str, object]) -> dict[str, tuple[int, int, int]]:
     """Planned and measured peak bytes of a step on this rank, and a whole copy's state, by model and strategy."""
     import ctypes
+    import gc
     import warnings
     from pathlib import Path
 
@@ -37,6 +38,7 @@ def measured(strategies: dict[str, object]) -> dict[str, tuple[int, int, int]]:
 
     def peak(strategy: object, model: nn.Module, tokens: torch.Tensor, steps: int = 3) -> int:
         acc = Accelerator(cpu=True, strategy=strategy)
+        gc.collect()  # the last model: its hooks hold one another
         before = read("VmRSS") - sum(p.nbytes for p in model.parameters())
         model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters()))
         for step in range(steps):
@@ -85,7 +87,7 @@ def test_planned_memory_is_the_measured_peak(families: object) -> None:
         strategies = {"zero-2": DeepSpeed(stage=2), "zero-3": DeepSpeed(stage=3)}
     found = run_ranks(measured, strategies, num_processes=2, deadline=300)[0]
     ratios = {name: planned / peak for name, (planned, peak, _) in found.items()}
-    assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), (ratios, found)
+    assert not {name: ratio for name, ratio in ratios.items() if not 0.85 <= ratio <= 1.15}
     if "few tokens, fsdp" in found:  # where activations are small, half of everything, and a few blocks
         _, peak, whole = found["few tokens, fsdp"]
         assert peak <= (1 / 2 + 0.15) * whole, (peak, whole)
