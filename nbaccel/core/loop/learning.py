@@ -21,11 +21,11 @@ class Learning:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self._known: dict[nn.Module, tuple[bool, ...]] = {}
+        self._known: dict[nn.Module, dict[str, bool]] = {}
 
     def spread(self, model: nn.Module) -> None:
         """A model was just spread over the ranks."""
-        self._known[model] = _flags(model)
+        self._known[model] = self._flags(model)
 
     def look(self) -> None:
         """Tells the strategy of models in which other parameters learn than before.
@@ -34,10 +34,10 @@ class Learning:
             ConfigError: it cannot follow.
         """
         for model, known in self._known.items():
-            now = _flags(model)
+            now = self._flags(model)
             if now != known:
-                names = [name for name, _ in self._strategy.unwrap(model).named_parameters()]
-                changed = [name for name, old, new in zip(names, known, now, strict=True) if old != new]
+                # an adapter's parameters may be new, and those it stands for gone
+                changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
                 self._strategy.learns_otherwise(model, changed)
                 self._known[model] = now
 
@@ -45,6 +45,5 @@ class Learning:
         """No model is spread any more."""
         self._known.clear()
 
-
-def _flags(model: nn.Module) -> tuple[bool, ...]:
-    return tuple(parameter.requires_grad for parameter in model.parameters())
+    def _flags(self, model: nn.Module) -> dict[str, bool]:
+        return {name: p.requires_grad for name, p in self._strategy.unwrap(model).named_parameters()}

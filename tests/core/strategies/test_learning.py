@@ -71,6 +71,19 @@ def test_layers_when_unfrozen_between_passes_train_on_all_ranks(way: str, alone:
             assert (told[way][name] - weight).abs().max() <= 2e-5, name
 
 
+def test_adapter_when_put_in_between_passes_is_averaged() -> None:
+    def adapted() -> list[bool]:
+        acc = Accelerator(cpu=True, strategy="ddp")
+        model, loader = acc.prepare(torch.nn.Sequential(torch.nn.Linear(3, 1)), DataLoader(torch.ones(8, 3)))
+        acc.unwrap_model(model).append(torch.nn.Linear(1, 1))
+        for batch in loader:
+            acc.backward(model(batch * acc.process_index).sum())
+        grads = acc.gather(torch.cat([p.grad.flatten() for p in model.parameters()])[None])
+        return [bool(row.equal(grads[0])) for row in grads]
+
+    assert run_ranks(adapted) == [[True, True]] * 2
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 def test_layers_when_unfrozen_under_zero_are_refused() -> None:
     def refused(stage: int) -> str:
