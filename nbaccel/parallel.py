@@ -224,7 +224,7 @@ class DeepSpeed:
     reduce_bucket_size: int | None = None
     """Numbers of gradients that are sent at a time. None, here and below: by the size of the model."""
     allgather_bucket_size: int | None = None
-    """Numbers of parameters that are gathered at a time after a step, in stages 1 and 2."""
+    """Numbers of parameters that are gathered at a time after a step, in stages 1 and 2; even."""
     prefetch_bucket_size: int | None = None
     """Numbers of parameters that stage 3 gathers ahead of their use."""
     max_live_parameters: int | None = None
@@ -257,6 +257,11 @@ class DeepSpeed:
         for name, least in _ZERO_SIZES.items():
             if getattr(self, name) is not None:
                 _count(f"deepspeed: {name}", getattr(self, name), least)
+        if (self.allgather_bucket_size or 0) % 2:
+            raise ConfigError(
+                f"deepspeed: allgather_bucket_size is {self.allgather_bucket_size}; it must be an even number of "
+                "elements"
+            )
         if isinstance(self.leaf_modules, str):
             raise ConfigError(
                 f"deepspeed: leaf_modules is {self.leaf_modules!r}; it must be a list of class names"

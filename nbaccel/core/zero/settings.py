@@ -52,6 +52,8 @@ def settings(
         "zero_force_ds_cpu_optimizer": False,  # would compile one of its own
     }
     merged = _merge(filled, {name: value for name, value in given.items() if name not in _LOOP_S})
+    if (gathered := merged["zero_optimization"]["allgather_bucket_size"]) % 2:
+        raise ConfigError(f"allgather_bucket_size is {gathered}; DeepSpeed takes an even number of elements")
     for name, place in (on_nvme := places(merged)).items():
         if stage != 3:
             raise ConfigError(f"offload to 'nvme' needs stage 3 of ZeRO, and the stage is {stage}")
@@ -68,7 +70,7 @@ def _zero(options: DeepSpeed, stage: int, size: Size, num_processes: int) -> dic
     ours = zero_buckets(size, num_processes, offloaded=options.offload_param is not None)
     sizes = {
         "reduce_bucket_size": (options.reduce_bucket_size, ours.reduce),
-        "allgather_bucket_size": (options.allgather_bucket_size, ours.reduce),
+        "allgather_bucket_size": (options.allgather_bucket_size, ours.reduce + ours.reduce % 2),
     }
     if stage == 3:
         sizes |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import Job, Trained, difference, train
 
@@ -133,3 +134,35 @@ def test_wrong_combinations_when_asked_are_refused_with_what_to_do() -> None:
             "gradient_accumulation_steps is 8 in the DeepSpeed configuration and 2" in found["accumulation"]
         )
         assert "make it in the script" in found["section"]
+
+
+def odd(strategies: list[object]) -> list[dict[str, list[float]]]:
+    """The weights of models whose parameters are few and odd in number, after two steps under each strategy."""
+    from torch import nn
+
+    from nbaccel.core import Accelerator
+
+    found = []
+    for strategy in strategies:
+        weights: dict[str, list[float]] = {}
+        for shape in ((3, 3, 1), (1, 1), (5, 7, 3)):
+            acc = Accelerator(cpu=True, strategy=strategy)
+            torch.manual_seed(7)
+            layers = [nn.Linear(ins, outs) for ins, outs in zip(shape[:-1], shape[1:], strict=True)]
+            model, optimizer = (model := nn.Sequential(*layers)), torch.optim.AdamW(model.parameters(), lr=0.1)
+            model, optimizer = acc.prepare(model, optimizer)
+            for _ in range(2):
+                acc.backward(model(torch.ones(2, shape[0])).pow(2).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            state = acc.get_state_dict(model)
+            weights |= {f"{shape} {name}": one.flatten().tolist() for name, one in state.items()}
+        found.append(weights)
+    return found
+
+
+def test_training_when_parameters_are_few_and_odd_in_number_is_that_of_one_process() -> None:
+    ((alone,),) = run_ranks(odd, ["single"], num_processes=1)
+    for found in run_ranks(odd, [DeepSpeed(stage=stage) for stage in (0, 1, 2, 3)], num_processes=3):
+        for weights in found:
+            assert weights == {name: pytest.approx(values, abs=1e-5) for name, values in alone.items()}

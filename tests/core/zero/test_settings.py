@@ -115,9 +115,16 @@ def test_options_when_given_are_deepspeed_s() -> None:
         ({"stage": 1, "leaf_modules": ["Expert"]}, "leaf_modules needs stage=3"),
         ({"stage": 3, "leaf_modules": "Expert"}, "a list of class names"),
         ({"stage": 3, "reduce_bucket_size": 0}, "reduce_bucket_size is 0"),
+        ({"stage": 2, "allgather_bucket_size": 9}, "allgather_bucket_size is 9; it must be an even number"),
         ({"stage": 3, "offload_optimizer": "nvme"}, "needs nvme_path"),
     ],
 )
 def test_options_when_they_cannot_be_honoured_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         DeepSpeed(**options)
+
+
+def test_gathering_when_odd_in_the_file_is_refused() -> None:
+    own = {"zero_optimization": {"allgather_bucket_size": 77}}
+    with pytest.raises(ConfigError, match="allgather_bucket_size is 77; DeepSpeed takes an even number"):
+        settle(DeepSpeed(stage=2, config=own), stage=2)
