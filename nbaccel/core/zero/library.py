@@ -6,6 +6,8 @@ import logging
 import os
 from typing import Any
 
+import torch.distributed as dist
+
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
@@ -28,10 +30,18 @@ def import_deepspeed(world: World, wanted_by: str) -> Any:
         os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
     try:
         import deepspeed
+        from deepspeed.comm.torch import TorchBackend
     except ImportError as error:
         raise ConfigError(f"{wanted_by} needs pip install 'nbaccel[deepspeed]' ({error})") from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if world.device.type == "cpu":
         # Its collectives through shared memory are compiled at first use, for half a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch 2.13 renamed these, and the older names warn at every call.
+    for asks, newer in (
+        ("get_all_gather_function", "all_gather_single"),
+        ("get_reduce_scatter_function", "reduce_scatter_single"),
+    ):
+        if (function := getattr(dist, newer, None)) is not None:
+            setattr(TorchBackend, asks, staticmethod(lambda function=function: function))
     return deepspeed
