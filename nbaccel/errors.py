@@ -13,6 +13,8 @@ NbaccelError
 
 from __future__ import annotations
 
+import traceback
+
 __all__ = [
     "CheckpointError",
     "CollectiveMismatch",
@@ -29,6 +31,15 @@ __all__ = [
 
 class NbaccelError(Exception):
     """The root: catch this to catch whatever nbaccel raises on purpose."""
+
+    @staticmethod
+    def paint(error: BaseException) -> list[str]:
+        """The lines of its traceback; the notebook puts a way of its own here."""
+        return traceback.format_exception(error)
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of all local frames (IPython's own protocol)."""
+        return self.paint(self)
 
 
 class ConfigError(NbaccelError, ValueError):

@@ -11,18 +11,19 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from nbaccel.errors import NbaccelError
+from nbaccel.errors import NbaccelError, WorkerError
 from nbaccel.session.ending import Ending, Limits, Reason
 from nbaccel.session.outcome import Ended, conclude
 from nbaccel.session.report import CellLabel, Outcome, first_failures
 from nbaccel.session.results import Results
 from nbaccel.session.sinks.base import Sink
-from nbaccel.session.state import RunState, new_state
+from nbaccel.session.state import RunState, fold, new_state
 from nbaccel.session.watch import Stall
 from nbaccel.wire import payload
 from nbaccel.wire.events import (
     Applied,
     CommMessage,
+    Concluded,
     Died,
     Display,
     Event,
@@ -39,6 +40,7 @@ _FORGOTTEN.cancel()
 _SHOWN = (Output, Display, CommMessage, InputRequest)
 # A failed call tells its cell by then, whatever the other ranks are at.
 _TOLD_BY = 1.2
+_PROBLEM = 4000  # characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,7 @@ class CallInFlight:
         self._folder = folder
         self._expected = dict(expected or {})
         self._closed = False
+        self._conclusion: Concluded | None = None
         # what a sink prints appears in the cell that made the call, whichever made the thread
         self.context = contextvars.copy_context()
 
@@ -160,7 +163,7 @@ class CallInFlight:
 
     def handle(self, event: Event, state: RunState) -> None:
         """Show an event."""
-        self.state = state
+        self.state = state if self._conclusion is None else fold(state, self._conclusion)
         if isinstance(event, Applied):
             self._expected.pop(event.option, None)
         elif self._late_sinks is not None and isinstance(event, _SHOWN):
@@ -208,6 +211,7 @@ class CallInFlight:
                 os.close(fd)
         if self.delivery.fd is not None:
             os.close(self.delivery.fd)
+        self._conclude(outcome)
         self._tell_sinks(lambda sink: sink.close(self.state))
         if isinstance(outcome, Results):
             for complaint in self._expected.values():
@@ -220,6 +224,17 @@ class CallInFlight:
                 future.set_result(outcome)
         except InvalidStateError:
             pass  # it was forgotten meanwhile
+
+    def _conclude(self, outcome: Results | BaseException) -> None:
+        """The state says that it is over, and why, where no rank has."""
+        hung = self.stall.text if self.ending.reason == "hung" and self.stall is not None else ""
+        told = isinstance(outcome, (Results, KeyboardInterrupt)) or (
+            isinstance(outcome, WorkerError) and not hung
+        )
+        problem = "" if told else (hung or str(outcome))[:_PROBLEM]
+        if problem or self.state.ended is None:
+            self._conclusion = Concluded(rank=self.ranks[0], problem=problem)
+            self.handle(self._conclusion, self.state)
 
     @property
     def resolved(self) -> bool:

@@ -277,6 +277,10 @@ class Calls:
             if reason := self._call.take(event, fds):
                 self._end(reason)
 
+    def ends_on_request(self) -> bool:
+        """Whether a person has interrupted or killed the call under way."""
+        return self._call is not None and self._call.ending.reason in ("interrupted", "killed")
+
     def on_death(self, event: Died) -> None:
         """A rank that was there is lost."""
         rank, call = event.rank, self._call

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from nbaccel.ownership import is_users
 from nbaccel.session.stacks import (
     SURELY_SILENT,
     CellLabel,
     Finding,
     RankView,
-    is_users,
     place,
     user_line,
     who,
@@ -241,7 +241,11 @@ def where(view: RankView, label: CellLabel) -> str:
     if line is None:
         return f"it {_busy(view)}"
     inner = view.frames[0]
-    then = f" → {inner.function} {place(inner, label)}" if inner is not line and not is_users(inner) else ""
+    then = (
+        f" → {inner.function} {place(inner, label)}"
+        if inner is not line and not is_users(inner.filename)
+        else ""
+    )
     spot = f"{line.function} {place(line, label)}{then}"
     if view.condition == "silent" and view.seconds > SURELY_SILENT:
         return f"it is in {spot}, in C code that holds the interpreter's lock ({_busy(view)})"

@@ -61,6 +61,10 @@ class User(Protocol):
     def on_death(self, event: Died) -> None:
         """The process of a rank that was there has ended."""
 
+    def ends_on_request(self) -> bool:
+        """Whether a person has interrupted or killed the call under way."""
+        ...
+
     def fates(self) -> dict[int, str]:
         """How the call of each rank ended, of those whose call has; asked on any thread."""
         ...
@@ -299,7 +303,8 @@ class Group:
         self._on_rank(rank)
         self.ranks.wires.drain_output(rank)
         cause = cause_of_exit(exited, self.watch.crash(rank), self._oom_kills, self._label)
-        died = Died(rank=rank, exitcode=exited.exitcode, detail=cause)
+        asked = self._user.ends_on_request()
+        died = Died(rank=rank, exitcode=exited.exitcode, detail=cause, asked=asked)
         self.watch.drop(rank)
         self.fold(died)
         if self.phase == "starting":

@@ -27,6 +27,7 @@ _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         events.Applied,
+        events.Concluded,
         events.Died,
         events.Heartbeat,
         events.Knob,

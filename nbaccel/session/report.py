@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbaccel.errors import LeftLoopError, WorkerError
+from nbaccel.ownership import is_ours, is_users
 from nbaccel.session.results import rank_ranges
-from nbaccel.session.stacks import is_users, place
-from nbaccel.wire.events import Died, ExceptionInfo, Raised
+from nbaccel.session.stacks import place
+from nbaccel.wire.events import Died, ExceptionInfo, Frame, Raised
 from nbaccel.wire.snapshot import Line
 
 __all__ = [
@@ -40,6 +41,7 @@ _BACKWARD = os.path.join("torch", "autograd", "graph.py")
 # What torch raises in a collective whose other side is gone.
 _BROKEN_TYPES = ("RuntimeError", "torch.distributed.DistBackendError", "torch.distributed.DistNetworkError")
 _BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
+_ON_PURPOSE = f"{LeftLoopError.__module__}."
 _LEFT_LOOP = f"{LeftLoopError.__module__}.{LeftLoopError.__qualname__}"
 
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -208,9 +210,8 @@ def _is_broken(info: ExceptionInfo) -> bool:
 def user_place(info: ExceptionInfo, label: CellLabel) -> str | None:
     """Where in the person's own code it was raised, as "Cell In[7] line 12" or "train.py:88"."""
     for frame in reversed(info.frames):
-        line = Line(frame.filename, frame.lineno, frame.function)
-        if frame.filename and is_users(line):
-            return place(line, label)
+        if frame.filename and is_users(frame.filename):
+            return place(Line(frame.filename, frame.lineno, frame.function), label)
     return None
 
 
@@ -241,7 +242,7 @@ def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -
         yield "\nDuring handling of the above exception, another exception occurred:\n"
     if info.frames:
         yield f"Traceback on {title} (most recent call last):"
-    for frame in info.frames:
+    for frame in _shown(info):
         if not frame.filename:
             yield f"  {frame.function}"
             continue
@@ -253,6 +254,16 @@ def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -
     message = _with_cell_names(info.message, label)
     head, _, rest = message.partition(":")
     yield f"{_paint(head, _RED, colour)}:{rest}" if rest else _paint(head, _RED, colour)
+
+
+def _shown(info: ExceptionInfo) -> Sequence[Frame]:
+    """Its frames; of what nbaccel raises on purpose those down to the person's last line, which it is about."""
+    if info.type_name.startswith(_ON_PURPOSE):
+        last = max((at for at, frame in enumerate(info.frames) if is_users(frame.filename)), default=None)
+        if last is not None:
+            below = range(last, len(info.frames))
+            return info.frames[: next((at for at in below if is_ours(info.frames[at].filename)), None)]
+    return info.frames
 
 
 def _with_cell_names(message: str, label: CellLabel) -> str:

@@ -6,11 +6,11 @@ Ranks with the same stack are shown once. What it means (who waits for whom) is 
 from __future__ import annotations
 
 import os
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from nbaccel.ownership import is_users
 from nbaccel.session.results import rank_ranges
 from nbaccel.wire.snapshot import Line, Peer, Records, Thread
 
@@ -22,7 +22,6 @@ __all__ = [
     "RankView",
     "StackReport",
     "WorkerView",
-    "is_users",
     "place",
     "user_line",
     "who",
@@ -36,10 +35,6 @@ SIGSTOP; no such process."""
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # What stands around the person's call, and around an import.
 _AROUND = (*(_OURS + room + os.sep for room in ("rank", "wire", "engines")), "<frozen")
-_STDLIB = tuple(
-    {os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("stdlib", "platstdlib")}
-    | {sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib")}
-)
 _STATES = {"R": "runs", "S": "sleeps", "D": "waits for a device", "T": "is stopped", "Z": "has ended"}
 _MOST_FRAMES = 16
 _INNERMOST = 3
@@ -159,7 +154,7 @@ class StackReport:
         frames = [line for line in frames if not line.filename.startswith(_AROUND)]
         if len(frames) > 1 and frames[-1].filename == "<string>":
             frames.pop()  # python -c, as the server was started
-        shown = [line for at, line in enumerate(frames) if at < _INNERMOST or is_users(line)]
+        shown = [line for at, line in enumerate(frames) if at < _INNERMOST or is_users(line.filename)]
         if len(shown) > _MOST_FRAMES:
             yield f"{indent}… {len(shown) - _MOST_FRAMES} frames around it …"
         for line in reversed(shown[:_MOST_FRAMES]):
@@ -169,7 +164,7 @@ class StackReport:
     def _others(self, view: RankView) -> Iterator[str]:
         """Its other threads with code of the user's, and its workers."""
         for thread in view.threads:
-            if not thread.main and any(is_users(line) for line in thread.frames):
+            if not thread.main and any(is_users(line.filename) for line in thread.frames):
                 yield f"  rank {view.rank}, thread {thread.name}:"
                 yield from self._stack(thread.frames, "    ")
         for worker in view.workers:
@@ -190,17 +185,9 @@ def place(line: Line, label: CellLabel) -> str:
     return f"{cell} line {line.lineno}" if cell else f"{os.path.basename(line.filename)}:{line.lineno}"
 
 
-def is_users(line: Line) -> bool:
-    """Whether it is code of the person, not of an installed package, of Python or of ours."""
-    name = line.filename
-    if name.startswith((_OURS, "<frozen")) or "-packages" + os.sep in name:
-        return False
-    return not name.startswith(_STDLIB) and not name.startswith("<string>")
-
-
 def user_line(frames: Sequence[Line]) -> Line | None:
     """The innermost frame that is the user's own."""
-    return next((line for line in frames if is_users(line)), None)
+    return next((line for line in frames if is_users(line.filename)), None)
 
 
 def _position(line: Line) -> tuple[str, int, str]:

@@ -19,6 +19,7 @@ from nbaccel.session.lines import Lines
 from nbaccel.session.report import causes
 from nbaccel.wire.events import (
     Applied,
+    Concluded,
     Died,
     Event,
     ExceptionInfo,
@@ -133,6 +134,8 @@ class Failure:
     info: ExceptionInfo | None = None
     exitcode: int | None = None
     detail: str = ""
+    asked: bool = False
+    """A person ended the run: it is the first end, and no failure."""
 
 
 class RunState(NamedTuple):
@@ -142,7 +145,7 @@ class RunState(NamedTuple):
     started: float
     """Seconds since the epoch."""
     ended: float | None = None
-    """When the last rank ended; None while one has not."""
+    """When the last rank ended, or the person was told of the end; None before."""
     failure: Failure | None = None
     """The first failure in time, by the ranks' clocks: it is taken for the cause of the others."""
     knobs: Mapping[str, Knob] = {}
@@ -151,16 +154,20 @@ class RunState(NamedTuple):
     """What is known of ranks that wait for one another; empty while all go on."""
     options: Mapping[str, str] = {}
     """What the ranks' code really uses of the run's options (precision, strategy)."""
+    problem: str = ""
+    """Why it came to nothing, where that is no failure of a rank: it could not start, took too long or hung."""
 
     @property
     def situation(self) -> Situation:
         """Where the run as a whole is; an interrupted one is stopped, and what ended it no failure of its own."""
+        if self.problem:
+            return "failed"
         if self.failure is not None:
-            info = self.failure.info
-            return "stopped" if info is not None and info.type_name == "KeyboardInterrupt" else "failed"
+            return "stopped" if self.failure.asked else "failed"
+        states = {rank.state for rank in self.ranks}
         if self.ended is not None:
-            return "done" if all(rank.state == "done" for rank in self.ranks) else "stopped"
-        return "starting" if any(rank.state in ("starting", "idle") for rank in self.ranks) else "running"
+            return "done" if "done" in states and states <= {"done", "idle"} else "stopped"
+        return "starting" if "starting" in states or states == {"idle"} else "running"
 
     @property
     def failed_ranks(self) -> tuple[int, ...]:
@@ -215,14 +222,16 @@ def fold(state: RunState, event: Event) -> RunState:
     if changed.state != rank.state or type(event) is Died:
         ended = _ended(state, ranks, event.time)
         failure = _first_failure(failure, rank, changed, event)
-    options, stall, knobs = state.options, state.stall, state.knobs
+    options, stall, knobs, problem = state.options, state.stall, state.knobs, state.problem
     if type(event) is Applied:
         options = _updated(options, {event.option: event.value})
     elif type(event) is Knob:
         knobs = {**knobs, event.name: event}
     elif type(event) is Stalled:
         stall = "" if event.text == _GO_ON else event.text
-    return RunState(ranks, state.started, ended, failure, knobs, stall, options)
+    elif type(event) is Concluded:
+        ended, problem = event.time if ended is None else ended, event.problem
+    return RunState(ranks, state.started, ended, failure, knobs, stall, options, problem)
 
 
 def _with_output(rank: RankState, event: Output) -> RankState:
@@ -365,6 +374,16 @@ def _first_failure(
         return first
     if first is not None and not causes(after.error, event.time, first.info, first.time):
         return first
+    asked = event.asked if isinstance(event, Died) else _is_interrupt(after.error)
     return Failure(
-        rank=after.rank, time=event.time, info=after.error, exitcode=after.exitcode, detail=after.detail
+        rank=after.rank,
+        time=event.time,
+        info=after.error,
+        exitcode=after.exitcode,
+        detail=after.detail,
+        asked=asked,
     )
+
+
+def _is_interrupt(error: ExceptionInfo | None) -> bool:
+    return error is not None and error.type_name == "KeyboardInterrupt"

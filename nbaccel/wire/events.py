@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 __all__ = [
     "Applied",
     "CommMessage",
+    "Concluded",
     "Died",
     "Display",
     "Event",
@@ -262,15 +263,26 @@ class Heartbeat(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Died(_Event):
-    """The rank's process ended. Negative exit codes are signals."""
+    """The rank's process ended. Negative exit codes are signals; `asked`: somebody ended the run."""
 
     exitcode: int
     detail: str = ""
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concluded(_Event):
+    """Not from a rank: the run is over for whoever asked for it, whatever its ranks have said last."""
+
+    problem: str = ""
+    """What was raised instead of the values, where that is no rank's own failure: it could not start, took too long or
+    hung."""
 
 
 Event = (
     Applied
     | CommMessage
+    | Concluded
     | Display
     | Heartbeat
     | InputRequest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nbaccel.session.panel.ansi import plain
 from tests.conftest import Kernel, gone, named, run_processes, wait_until
 
 pytestmark = pytest.mark.kernel
@@ -61,6 +63,47 @@ except Exception as error:
 """)
     assert "True 7 (1,)" in cell.stdout
     wait_run_ended(kernel)
+
+
+def test_traceback_when_something_asked_cannot_be_shows_the_person_s_lines_only(kernel: Kernel) -> None:
+    kernel.ok("""
+import threading
+def f(x=0): return x
+def helper(n): return notebook_launcher(f, num_processes=n)
+class Bad:
+    def __reduce__(self): return eval, ("1/0",)
+def knob():
+    from nbaccel import Accelerator
+    Accelerator(cpu=True, mixed_precision="bf17")
+""")
+    cases = {
+        "helper(-1)": (
+            "ConfigError",
+            "return notebook_launcher(f, num_processes=n)",
+            "must be at least 1, not -1",
+        ),
+        "notebook_launcher(f, (threading.Lock(),), num_processes=2)": (
+            "PayloadError",
+            "Lock()",
+            "args[0] is a",
+        ),
+        "notebook_launcher(f, (Bad(),), num_processes=2)": ("LaunchError", "Bad()", "could not be set up"),
+        "notebook_launcher(knob, num_processes=2)": (
+            "WorkerError",
+            'precision="bf17")',
+            "Did you mean 'bf16'?",
+        ),
+        "knob()": ("ConfigError", 'mixed_precision="bf17")', "Did you mean 'bf16'?"),
+    }
+    for code, (kind, line, said) in cases.items():
+        cell = kernel.run(code)
+        assert cell.error == kind, code
+        shown = plain(cell.traceback)
+        assert line in shown, shown
+        assert said in shown, shown
+        assert not re.search(r"(nbaccel|site-packages)/\S+\.py", shown), shown
+    kernel.ok("%xmode Verbose")
+    assert f"nbaccel{os.sep}config.py" in plain(kernel.run("helper(-1)").traceback)
 
 
 def test_values_of_notebook_classes_are_its_own_when_returned(kernel: Kernel) -> None:

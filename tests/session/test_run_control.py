@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from nbaccel import last_run, launch, notebook_launcher
 from nbaccel.errors import ConfigError, LaunchError, RunTimeout, WorkerError
+from nbaccel.session.reopen import PastRun
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -148,6 +150,8 @@ def test_kill_ends_deaf_ranks_at_once(tmp_path: Path) -> None:
     run.kill()
     with pytest.raises(KeyboardInterrupt):
         run.result(timeout=10)
+    assert run.folder is not None
+    assert json.loads((run.folder / "result.json").read_text())["state"] == "stopped"
     run.kill()
     run.interrupt()
     assert notebook_launcher(rank, num_processes=2) == [0, 1]
@@ -163,10 +167,25 @@ def test_sigint_interrupts_when_the_main_thread_waits(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def told() -> dict[str, Any]:
+    """What the folder says of the last run: as its report does, and the run read again from the folder."""
+    run = last_run()
+    assert run is not None
+    assert run.folder is not None
+    result: dict[str, Any] = json.loads((run.folder / "result.json").read_text())
+    for values in (run.report().values, PastRun(run.folder).report().values):
+        assert values["state"] == result["state"]
+        assert "\n".join(values["error"]["lines"]) == result["problem"]
+    return result
+
+
 def test_run_times_out_when_max_time_passes() -> None:
     with pytest.raises(RunTimeout, match=r"max_time=0\.5 s") as caught:
         notebook_launcher(sleep, (60,), num_processes=2, max_time=0.5)
     assert "in sleep" in str(caught.value)
+    said = told()
+    assert said["state"] == "failed"
+    assert "max_time=0.5 s" in said["problem"]
 
 
 class SlowToOpen:
@@ -183,6 +202,10 @@ def test_launch_error_gives_each_state_when_start_times_out() -> None:
         notebook_launcher(print, (SlowToOpen(), bytes(100_000)), num_processes=2, start_timeout=1)
     assert "rank 0: " in str(caught.value)
     assert "rank 1: " in str(caught.value)
+    said = told()
+    assert (said["state"], said["failure"]) == ("failed", None)
+    assert "start_timeout" in said["problem"]
+    assert {rank["state"] for rank in said["ranks"]} == {"starting"}
     assert notebook_launcher(rank, num_processes=2) == [0, 1]
 
 

@@ -9,6 +9,7 @@ from functools import reduce
 
 import pytest
 
+from nbaccel.session.panel.reading import shown_state
 from nbaccel.session.state import Failure, RunState, fold, new_state
 from nbaccel.wire.events import (
     Applied,
@@ -80,6 +81,14 @@ def test_situation_when_a_rank_raised_or_was_interrupted(kind: str, situation: s
     assert state.situation == situation
     state = fold(state, Died(rank=1, time=3, exitcode=-15))
     assert state.situation == situation
+
+
+@pytest.mark.parametrize(("asked", "situation"), [(False, "failed"), (True, "stopped")])
+def test_situation_when_ranks_were_killed(asked: bool, situation: str) -> None:
+    running = [Status(rank=rank, time=1, state="running") for rank in range(2)]
+    state = replay(2, [*running, *(Died(rank=rank, time=2, exitcode=-9, asked=asked) for rank in range(2))])
+    assert state.situation == situation
+    assert [shown_state(rank, state) for rank in state.ranks] == ["stopped" if asked else "lost", "stopped"]
 
 
 def test_rank_that_dies_before_its_result_is_lost_even_with_exit_code_zero() -> None:

@@ -17,7 +17,7 @@ def failed_alike(state: RunState) -> tuple[int, ...]:
     """The rank that failed first, then those whose failure one traceback describes; empty without one, and for
     an interrupt."""
     first = state.failure
-    if first is None or (first.info is not None and first.info.type_name == "KeyboardInterrupt"):
+    if first is None or first.asked:
         return ()
     cause = state.ranks[first.rank]
     alike = (rank.rank for rank in state.ranks if rank.rank != first.rank and _same(rank, cause))
@@ -36,6 +36,8 @@ def _same(rank: RankState, cause: RankState) -> bool:
 
 def headline(state: RunState, label: CellLabel) -> str:
     """The failure in one line."""
+    if state.problem:
+        return plain(state.problem.splitlines()[0])
     ranks, first = failed_alike(state), state.failure
     if first is None or not ranks:
         return ""
@@ -59,6 +61,8 @@ def fates(state: RunState, label: CellLabel) -> list[str]:
 
 def error_lines(state: RunState, label: CellLabel, *, colour: bool = True) -> list[str]:
     """The whole failure: the remote traceback or the last words, the headline, the fates."""
+    if state.problem:
+        return state.problem.splitlines() if colour else plain(state.problem).splitlines()
     return list(_error_lines(state, label, colour)) if failed_alike(state) else []
 
 

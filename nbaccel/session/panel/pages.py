@@ -67,9 +67,14 @@ def report(state: RunState, heading: Heading, label: CellLabel, asked: Mapping[s
 
 def _failure(state: RunState, label: CellLabel, lines: Sequence[str]) -> dict[str, Any] | None:
     ranks = failed_alike(state)
-    if not ranks:
+    if not lines:
         return None
-    return {"rank": ranks[0], "ranks": list(ranks), "lines": list(lines), "others": fates(state, label)}
+    return {
+        "rank": ranks[0] if ranks else None,
+        "ranks": list(ranks),
+        "lines": list(lines),
+        "others": fates(state, label),
+    }
 
 
 def how_to_repeat(name: str, num_ranks: int, asked: Mapping[str, Any]) -> str:

@@ -158,7 +158,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         rate=min(rates, default=None),
         efficiency=_efficiency(heading, loops, rates),
         unit=rows[0].unit if rows else "it",
-        sentences=() if state.failure else tuple(_sentences(state, timed, now)),
+        sentences=() if state.failure or state.problem else tuple(_sentences(state, timed, now)),
         rows=rows,
         strip=_strip(states, own, len(ranks)) if len(ranks) > _MOST_ROWS else (),
         states={name: tuple(of) for name, of in states.items()},
@@ -295,6 +295,10 @@ def shown_state(rank: RankState, state: RunState) -> str:
     """The rank's state, but for one that was ended because another had failed, or on request."""
     first = state.failure
     if rank.error is not None and rank.error.type_name == "KeyboardInterrupt":
+        return "stopped"
+    if first is not None and first.asked and rank.state == "lost":
+        return "stopped"
+    if state.ended is not None and rank.state not in (*ENDED, "idle"):
         return "stopped"
     if first is None or first.rank == rank.rank or rank.state not in ("failed", "lost"):
         return rank.state

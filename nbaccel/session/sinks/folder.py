@@ -25,7 +25,17 @@ from typing import Any, final
 from nbaccel.session.runs import LOCK
 from nbaccel.session.sinks.capped import CappedLog
 from nbaccel.session.state import Failure, RankState, RunState
-from nbaccel.wire.events import Died, Event, ExceptionInfo, Heartbeat, Output, Raised, Returned, Status
+from nbaccel.wire.events import (
+    Concluded,
+    Died,
+    Event,
+    ExceptionInfo,
+    Heartbeat,
+    Output,
+    Raised,
+    Returned,
+    Status,
+)
 
 __all__ = ["Facts", "FolderSink", "log_path"]
 
@@ -126,7 +136,9 @@ class FolderSink:
         if len(line) > _LONGEST_LINE:
             brief = {"type": type(event).__name__, "rank": event.rank, "time": event.time, "bytes": len(line)}
             line = _dumps(brief) + "\n"
-        if len(line) > self._event_room and not isinstance(event, (Status, Returned, Raised, Died)):
+        if len(line) > self._event_room and not isinstance(
+            event, (Status, Returned, Raised, Died, Concluded)
+        ):
             self._events_dropped += 1
             return
         self._event_room -= len(line)
@@ -173,11 +185,12 @@ class FolderSink:
         ended = state.ended if state.ended is not None else time.time()
         dropped = {str(rank): log.dropped for rank, log in self._logs.items() if log.dropped}
         return {
-            "state": "stopped" if state.situation in ("starting", "running") else state.situation,
+            "state": state.situation,
             "started": state.started,
             "ended": ended,
             "duration": ended - state.started,
             "failure": _failure(state.failure) if state.failure else None,
+            "problem": state.problem or None,
             "ranks": [_rank(rank) for rank in state.ranks],
             "rates": _rates(state),
             "output_bytes_left_out": dropped,

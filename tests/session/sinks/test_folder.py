@@ -16,6 +16,7 @@ from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.state import RunState, fold, new_state
 from nbaccel.wire.events import (
+    Concluded,
     Died,
     Event,
     ExceptionInfo,
@@ -138,7 +139,7 @@ def test_full_disk_is_reported_once_and_the_result_is_still_tried(tmp_path: Path
     state = fold(state, Output(rank=0, stream="stdout", data=b"y" * 1_000_000))
     sink.handle(Output(rank=0, stream="stdout", data=b"y" * 1_000_000), state)
     sink.tick(2.0)
-    sink.close(state)
+    sink.close(fold(state, Concluded(rank=0)))
     assert len(said) == 1
     assert "No space left" in said[0]
     result = read(tmp_path, "result.json")

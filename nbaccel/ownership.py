@@ -1,0 +1,26 @@
+"""Whose a line of code is: the person's, an installed package's, Python's or ours."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+
+__all__ = ["is_ours", "is_users"]
+
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_STDLIB = tuple(
+    {os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("stdlib", "platstdlib")}
+    | {sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib")}
+)
+
+
+def is_ours(filename: str) -> bool:
+    """Whether it is a file of nbaccel."""
+    return filename.startswith(_OURS)
+
+
+def is_users(filename: str) -> bool:
+    """Whether it is code of the person, not of an installed package, of Python or of ours."""
+    if is_ours(filename) or filename.startswith("<frozen") or "-packages" + os.sep in filename:
+        return False
+    return not filename.startswith(_STDLIB) and not filename.startswith("<string>")
