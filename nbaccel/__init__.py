@@ -43,7 +43,7 @@ _HOMES = {
     "plan": "nbaccel.session.planning",
     "remove_hooks": "nbaccel.core.offload",
     "retie_parameters": "nbaccel.core.model.tied",
-    "runs": "nbaccel.session.reopen",
+    "runs": "nbaccel.notebook.past",
     "set_seed": "nbaccel.core.rng",
 }
 

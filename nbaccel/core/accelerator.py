@@ -37,6 +37,7 @@ from nbaccel.core.loop.micro_steps import MicroSteps
 from nbaccel.core.loop.step_times import StepTimes, Stopwatch, profiled
 from nbaccel.core.loop.trust import TrustChecks
 from nbaccel.core.loop.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
+from nbaccel.core.model.compiling import uncompiled
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
 from nbaccel.core.preparing import Preparing
 from nbaccel.core.processes import Processes
@@ -527,12 +528,13 @@ class Accelerator(Processes):
     def unwrap_model(
         self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> nn.Module:
-        """The user's own module. It keeps computing in the precision unless `keep_fp32_wrapper` is False."""
+        """The user's own module. It keeps computing in the precision unless `keep_fp32_wrapper` is False, and stays
+        compiled unless `keep_torch_compile` is."""
         inner = self.strategy.unwrap(model)
         if not keep_fp32_wrapper:
             restore_forward(inner)
         if not keep_torch_compile:
-            inner._compiled_call_impl = None
+            inner = uncompiled(inner)
         return inner
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
@@ -543,6 +545,7 @@ class Accelerator(Processes):
     def free_memory(self, *objects: Any) -> list[Any]:
         """Forgets everything prepared; returns a None for each object: `a, b = acc.free_memory(a, b)`."""
         self._preparing.forget()
+        self._micro_steps.of(())
         return [None] * len(objects)
 
     clear = free_memory
@@ -557,12 +560,17 @@ class Accelerator(Processes):
         """One object from each rank, in rank order."""
         return self._talk.gather_object(value)
 
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+    def gather_for_metrics(
+        self, input_data: Any, use_gather_object: bool = False, *, loader: ShardedLoader | None = None
+    ) -> Any:
         """What all ranks computed for the batch in hand: every real sample once, repeated ones left out.
 
         Objects (or any leaf that is no tensor) come back as one flat list.
+
+        Args:
+            loader: the prepared loader whose batch it is; None is the one whose loop was begun last.
         """
-        return self._talk.gather_for_metrics(input_data, use_gather_object)
+        return self._talk.gather_for_metrics(input_data, use_gather_object, loader)
 
     def reduce(self, tensor: Any, reduction: collectives.Reduction = "sum", scale: float = 1.0) -> Any:
         """The sum, mean, max or min over the ranks."""
@@ -777,6 +785,13 @@ class Accelerator(Processes):
         """Waits for saves in the background, hands on the last logged values, closes the trackers."""
         self._log.close()
         self._saving.close()
+
+    @property
+    def fast_forwarding(self) -> bool:
+        """Whether a resumed run is in an epoch it has behind it, whose loaders give no batches: a loop that evaluates,
+        or saves, once per epoch goes on with `if acc.fast_forwarding: continue`. Schedulers' steps are left out by
+        themselves."""
+        return self._loop.fast_forwarding
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(refused.explain(name))

@@ -263,10 +263,7 @@ class Preparing:
                     restore_forward(one)
         self._prepared.clear()
         self._stepped.clear()
-        self._loop.models.clear()
-        self._loop.learning.forget()
-        self._loop.windows = {(): self._loop.windows[()]}
-        self._loop.lead(False)
+        self._loop.forget()
         for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):
             listed.clear()
         if self._device.type == "cuda":

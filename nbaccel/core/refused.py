@@ -16,6 +16,8 @@ _PLACE = (
     "that share a model or a sequence are neighbours in process_index"
 )
 
+_FP8 = "is Accelerator(mixed_precision='fp8', fp8=FP8Options(...)); what was asked is acc.config.fp8"
+
 ATTRIBUTES: Mapping[str, str] = {
     "context_parallel_rank": _PLACE,
     "data_parallel_rank": "is acc.strategy.data_axis.rank here",
@@ -50,6 +52,25 @@ ATTRIBUTES: Mapping[str, str] = {
     "use_seedable_sampler": "is always so here: orders come from (seed, epoch)",
     "use_stateful_dataloader": "is always so here: every prepared loader has state_dict",
     "verify_device_map": "does not exist here; dispatch_model(model, ...) says what does not fit",
+    "ao_recipe_handler": _FP8,
+    "te_recipe_handler": _FP8,
+    "fp8_recipe_handler": _FP8,
+    "msamp_recipe_handler": _FP8,
+    "has_fp8_handler": _FP8,
+    "delayed_fp8_autocast": _FP8,
+    "fp8_enabled": "is `acc.mixed_precision == 'fp8'` here",
+    "autocast_handler": "does not exist here; acc.autocast takes enabled= and cache_enabled=",
+    "ddp_handler": "is Accelerator(ddp=DDPOptions(...)); what was asked is acc.config.ddp",
+    "scaler_handler": "is Accelerator(scaler=ScalerOptions(...))",
+    "init_handler": "does not exist here; the process group's timeout is collective_timeout of the launch",
+    "profile_handler": "does not exist here; acc.profile takes the options of torch.profiler.profile by their names",
+    "device_placement": "is given per prepare_model(device_placement=...) here",
+    "flag_tensor": "does not exist here; set_trigger() and check_trigger() are here",
+    "has_lomo_optimizer": "does not exist here; LOMO fuses the optimizer into backward: call it yourself",
+    "log_with": "is acc.config.log_with here; a tracker is asked for by name: acc.get_tracker(name)",
+    "native_amp": "is always so here; the precision is acc.mixed_precision",
+    "rng_types": "is not needed: loaders' orders come from (seed, epoch), equal on all ranks",
+    "step_scheduler_with_optimizer": "is acc.config.step_scheduler_with_optimizer here",
 }
 
 ARGUMENTS: Mapping[str, str] = {

@@ -41,14 +41,19 @@ Hook = Callable[..., Any]
 class _Counters:
     """The optimizer steps of the run and the knobs that were turned, as something that is saved."""
 
-    def __init__(self, loop: Loop, knobs: Knobs) -> None:
-        self._loop, self._knobs = loop, knobs
+    def __init__(self, loop: Loop, knobs: Knobs, loaders: Sequence[ShardedLoader]) -> None:
+        self._loop, self._knobs, self._loaders = loop, knobs, loaders
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._loop.steps, "knobs": self._knobs.state()}
+        loop, due = self._loop, None
+        if not loop.loaders and loop.scheduled_at != loop.steps and loop.last_trained in self._loaders:
+            due = self._loaders.index(loop.last_trained)
+        return {"steps": loop.steps, "knobs": self._knobs.state(), "schedule_due_after": due}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._loop.steps = int(state_dict["steps"])
+        due = state_dict.get("schedule_due_after")
+        self._loop.schedule_due = self._loaders[due] if due is not None and due < len(self._loaders) else None
         self._knobs.turn(state_dict.get("knobs", {}).items(), self._loop.steps)
 
 
@@ -206,7 +211,8 @@ class Saving:
                 self._loop.to_skip[loader] = (loader.epoch, loader.state_dict())
         if self._world.is_main:
             place = loaded.path if where != "auto" else self._project() / loaded.path.name
-            print(f"resumed from {place} at optimizer step {loaded.step}", flush=True)
+            behind = "; the passes it has behind it give no batches" if self._loop.to_skip else ""
+            print(f"resumed from {place} at optimizer step {loaded.step}{behind}", flush=True)
 
     def _save_if_possible(self) -> None:
         # Asked from outside, with nowhere to put it: the loop may still do it itself.
@@ -230,7 +236,7 @@ class Saving:
         return path
 
     def _contents(self, hooked: Callable[[Path, dict[str, Sharded]], None]) -> Contents[Sharded, Stateful]:
-        shared: dict[str, Stateful] = {"counters": _Counters(self._loop, self._knobs)}
+        shared: dict[str, Stateful] = {"counters": _Counters(self._loop, self._knobs, self.loaders)}
         per_rank: dict[str, Stateful] = {"rng": RngState(self._world.device)}
         if self._loop.scaler is not None:
             shared["scaler"] = self._loop.scaler

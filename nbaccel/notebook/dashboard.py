@@ -28,6 +28,7 @@ from nbaccel.session.panel.failure import error_lines, headline
 from nbaccel.session.panel.pages import last_outputs
 from nbaccel.session.panel.reading import Heading, View, read
 from nbaccel.session.panel.text import paint_text
+from nbaccel.session.reopen import PastRun
 from nbaccel.session.report import CellLabel
 from nbaccel.session.run import Run
 from nbaccel.session.scaling import compared
@@ -153,8 +154,20 @@ class Panel:
                 self._controls.paint_output(self._state)
 
 
-def show(cell: Cell, heading: Heading, run: Run, *, actions: Actions, label: CellLabel) -> None:
-    """A panel of a run below another cell, which goes on as long as the run does."""
+def show(
+    cell: Cell,
+    heading: Heading,
+    run: Run | PastRun,
+    *,
+    actions: Actions | None = None,
+    label: CellLabel = lambda _: None,
+    every: float = _REPAINT_SECONDS,
+) -> None:
+    """A panel of a run below another cell, which goes on as long as the run does.
+
+    Args:
+        every: seconds between two looks at its state.
+    """
     panel = Panel(cell, heading, run.state, actions=None if run.done() else actions, label=label)
     if run.done():
         panel.close(run.state)
@@ -164,7 +177,7 @@ def show(cell: Cell, heading: Heading, run: Run, *, actions: Actions, label: Cel
         while not run.done():
             panel.update(run.state)
             panel.tick(time.monotonic())
-            time.sleep(_REPAINT_SECONDS)
+            time.sleep(every)
         panel.close(run.state)
 
     copied = contextvars.copy_context()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from nbaccel.errors import ConfigError
 from nbaccel.notebook.doctor import doctor
-from nbaccel.notebook.launcher import last_run
+from nbaccel.notebook.launcher import own_last_run
 from nbaccel.session import parking
 from nbaccel.session.looking import look_at
 from nbaccel.session.relay import Relay
@@ -29,7 +29,7 @@ def stacks(session: _Session | None) -> StackReport:
     Raises:
         ConfigError: there are no ranks.
     """
-    run = last_run()
+    run = own_last_run()
     if run is not None and not run.done():
         return run.stacks()
     if session is None or session.closed:
@@ -46,7 +46,7 @@ def debug(session: _Session | None, arguments: Sequence[str]) -> None:
     if len(arguments) > 1 or (arguments and not arguments[0].isdigit()):
         raise ConfigError("%nbaccel debug 3: the number of one rank")
     rank = int(arguments[0]) if arguments else None
-    run = last_run()
+    run = own_last_run()
     if parking.parked() is not None and run is not None:
         run.debug(rank)
     elif session is None or session.closed:

@@ -28,7 +28,7 @@ from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.state import new_state
 from nbaccel.wire.events import Request
 
-__all__ = ["Dashboard", "Front", "LateFront", "build_front"]
+__all__ = ["Dashboard", "Front", "LateFront", "build_front", "running_kernel"]
 
 Dashboard = Literal["auto"] | bool
 
@@ -101,7 +101,7 @@ def build_front(
         attempt=name_attempt(plan.variables),
     )
     actions, tell = _controls(made)
-    kernel = _kernel() if environment.kernel == "ipykernel" else None
+    kernel = running_kernel() if environment.kernel == "ipykernel" else None
     cell = Cell(kernel) if kernel is not None else None
     wanted = mode != "none" if dashboard == "auto" else dashboard
     # a console takes input too, and cannot repaint
@@ -194,7 +194,8 @@ def _with_tilde(folder: Path) -> str:
         return str(folder)
 
 
-def _kernel() -> Any:
+def running_kernel() -> Any:
+    """The ipykernel this is, if it is one."""
     get = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return getattr(get() if get is not None else None, "kernel", None)
 

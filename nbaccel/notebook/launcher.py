@@ -13,11 +13,13 @@ from nbaccel.config import Device, Precision, StartMethod
 from nbaccel.errors import ConfigError
 from nbaccel.notebook.front import Dashboard, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source, culprit
+from nbaccel.notebook.past import runs
 from nbaccel.notebook.session import Session
 from nbaccel.parallel import StrategyLike
 from nbaccel.session.facts import run_facts
 from nbaccel.session.inplace import asked_here
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.reopen import PastRun
 from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
 from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results
@@ -27,7 +29,7 @@ from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode
 
-__all__ = ["last_run", "launch", "notebook_launcher"]
+__all__ = ["last_run", "launch", "notebook_launcher", "own_last_run"]
 
 
 def notebook_launcher(
@@ -188,7 +190,12 @@ def launch(
 _last: list[Run] = []
 
 
-def last_run() -> Run | None:
+def last_run() -> Run | PastRun | None:
+    """The latest run of this process; before its first, the latest of this user, from its folder; None without any."""
+    return own_last_run() or next(iter(runs(limit=1)), None)
+
+
+def own_last_run() -> Run | None:
     """The latest run of this process; None before the first."""
     return _last[-1] if _last else None
 

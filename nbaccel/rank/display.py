@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, final
 
+from nbaccel.rank.areas import clear_entered, emit_display, forget_areas, tell_outputs_apart
 from nbaccel.rank.late import when_imported
 from nbaccel.wire import events
 from nbaccel.wire.events import Display
@@ -21,12 +22,15 @@ __all__ = ["Publisher", "relay_displays", "show_figures"]
 
 _MOST_BYTES = 16 << 20
 _INLINE = "matplotlib_inline.backend_inline"
+_SOURCES = ("text/markdown", "text/latex", "application/json")
+"""What says in words more than the name of a class does."""
 
 
 def relay_displays() -> None:
     """Let what this rank shows appear in the notebook from now on."""
     builtins.display = _display  # type: ignore[attr-defined]  # as in a notebook's cells
     when_imported("IPython.core.interactiveshell", _make_shell_when_asked)
+    tell_outputs_apart()
 
 
 def show_figures() -> None:
@@ -60,18 +64,20 @@ class Publisher:
         """Show contents by MIME type in the notebook."""
         if not events.active():
             return
-        plain = {mime: _plain(mime, value) for mime, value in data.items()}
+        plain = _with_words({mime: _plain(mime, value) for mime, value in data.items()})
         size = sum(len(value) for value in plain.values() if isinstance(value, str))
         if size > _MOST_BYTES:
             words = str(plain.get("text/plain", ""))[:1000]
             size >>= 20
             plain = {"text/plain": f"{words}\n(what was to be shown has {size} MB, too many for a notebook)"}
         name = (transient or {}).get("display_id")
-        events.emit(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
+        emit_display(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
 
     def clear_output(self, wait: bool = False) -> None:
-        """Remove what this rank has shown; with `wait`, when it shows the next thing."""
-        if events.active():
+        """Remove what this rank has shown, or inside an `Output` widget what it has shown there; with `wait`, when
+        it shows the next thing."""
+        if events.active() and not clear_entered(wait):
+            forget_areas()
             events.emit(Display(data={}, clear="next" if wait else "now"))
 
 
@@ -102,6 +108,16 @@ def _make_shell_when_asked(module: Any) -> None:
         return shell_class.instance()
 
     shell_class.initialized, shell_class.instance = classmethod(initialized), classmethod(instance)
+
+
+def _with_words(data: dict[str, Any]) -> dict[str, Any]:
+    """Contents whose text is their source, where it would be `<IPython.core.display.Markdown object>`."""
+    source = next((data[mime] for mime in _SOURCES if mime in data), None)
+    text = str(data.get("text/plain", ""))
+    if source is None or not (text.startswith("<") and " object" in text and text.endswith(">")):
+        return data
+    words = source if isinstance(source, str) else json.dumps(source, indent=1, ensure_ascii=False)
+    return {**data, "text/plain": words}
 
 
 def _plain(mime: str, value: Any) -> Any:

@@ -10,6 +10,7 @@ import builtins
 import importlib
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -212,8 +213,10 @@ def _kind() -> Any:
         source = ""
         """Of the cell that runs."""
 
-        def showtraceback(self, *args: Any, **options: Any) -> None:
-            pass
+        def showtraceback(self, exc_tuple: Any = None, *args: Any, **options: Any) -> None:
+            # a cell's own error is told with its answer; a widget's, which ipywidgets keeps to itself, is not
+            if exc_tuple is not None:
+                traceback.print_exception(*exc_tuple)
 
         def showsyntaxerror(self, *args: Any, **options: Any) -> None:
             pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, final
@@ -12,17 +12,18 @@ from nbaccel.errors import ConfigError
 from nbaccel.session.panel.pages import Report, page, panel_bundle, report
 from nbaccel.session.panel.reading import Heading
 from nbaccel.session.restarts import name_attempt
-from nbaccel.session.runs import RunRecord, default_root, recent
+from nbaccel.session.runs import RunRecord, default_root, fate, recent
 from nbaccel.session.scaling import compared
 from nbaccel.session.sinks.capped import read_log
 from nbaccel.session.sinks.folder import log_path
 from nbaccel.session.state import RunState, fold, new_state
 from nbaccel.wire import events
-from nbaccel.wire.events import Event, ExceptionInfo, Frame, Output
+from nbaccel.wire.events import Concluded, Event, ExceptionInfo, Frame, Output
 
 __all__ = ["PastRun", "PastRuns", "find_run", "load_state", "runs"]
 
 _TAIL = 8 << 10
+_LOST = "the kernel or process that had launched it was killed or restarted, and its ranks ended with it"
 _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
@@ -47,11 +48,19 @@ class PastRun:
 
     Args:
         folder: a run folder.
+        show: paints it in a notebook's cell.
     """
 
-    def __init__(self, folder: Path, record: RunRecord | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: RunRecord | None = None,
+        *,
+        show: Callable[[PastRun], None] | None = None,
+    ) -> None:
         self.folder = folder
         self.record = record
+        self._show = show
         run = _json(folder / "run.json")
         self._asked = _json(folder / "config.json")
         self.name = str(run.get("name") or folder.name)
@@ -78,18 +87,34 @@ class PastRun:
         except FileNotFoundError:
             return ""
 
+    def done(self) -> bool:
+        """Whether it has ended, well or not, or its process has."""
+        return fate(self.folder) != "running"
+
+    @property
+    def heading(self) -> Heading:
+        """What its panel says above everything else."""
+        return compared(self._heading)
+
+    def show(self) -> None:
+        """Show its panel below the cell that runs now; it goes on there while the run does."""
+        if self._show is not None:
+            self._show(self)
+        else:
+            print(self.report())
+
     def report(self) -> Report:
         """The run in at most 40 lines of text, and as values."""
-        return report(self.state, compared(self._heading), _no_label, self._asked)
+        return report(self.state, self.heading, _no_label, self._asked)
 
     def save_html(self, path: str | Path) -> Path:
         """Write the panel as an HTML file of its own."""
         target = Path(path)
-        target.write_text(page(self.state, compared(self._heading), _no_label), encoding="utf-8")
+        target.write_text(page(self.state, self.heading, _no_label), encoding="utf-8")
         return target
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        return panel_bundle(self.state, compared(self._heading), _no_label)
+        return panel_bundle(self.state, self.heading, _no_label)
 
     def __repr__(self) -> str:
         record = self.record
@@ -113,10 +138,12 @@ class PastRuns(list[PastRun]):
         return "\n".join(line.rstrip() for line in lines) or "no runs yet"
 
 
-def runs(root: Path | None = None, limit: int = 20) -> PastRuns:
+def runs(
+    root: Path | None = None, limit: int = 20, *, show: Callable[[PastRun], None] | None = None
+) -> PastRuns:
     """The latest runs of this user, of all processes; the newest first."""
     found = recent(root or default_root(), limit)
-    return PastRuns(PastRun(record.folder, record) for record in found)
+    return PastRuns(PastRun(record.folder, record, show=show) for record in found)
 
 
 def find_run(text: str, root: Path | None) -> Path:
@@ -149,13 +176,16 @@ def find_run(text: str, root: Path | None) -> Path:
 
 
 def load_state(folder: Path, num_ranks: int) -> RunState:
-    """Fold what a folder holds. Lines that cannot be read are left out: the process may have been killed."""
+    """Fold what a folder holds. Lines that cannot be read are left out: the process may have been killed, and the state
+    then says so, as of its last event."""
     stream = list(_events(folder / "events.jsonl", num_ranks))
     result = _json(folder / "result.json")
     started = result.get("started") or (stream[0].time if stream else folder.stat().st_mtime)
     state = new_state(num_ranks, float(started))
     for event in stream:
         state = fold(state, event)
+    if state.ended is None and fate(folder) == "lost":
+        state = fold(state, Concluded(rank=0, time=stream[-1].time if stream else started, problem=_LOST))
     ranks = []
     for known in state.ranks:
         try:

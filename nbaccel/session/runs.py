@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["LOCK", "RunRecord", "default_root", "new_folder", "prune", "recent"]
+__all__ = ["LOCK", "RunRecord", "default_root", "fate", "new_folder", "prune", "recent"]
 
 LOCK = "lock"
 """The file in a run folder that names the process the run belongs to; gone when the run has ended."""
@@ -141,19 +141,24 @@ def _entries(root: Path) -> Iterator[os.DirEntry[str]]:
         return  # there is no such folder, or none of ours
 
 
+def fate(folder: Path) -> Fate:
+    """How the run of a folder ended, or that it goes on."""
+    written = _WRITTEN.get(str(_json(folder / "result.json").get("state")))
+    return written or ("running" if _is_live(folder) else "lost")
+
+
 def _record(folder: Path) -> RunRecord:
     match = _NAME.fullmatch(folder.name)
     assert match is not None  # _folders has seen to it
     run, result = _json(folder / "run.json"), _json(folder / "result.json")
     started, duration = result.get("started"), result.get("duration")
-    state = _WRITTEN.get(str(result.get("state"))) or ("running" if _is_live(folder) else "lost")
     if not isinstance(started, (int, float)):
         started = time.mktime(time.strptime(match["stamp"], "%Y%m%d-%H%M%S"))
     return RunRecord(
         folder=folder,
         name=str(run.get("name") or match["name"]),
         started=started,
-        state=state,
+        state=fate(folder),
         duration=duration if isinstance(duration, (int, float)) else None,
     )
 

@@ -60,8 +60,9 @@ _GO_ON = "the ranks go on"
 _MAX_CURVES = 12
 # Seconds after which what a step was like counts for a third.
 _MEMORY = 10.0
-# What a terminal would have overwritten: text before a "\r" that text follows.
-_OVERWRITTEN = re.compile(rb"[^\r\n]*\r(?=[^\r\n])")
+# What a terminal would have overwritten: text before a "\r" that text follows. Looked for where a line begins only:
+# from every byte of a long line it would take seconds.
+_OVERWRITTEN = re.compile(rb"(?:(?<=[\r\n])|\A)[^\r\n]*\r(?=[^\r\n])")
 
 _Value = TypeVar("_Value")
 

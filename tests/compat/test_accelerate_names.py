@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import nbaccel.compat.accelerate as compat
 from nbaccel.compat.accelerate import names
 from nbaccel.compat.accelerate.local_sgd import LocalSGD
+from nbaccel.compat.accelerate.refused import REFUSED
+from nbaccel.core.loop.wrappers import PreparedOptimizer, PreparedScheduler
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import FSDP, ContextParallel, DeepSpeed, TensorParallel
@@ -23,7 +30,7 @@ def accelerator(**options):
 @pytest.mark.parametrize("name", sorted(names.HOMES))
 def test_name_when_taken_from_either_module(name):
     assert getattr(compat, name) is getattr(compat.utils, name)
-    assert callable(getattr(compat, name)) or name.startswith("SAFE_")
+    assert callable(getattr(compat, name)) or name.isupper() or name == "KwargsHandler"
 
 
 def test_unknown_name_when_asked_for_says_what_there_is():
@@ -31,6 +38,62 @@ def test_unknown_name_when_asked_for_says_what_there_is():
         _ = compat.PartialStates
     assert compat.is_torch_available()
     assert not compat.utils.is_a_package_nobody_has_available()
+    assert not hasattr(compat, "PartialStates")
+    assert not hasattr(compat, "no.such.name")
+    assert getattr(compat.utils, "prepare_pippy", None) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "words"),
+    [
+        ("", "PartialStates", "did you mean 'PartialState'"),
+        ("", "no_such_name", "docs/migration.md lists"),
+        ("", "prepare_pippy", r"Pipeline\(\.\.\.\)"),
+        (".utils", "MegatronLMPlugin", "Megatron"),
+        (".utils", "no_such_name", "docs/migration.md lists"),
+        (".inference", "prepare_pippy", r"Pipeline\(\.\.\.\)"),
+        (".hooks", "AlignDevicesHook", "register_forward_pre_hook"),
+        (".tracking", "WandBTracker", "get_tracker"),
+        (".utils.dataclasses", "BnbQuantizationConfig", "quantise"),
+        (".utils.imports", "no_such_name", "docs/migration.md lists"),
+    ],
+)
+def test_missing_name_when_imported_says_what_to_do(module, name, words):
+    statement = f"from nbaccel.compat.accelerate{module} import {name}"
+    with pytest.raises(ImportError, match=words):
+        exec(statement)
+    many = "\n".join(f"n{i} = {i}" for i in range(300))  # names past the 255th need a longer instruction
+    with pytest.raises(ImportError, match=words):
+        exec(f"{many}\n{statement}", {})
+
+
+def test_package_when_imported_without_from_finds_its_modules():
+    code = (
+        "import nbaccel.compat.accelerate as accelerate\n"
+        "import importlib\n"
+        "print(accelerate.__version__)\n"
+        "for name in 'state logging tracking local_sgd launchers hooks inference optimizer scheduler utils "
+        "utils.memory utils.random utils.versions utils.modeling'.split():\n"
+        "    found = accelerate\n"
+        "    for part in name.split('.'): found = getattr(found, part)\n"
+        "    assert found is importlib.import_module('nbaccel.compat.accelerate.' + name), name\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.returncode) == ("1.15.0\n", 0), ran.stderr
+
+
+def test_name_of_accelerates_face_when_imported_is_here_or_refused_by_name():
+    wheel = importlib.util.find_spec("accelerate")  # not imported
+    tree = ast.parse(Path(wheel.origin).read_text())
+    theirs = {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert {name for name in theirs if not name.startswith("is_")} <= names.HOMES.keys() | REFUSED.keys()
+    assert not names.HOMES.keys() & REFUSED.keys()
+
+
+def test_name_when_it_is_here_is_in_the_migration_page():
+    page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+    table = page.partition("## What `nbaccel.compat.accelerate` has")[2].partition("\n## ")[0]
+    assert [name for name in names.HOMES if f"`{name}`" not in table] == []
 
 
 def test_arguments_when_given_as_accelerates_objects():
@@ -259,3 +322,130 @@ def test_local_sgd_when_given_this_accelerator_trains():
         optimizer.step()
         local_sgd.step()
     assert made.steps == 1
+
+
+def test_model_when_offloaded_with_a_hook_comes_when_it_is_called():
+    first, hook = compat.cpu_offload_with_hook(torch.nn.Linear(2, 2), "meta")
+    second, last = compat.cpu_offload_with_hook(torch.nn.Linear(2, 2), prev_module_hook=hook)
+    assert first.weight.device.type == "cpu"
+    assert first(input=torch.ones(1, 2)).device.type == first.weight.device.type == "meta"
+    with pytest.raises(
+        NotImplementedError, match="meta tensor"
+    ):  # the first is asked to leave, which meta cannot
+        second(torch.ones(1, 2))
+    last.remove()
+    assert second(torch.ones(1, 2)).device.type == "cpu"
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}, {"0": "cpu", "1": "disk"}])
+@pytest.mark.parametrize("empty", [False, True])
+def test_checkpoint_when_loaded_into_a_model_fills_it(tmp_path, device_map, empty):
+    def make():
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+
+    saved = make()
+    path = tmp_path / compat.utils.WEIGHTS_NAME
+    torch.save(saved.state_dict(), path)
+    with compat.init_empty_weights(include_buffers=empty) if empty else torch.no_grad():
+        model = make()
+    before = model[0].weight
+    compat.load_checkpoint_in_model(model, path, device_map)
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+    assert (model[0].weight is before) == (device_map is None and not empty)
+    model(torch.ones(2, 2)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model[1].bias, saved[1].bias)
+
+
+def test_tensors_when_handled_one_by_one(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    torch.save(model.state_dict(), tmp_path / "weights.bin")
+    state = compat.utils.load_state_dict(
+        tmp_path / "weights.bin", {"0": "meta", "1": "cpu", "1.bias": "disk"}
+    )
+    assert state.keys() == model.state_dict().keys() - {"1.bias"}
+    assert (state["0.bias"].device.type, state["1.weight"].device.type) == ("meta", "cpu")
+    own = dict(compat.utils.named_module_tensors(model, recurse=True))
+    assert own.keys() == model.state_dict().keys()
+    model.register_buffer("kept", torch.ones(1), persistent=False)
+    assert dict(compat.utils.named_module_tensors(model, remove_non_persistent=True)) == {}
+
+    put = compat.utils.set_module_tensor_to_device
+    put(model, "0.weight", "meta")
+    with pytest.raises(ConfigError, match="no value"):
+        put(model, "0.weight", "cpu")
+    with pytest.raises(ConfigError, match=r"\(3, 2\), and its value is \(1,\)"):
+        put(model, "0.weight", "cpu", torch.ones(1))
+    with pytest.raises(ConfigError, match=r"no parameter or buffer '0\.width'"):
+        put(model, "0.width", "cpu")
+    put(model, "0.weight", "cpu", torch.full((3, 2), 2.0, dtype=torch.float64))
+    assert (model[0].weight.dtype, model[0].weight.sum().item()) == (torch.float32, 12.0)
+    assert isinstance(model[0].weight, torch.nn.Parameter)
+    put(model, "1.running_mean", "cpu", torch.ones(3), torch.float16)
+    assert model.state_dict()["1.running_mean"].dtype == torch.float16
+
+
+def test_memory_when_asked_for_is_what_models_may_take():
+    model = torch.nn.Linear(2, 2)
+    assert compat.utils.get_max_memory({"cpu": "1GB", "disk": 5}) == {"cpu": 10**9, "disk": 5}
+    limits = compat.utils.get_balanced_memory(model)
+    assert limits.keys() == {*range(torch.cuda.device_count()), "cpu"}
+    assert compat.infer_auto_device_map(model, {"cpu": limits["cpu"]}) == {"": "cpu"}
+    with pytest.raises(ConfigError, match="max_memory"):
+        compat.utils.get_balanced_memory(model, low_zero=True)
+    assert compat.utils.convert_file_size_to_int("1MiB") == 1 << 20
+    assert [compat.utils.convert_bytes(size) for size in (10, 1536, 2**60)] == [
+        "10 bytes",
+        "1.5 KB",
+        "1024.0 PB",
+    ]
+    assert compat.utils.should_reduce_batch_size(RuntimeError("CUDA out of memory."))
+    assert not compat.utils.should_reduce_batch_size(RuntimeError("else"))
+    compat.utils.clear_device_cache(garbage_collection=True)
+    assert compat.utils.release_memory(model, model) == [None, None]
+
+
+def test_versions_when_compared():
+    assert compat.utils.is_torch_version(">=", "2.6")
+    assert not compat.utils.is_torch_version("<", "2.6.0")
+    assert compat.utils.compare_versions("pytest", ">", "2.10")
+    with pytest.raises(ValueError, match="'=>'"):
+        compat.utils.compare_versions("pytest", "=>", "2")
+
+
+def test_prepared_when_scripts_ask_what_it_is():
+    made = accelerator(
+        kwargs_handlers=[compat.GradScalerKwargs()], dynamo_backend=compat.utils.DynamoBackend.NO
+    )
+    assert compat.utils.is_initialized()
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    model, optimizer, scheduler = made.prepare(model, optimizer, scheduler)
+    assert compat.optimizer.AcceleratedOptimizer is PreparedOptimizer
+    assert isinstance(optimizer, compat.optimizer.AcceleratedOptimizer)
+    assert isinstance(scheduler, compat.scheduler.AcceleratedScheduler)
+    assert compat.scheduler.AcceleratedScheduler is PreparedScheduler
+    assert isinstance(compat.GradScalerKwargs(), compat.utils.KwargsHandler)
+    assert not compat.utils.is_compiled_module(model)
+    assert compat.utils.is_compiled_module(torch.compile(model))
+    with pytest.raises(ConfigError, match="inductor"):
+        accelerator(dynamo_backend=compat.utils.DynamoBackend.EAGER)
+
+
+def test_checkpoint_when_merged_is_one_models_weights(tmp_path):
+    made = accelerator()
+    model = made.prepare(torch.nn.Linear(2, 2))
+    made.save_state(str(tmp_path / "checkpoint"))
+    compat.utils.merge_fsdp_weights(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    state = compat.utils.load_state_dict(tmp_path / "out" / compat.utils.SAFE_WEIGHTS_NAME)
+    assert torch.equal(state["weight"], model.state_dict()["weight"])
+    with pytest.raises(ConfigError, match="keeps the checkpoint"):
+        compat.utils.merge_fsdp_weights(str(tmp_path / "checkpoint"), "out", remove_checkpoint_dir=True)
+
+
+def test_hooks_when_removed_leave_a_plain_model():
+    model = compat.dispatch_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"": "cpu"})
+    assert compat.hooks.remove_hook_from_module(model, recurse=True) is model
+    assert not hasattr(model, "device_map_table")
+    compat.hooks.remove_hook_from_submodules(model)

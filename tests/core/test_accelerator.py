@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import warnings
+import weakref
 
 import pytest
+import safetensors.torch
 import torch
 from ranks import run_ranks
 from torch import nn
@@ -143,10 +147,9 @@ def _tokens(accumulation):
     loader = DataLoader(_sequences(), batch_size=1, collate_fn=lambda batch: batch[0])
     model, optimizer, loader = acc.prepare(model, optimizer, loader)
     for sequence in loader:
-        real = loader.batch_samples  # a rank without a sample of its own gets one that counts for nothing
         with acc.accumulate(model):
-            loss_sum = (model(sequence) ** 2).sum() * real
-            acc.backward(loss_sum, weight=len(sequence) * real)
+            # the repeated one of a rank without a sample of its own counts for nothing
+            acc.backward((model(sequence) ** 2).sum(), weight=len(sequence))
             optimizer.step()
             optimizer.zero_grad()
     return _flat(acc.unwrap_model(model))
@@ -348,3 +351,51 @@ def test_parameters_of_methods_when_the_peers_are_taken_or_refused_by_name():
 def test_arguments_when_misspelt_name_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'mixed_precision'"):
         Accelerator(cpu=True, mixed_precison="bf16")
+
+
+# --- what the loader in hand is, what is let go, what is compiled ------------------------------------------
+
+
+def _two_loaders_in_turns():
+    acc = Accelerator(cpu=True)
+    five, eight = acc.prepare(
+        DataLoader(torch.arange(1.0, 6.0), batch_size=1), DataLoader(torch.arange(8.0), batch_size=1)
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [acc.gather_for_metrics(x, loader=five) for x, _ in zip(five, eight, strict=False)]
+    return torch.cat(found).tolist(), [
+        str(one.message) for one in said if "read in turns" in str(one.message)
+    ]
+
+
+def test_gather_for_metrics_when_two_loaders_are_read_in_turns():
+    (found, said), (_, nothing) = run_ranks(_two_loaders_in_turns)
+    assert sorted(found) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert (len(said), nothing) == (1, [])
+
+
+def test_free_memory_when_done_lets_go_of_models_and_data():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2, verify=True)
+    first, second, data = _model(), _model(), TensorDataset(*_data())
+    held = [weakref.ref(one) for one in (first, second, data)]
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    first, second, optimizer, loader = acc.prepare(first, second, optimizer, DataLoader(data, batch_size=4))
+    for x, _ in loader:
+        with acc.accumulate(first):
+            acc.backward(first(x).mean() + second(x).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    first, second, optimizer, loader, data, x = acc.free_memory(first, second, optimizer, loader, data, x)
+    gc.collect()
+    assert [one() for one in held] == [None] * 3
+
+
+def test_unwrap_model_when_compiled_gives_the_plain_one_back_and_saves_its_names(tmp_path):
+    acc = Accelerator(cpu=True)
+    plain = nn.Linear(3, 1)
+    model = acc.prepare(torch.compile(plain, backend="eager"))
+    assert acc.unwrap_model(model) is not plain
+    assert acc.unwrap_model(model, keep_torch_compile=False) is plain
+    (file,) = acc.save_model(model, tmp_path)
+    assert safetensors.torch.load_file(file).keys() == {"weight", "bias"}

@@ -74,3 +74,67 @@ def test_run_when_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path):
             assert found[2] == EPOCHS * 4
             assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
     assert whole[0][0][1] != whole[1][0][1], "each rank has a state of its own"
+
+
+def _by_epoch(folder, stop):
+    """Trains with a scheduler and an evaluation per epoch, up to `stop` (an optimizer step, and where in its epoch);
+    the rates of the epochs trained, the weight, and what the evaluations saw."""
+    acc = Accelerator(cpu=True, seed=1, project_dir=folder, resume="auto")
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    train, held_out = (DataLoader(torch.arange(1.0, 9.0).reshape(8, 1), 2) for _ in range(2))
+    prepared = acc.prepare(model, optimizer, train, held_out, scheduler)
+    model, optimizer, train, held_out, scheduler = prepared
+    rates, seen = {}, {}
+
+    def ends(where):
+        if stop == (acc.steps, where):
+            acc.save_state()
+        return stop == (acc.steps, where)
+
+    for epoch in range(5):
+        for x in train:
+            rates[epoch] = optimizer.param_groups[0]["lr"]
+            acc.step((model(x) * x).mean() * 0.01, optimizer)
+            if ends("inside"):
+                return None
+        if ends("before the scheduler"):
+            return None
+        scheduler.step()
+        if ends("before the evaluation"):
+            return None
+        if acc.fast_forwarding:
+            continue
+        seen[epoch] = sum(len(x) for x in held_out)
+        if ends("after all"):
+            return None
+    return rates, acc.unwrap_model(model).weight.item(), seen, scheduler.get_last_lr()
+
+
+STOPS = [
+    (5, "inside"),
+    (6, "before the scheduler"),
+    (6, "before the evaluation"),
+    (6, "after all"),
+    (4, "inside"),
+]
+
+
+def _stopped_and_resumed(folder):
+    found = [_by_epoch(folder / "whole", None)]
+    for number, stop in enumerate(STOPS):
+        assert _by_epoch(folder / str(number), stop) is None
+        found.append(_by_epoch(folder / str(number), None))
+    return found
+
+
+def test_run_that_schedules_and_evaluates_once_per_epoch_when_resumed(tmp_path):
+    for whole, *resumed in run_ranks(_stopped_and_resumed, tmp_path, deadline=240):
+        assert whole[0] == {epoch: 0.5**epoch / 2 for epoch in range(5)}
+        for stop, (rates, weight, seen, last) in zip(STOPS, resumed, strict=True):
+            assert rates.items() <= whole[0].items(), stop
+            assert (weight, last) == (whole[1], whole[3]), stop
+            assert seen.keys() >= {epoch for epoch in range(5) if epoch > stop[0] // 2}, stop
+            assert set(seen.values()) <= {4}, stop

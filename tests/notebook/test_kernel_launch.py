@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from nbaccel.session.panel.ansi import plain
+from nbaccel.session.reopen import PastRun
 from tests.conftest import Kernel, gone, named, run_processes, wait_until
 
 pytestmark = pytest.mark.kernel
@@ -291,10 +292,28 @@ def test_nothing_is_left_when_the_kernel_is_killed(
     kernel.ok(f"run = launch(family, {str(tmp_path)!r}, num_processes=2, start_method={method!r})", 60)
     wait_until(lambda: {"0", "1"} <= set(os.listdir(tmp_path)), 90, "both ranks at work")
     time.sleep(1.0)
+    past = PastRun(Path(kernel.ok("print(run.folder)").stdout.strip()))
+    assert not past.done()
     below = [process.pid for process in kernel.processes()]
     assert len(below) > 12
     kernel.kill()
     wait_until(lambda: gone(below), 4, "the end of everything below the kernel")
+    assert past.done()
+    assert past.state.situation == "failed"
+    assert "was killed or restarted" in repr(past.report())
+
+
+def test_last_run_is_of_another_kernel_before_the_first_and_is_followed(
+    kernel: Kernel, new_kernel: Callable[..., Kernel]
+) -> None:
+    kernel.ok(SLEEP + "run = launch(work, 60, num_processes=2)\nimport time; time.sleep(1)")
+    other = new_kernel()
+    cell = other.ok("import nbaccel; nbaccel.last_run().show(); import time; time.sleep(3)")
+    assert "work · 2 ranks" in plain(repr(cell.displays))
+    kernel.ok("run.kill(); run.exception()")
+    assert (
+        "True stopped" in other.ok("run = nbaccel.last_run(); print(run.done(), run.state.situation)").stdout
+    )
 
 
 @pytest.mark.parametrize("victim", ["nb-guardian", "nb-server", "nb-template", "nb-waiting"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from nbaccel.notebook.displays import Displays
 from nbaccel.notebook.widgets import VIEW, RankWidgets
 from nbaccel.session.state import new_state
 from nbaccel.wire.events import CommMessage, Display, Request
+from tests.conftest import Kernel, needs
 
 STATE = new_state(2, 0.0)
 SLIDER = {"_model_name": "IntSliderModel", "min": 0, "max": 9, "value": 3, "description": "level"}
@@ -100,3 +104,82 @@ def test_widget_that_is_not_known_is_its_words() -> None:
     assert widgets.still({VIEW: {"model_id": "x"}, "text/plain": "IntSlider()"}) == {
         "text/plain": "IntSlider()"
     }
+
+
+@pytest.mark.kernel
+@needs("ipywidgets")
+@pytest.mark.parametrize("num", [1, 2])
+def test_interact_clears_only_what_it_has_shown(kernel: Kernel, num: int) -> None:
+    kernel.ok("""
+def f():
+    import ipywidgets as w
+    from IPython.display import clear_output, display
+    display("kept")
+    display(w.IntSlider(value=4, description="level"))
+    made = w.interact(lambda x: x * 2, x=5)
+    made.widget.children[0].value = 6
+    made.widget.children[0].value = 7
+    out = w.Output()
+    with out:
+        display("gone")
+    out.append_stdout("gone")
+    out.clear_output()
+    assert out.outputs == ()
+""")
+    shown = last_of(kernel, num)
+    whose = "" if num == 1 else "[0-1] "
+    assert f"{whose}'kept'" in shown
+    assert "level: 4" in shown
+    assert f"{whose}14" in shown
+    assert not any("10" in text or "12" in text or "gone" in text for text in shown)
+
+
+@pytest.mark.kernel
+@needs("ipywidgets")
+def test_clear_output_outside_of_output_widgets_clears_what_is_in_them_too(kernel: Kernel) -> None:
+    kernel.ok("""
+def f():
+    import ipywidgets as w
+    from IPython.display import clear_output, display
+    out = w.Output()
+    with out:
+        display("inside")
+    clear_output()
+    with out:
+        display("again")
+""")
+    assert [text for text in last_of(kernel, 1) if text] == ["'again'"]
+
+
+def last_of(kernel: Kernel, num: int) -> list[str]:
+    """The words of each output of a run of `f`, as they are at its end."""
+    kernel.ok("""
+from nbaccel.notebook.cell import Cell
+from nbaccel.notebook import displays as module
+if "said" not in globals():
+    said, show = {}, Cell.show
+    def seen(cell, data, *, name=None, **options):
+        said[name] = data
+        show(cell, data, name=name, **options)
+    Cell.show = seen
+said.clear()
+""")
+    cell = kernel.ok(f"""
+notebook_launcher(f, num_processes={num})
+[str(data.get("text/plain", "")) for name, data in said.items() if str(name).startswith("nbaccel-")]
+""")
+    texts: list[str] = ast.literal_eval(cell.result or "")
+    return texts
+
+
+def test_error_inside_an_output_widget_is_printed(kernel: Kernel) -> None:
+    cell = kernel.ok("""
+def f():
+    import ipywidgets as w
+    with w.Output():
+        raise ValueError("inside a widget")
+    return "went on"
+notebook_launcher(f, num_processes=1)
+""")
+    assert "ValueError: inside a widget" in cell.stderr + cell.stdout
+    assert "went on" in (cell.result or "")

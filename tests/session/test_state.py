@@ -143,6 +143,15 @@ def test_tail_of_a_bar_keeps_the_lines_before_it() -> None:
     assert state.ranks[0].last_lines(2) == ("before", "step 4999 of 5000")
 
 
+def test_bar_after_a_long_line_is_folded_at_once() -> None:
+    state = replay(1, [out(0, b"x" * 100_000 + b"\n")])
+    started = time.perf_counter()
+    for i in range(100):
+        state = fold(state, out(0, b"\rstep %d" % i))
+    assert time.perf_counter() - started < 10  # a minute where the search begins at each byte
+    assert state.ranks[0].last_lines(1) == ("step 99",)
+
+
 @pytest.mark.parametrize("chunk", [b"a line of some forty characters, no more\n", b"no line end at all "])
 def test_state_stays_small_under_a_million_lines(chunk: bytes) -> None:
     state = new_state(2, started=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 from nbaccel.compat.accelerate.names import HOMES, look_up
 
 __all__ = list(HOMES)
+__version__ = "1.15.0"  # of accelerate, whose names these are
 
 
 def __getattr__(name: str) -> Any:

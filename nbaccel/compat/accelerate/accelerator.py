@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, final
+from typing import Any, final, get_args
 
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -29,6 +29,7 @@ from nbaccel.compat.accelerate.utils.dataclasses import (
     GradientAccumulationPlugin,
     GradScalerKwargs,
     InitProcessGroupKwargs,
+    KwargsHandler,
     ProfileKwargs,
     ProjectConfiguration,
     TERecipeKwargs,
@@ -328,16 +329,7 @@ def _project(given: ProjectConfiguration | None, project_dir: Any) -> ProjectCon
 
 
 def _by_kind(handlers: Sequence[Any] | None) -> dict[type, Any]:
-    known = (
-        AORecipeKwargs,
-        AutocastKwargs,
-        DistributedDataParallelKwargs,
-        FP8RecipeKwargs,
-        GradScalerKwargs,
-        InitProcessGroupKwargs,
-        ProfileKwargs,
-        TERecipeKwargs,
-    )
+    known = get_args(KwargsHandler)
     found: dict[type, Any] = {}
     for one in handlers or ():
         if type(one) not in known:

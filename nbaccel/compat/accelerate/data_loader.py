@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
+from nbaccel.compat.accelerate.names import look_up
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.world import join
 from nbaccel.errors import ConfigError
@@ -95,3 +96,7 @@ def skip_first_batches(dataloader: ShardedLoader, num_batches: int = 0) -> Shard
         raise ConfigError("skip_first_batches takes a prepared loader; prepare it first")
     dataloader.skip_batches(num_batches)
     return dataloader
+
+
+def __getattr__(name: str) -> Any:
+    return look_up(__name__, name)

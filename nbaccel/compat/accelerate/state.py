@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nbaccel import core
+from nbaccel.compat.accelerate.names import look_up
 from nbaccel.compat.accelerate.utils.dataclasses import DistributedType
 from nbaccel.config import RunConfig
 from nbaccel.core.comm.collectives import barrier
@@ -21,7 +22,15 @@ from nbaccel.core.data import ShardedLoader
 from nbaccel.core.processes import Processes
 from nbaccel.core.world import World, join, read_environment
 
-__all__ = ["AcceleratorState", "GradientState", "PartialState", "asked", "remember", "type_of"]
+__all__ = [
+    "AcceleratorState",
+    "GradientState",
+    "PartialState",
+    "asked",
+    "is_initialized",
+    "remember",
+    "type_of",
+]
 
 _made: weakref.WeakValueDictionary[str, core.Accelerator] = weakref.WeakValueDictionary()
 
@@ -29,6 +38,11 @@ _made: weakref.WeakValueDictionary[str, core.Accelerator] = weakref.WeakValueDic
 def remember(accelerator: core.Accelerator) -> None:
     """Makes it the one that `AcceleratorState()` and `GradientState()` tell about."""
     _made["newest"] = accelerator
+
+
+def is_initialized() -> bool:
+    """Whether there is an Accelerator."""
+    return "newest" in _made
 
 
 def asked(cpu: bool, timeout: timedelta | None) -> RunConfig:
@@ -202,3 +216,7 @@ class GradientState:
     @staticmethod
     def _reset_state() -> None:
         """Nothing is shared."""
+
+
+def __getattr__(name: str) -> Any:
+    return look_up(__name__, name)

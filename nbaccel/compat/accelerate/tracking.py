@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from nbaccel.compat.accelerate.names import look_up
 from nbaccel.core.world import read_environment
 
 __all__ = ["GeneralTracker", "on_main_process"]
@@ -52,3 +53,7 @@ def on_main_process(function: F) -> F:
         return function(*args, **kwargs) if read_environment().rank == 0 else None
 
     return cast(F, call)
+
+
+def __getattr__(name: str) -> Any:
+    return look_up(__name__, name)

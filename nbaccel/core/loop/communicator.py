@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbaccel.core.comm import collectives
+from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.loop import Loop
 from nbaccel.core.nested import map_leaves
 
@@ -37,8 +38,8 @@ class Communicator:
         with self._timed():
             return collectives.gather_object(value, world=self._world)
 
-    def gather_for_metrics(self, value: Any, use_gather_object: bool) -> Any:
-        loader = self._loop.loader
+    def gather_for_metrics(self, value: Any, use_gather_object: bool, loader: ShardedLoader | None) -> Any:
+        loader = loader or self._loop.loader
         size = real = None
         if loader is not None:
             real, size = loader.batch_samples, loader.batch_samples + loader.batch_repeated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, final
@@ -95,6 +96,18 @@ class Loop:
         self._observer: Observer | None = None
         self.to_skip: dict[ShardedLoader, tuple[int, Mapping[str, Any]]] = {}
         """Passes a resumed run has behind it, and where the loader then goes on."""
+        self._forwarded: set[ShardedLoader] = set()
+        """Those that have skipped all."""
+        self.fast_forwarding = False
+        """Whether a resumed run is in, or after, a pass that it has behind it, until the next one."""
+        self.scheduled_at = -1
+        """`steps` when a scheduler stepped last."""
+        self.schedule_due: ShardedLoader | None = None
+        """The loader after whose last pass a scheduler step was still to come when the checkpoint was saved."""
+        self.last_trained: ShardedLoader | None = None
+        """The loader in whose pass the optimizer has stepped last."""
+        self._steps_at_start = 0
+        self._in_turns = False
         self._trained: set[ShardedLoader] = set()
         self._unscaled: set[int] = set()
         self._update_due = False
@@ -125,15 +138,32 @@ class Loop:
         self.led = led
         self._choose_paths()
 
+    def forget(self) -> None:
+        """What was prepared, and what knows it."""
+        self.models.clear()
+        self.learning.forget()
+        self.window = self.new_window(self.models)
+        self.windows = {(): self.window}
+        self._trained.clear()
+        self.to_skip.clear()
+        self._forwarded.clear()
+        self.last_trained = self.schedule_due = None
+        self.lead(False)
+
     # What the loaders tell ---------------------------------------------------------------------------
 
     def began(self, loader: ShardedLoader) -> None:
         """A pass over `loader` is about to begin."""
         self.before_pass(loader)
+        self.fast_forwarding = loader in self.to_skip
+        if loader in self._forwarded:
+            self._catch_up()
         if not self.strategy.plain:
             self.learning.look()
         if self.stopwatch is not None:
             self.stopwatch.begin(_clock())
+        if not self.loaders:
+            self._steps_at_start = self.steps
         self.loaders.append(loader)
         if self._observer is not None:
             self._observer.began(loader)
@@ -144,6 +174,8 @@ class Loop:
             self._observer.ended(loader)
         if loader in self.loaders:
             self.loaders.remove(loader)
+        if not self.loaders and self.steps != self._steps_at_start:
+            self.last_trained = loader
         if not self.loaders:
             self.after_pass()
         passes, state = self.to_skip.pop(loader, (0, {}))
@@ -151,11 +183,22 @@ class Loop:
             loader.load_state_dict(state)
             if passes > 1:
                 self.to_skip[loader] = (passes - 1, state)
+            else:
+                self._forwarded.add(loader)
+
+    def _catch_up(self) -> None:
+        """A loader goes on for real: whatever passes the code has left out of others meanwhile, they are behind."""
+        self._forwarded.clear()
+        for other, (_, state) in self.to_skip.items():
+            other.load_state_dict(state)
+        self.to_skip.clear()
 
     def should_stop(self, loader: ShardedLoader) -> bool:
         """Whether `loader`'s pass ends before its next batch."""
         if self.to_skip and loader in self.to_skip:
             return True
+        if self._several and loader is not self.loaders[-1] and not self._in_turns:
+            self._tell_of_turns()
         if self._observer is not None:
             self._observer.next_batch(loader)
         control = self.control
@@ -167,6 +210,24 @@ class Loop:
             self.before_batch()
         # An evaluation after the stop still gets its batches.
         return control.stopping and loader in self._trained
+
+    def may_schedule(self) -> bool:
+        """Whether a scheduler's step counts: a resumed run has made those of the passes behind it."""
+        if self.fast_forwarding and self.schedule_due not in self._forwarded:
+            return False
+        self.scheduled_at = self.steps
+        return True
+
+    def _tell_of_turns(self) -> None:
+        self._in_turns = True
+        if self.world.is_main:
+            warnings.warn(
+                "two prepared loaders are read in turns (zip, or next() on one inside the loop over the other), and "
+                "the batch in hand is taken for that of the loader begun last. Where their last batches hold "
+                "different numbers of samples, say which one is meant: gather_for_metrics(value, loader=...), and "
+                "backward(loss_sum, weight=...)",
+                stacklevel=2,
+            )
 
     def times(self, loader: ShardedLoader) -> Mapping[str, float] | None:
         """For the loader's Progress."""
@@ -219,6 +280,8 @@ class Loop:
         elif weight is None:
             window.dirty = True
         if weight is not None:
+            if self._is_filler():
+                loss, weight = loss * 0.0, weight * 0.0
             self._add_weight(window, weight)
         else:
             if window.weights is not None:
@@ -297,6 +360,13 @@ class Loop:
         # Runs while backward computes.
         work = dist.all_reduce(total, async_op=True) if self.world.size > 1 else None
         self._weighted = (total, work)
+
+    def _is_filler(self) -> bool:
+        """Whether the batch in hand only keeps this rank's step like the others'."""
+        loader = self.loader
+        if loader is None or loader.even_batches:
+            return False
+        return loader.batch_samples == 0 and loader.batch_repeated > 0
 
     @staticmethod
     def _is_mps(weight: object) -> bool:

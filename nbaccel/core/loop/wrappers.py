@@ -256,6 +256,8 @@ class PreparedScheduler:
         loop = self._loop
         if self._follows and (not loop.window.sync or loop.skipped):
             return
+        if not loop.may_schedule():
+            return
         for _ in range(self._repeat):
             self.scheduler.step(*args, **kwargs)
 

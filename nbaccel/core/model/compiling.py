@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from nbaccel.core.world import cache_folder
 
-__all__ = ["compile_module"]
+__all__ = ["compile_module", "uncompiled"]
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -32,3 +33,12 @@ def compile_module(module: nn.Module, mode: bool | str) -> None:
     # files, so that an nn.Sequential would stay as it is, in silence.
     options: dict[str, Any] = {} if mode is True else {"mode": mode}
     module._compiled_call_impl = torch.compile(call, **options)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module as it was before torch.compile, by `compile_module` or by the user."""
+    made: Any = sys.modules.get("torch._dynamo.eval_frame")  # not there, nothing is compiled
+    if made is not None and isinstance(module, made.OptimizedModule):
+        module = module._orig_mod
+    module._compiled_call_impl = None
+    return module

@@ -63,7 +63,9 @@ def error_lines(state: RunState, label: CellLabel, *, colour: bool = True) -> li
     """The whole failure: the remote traceback or the last words, the headline, the fates."""
     if state.problem:
         return state.problem.splitlines() if colour else plain(state.problem).splitlines()
-    return list(_error_lines(state, label, colour)) if failed_alike(state) else []
+    if not failed_alike(state):
+        return []
+    return [line for text in _error_lines(state, label, colour) for line in text.split("\n")]
 
 
 def _error_lines(state: RunState, label: CellLabel, colour: bool) -> Iterable[str]:

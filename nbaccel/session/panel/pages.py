@@ -79,7 +79,11 @@ def _failure(state: RunState, label: CellLabel, lines: Sequence[str]) -> dict[st
 
 def how_to_repeat(name: str, num_ranks: int, asked: Mapping[str, Any]) -> str:
     """The call that launches the same again."""
-    given = {"num_processes": num_ranks, **asked}
+    given = {
+        "num_processes": num_ranks,
+        **asked,
+        "sources": None,
+    }  # the configuration's own note of who asked
     words = [f"{option}={value!r}" for option, value in given.items() if value not in (None, (), [], {})]
     return f"notebook_launcher({name}, args=…, {', '.join(words)})"
 

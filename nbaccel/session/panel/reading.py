@@ -154,7 +154,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         situation=state.situation,
         num_ranks=len(ranks),
         elapsed=max(0.0, now - state.started),
-        left=max(lefts, default=None),
+        left=max(lefts, default=None) if state.ended is None else None,
         rate=min(rates, default=None),
         efficiency=_efficiency(heading, loops, rates),
         unit=rows[0].unit if rows else "it",

@@ -8,7 +8,7 @@ import sysconfig
 from nbaccel.session.panel.failure import error_lines, failed_alike, fates, headline
 from nbaccel.session.panel.pages import report
 from nbaccel.session.state import RunState
-from nbaccel.wire.events import Died, Event, ExceptionInfo, Frame, Raised, Returned
+from nbaccel.wire.events import Concluded, Died, Event, ExceptionInfo, Frame, Raised, Returned
 from tests.session.panel.streams import ERROR, HEADING, failing, replay, started
 
 C10D = os.path.join(sysconfig.get_paths()["purelib"], "torch", "distributed", "distributed_c10d.py")
@@ -93,3 +93,23 @@ def test_report_stays_short_with_a_failure_of_many_ranks() -> None:
     assert "rank 40 of 64 failed: ValueError" in text
     assert "ranks 0-39,41-63 ended with it" in text
     assert len(text.splitlines()) <= 40
+
+
+def test_report_stays_short_when_the_message_has_many_lines() -> None:
+    long = ExceptionInfo(
+        "ValueError", "ValueError: " + "\n".join(f"line {n}" for n in range(90)), ERROR.frames
+    )
+    text = report(state_of(2, Raised(rank=0, time=5.0, call=0, info=long)), HEADING, lambda _: None, {}).text
+    assert "line 89" in text
+    assert len(text.splitlines()) <= 40
+
+
+def test_report_of_a_run_that_came_to_nothing_says_why() -> None:
+    state = state_of(
+        2, Concluded(rank=0, time=5.0, problem="not all ranks were ready in 2 s:\n  rank 0: starting")
+    )
+    found = report(state, HEADING, lambda _: None, {"sources": {"seed": "the launch"}})
+    assert (found.values["state"], found.values["error"]["rank"]) == ("failed", None)
+    assert "not all ranks were ready in 2 s" in found.text
+    assert "sources" not in found.values["again"]
+    assert {rank["state"] for rank in found.values["ranks"]} == {"stopped"}

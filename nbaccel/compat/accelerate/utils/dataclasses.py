@@ -11,6 +11,7 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any
 
+from nbaccel.compat.accelerate.names import look_up
 from nbaccel.core.precision import ScalerOptions
 from nbaccel.core.strategies.ddp import DDPOptions
 from nbaccel.errors import ConfigError
@@ -23,10 +24,12 @@ __all__ = [
     "DataLoaderConfiguration",
     "DistributedDataParallelKwargs",
     "DistributedType",
+    "DynamoBackend",
     "FP8RecipeKwargs",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
     "InitProcessGroupKwargs",
+    "KwargsHandler",
     "LoggerType",
     "PrecisionType",
     "ProfileKwargs",
@@ -94,6 +97,27 @@ class DDPCommunicationHookType(str, Enum):
     BF16 = "bf16"
     POWER_SGD = "power_sgd"
     BATCHED_POWER_SGD = "batched_power_sgd"
+
+
+class DynamoBackend(str, Enum):
+    """What torch.compile compiles with; all but the first and inductor are refused."""
+
+    NO = "NO"
+    EAGER = "EAGER"
+    AOT_EAGER = "AOT_EAGER"
+    INDUCTOR = "INDUCTOR"
+    AOT_TS_NVFUSER = "AOT_TS_NVFUSER"
+    NVPRIMS_NVFUSER = "NVPRIMS_NVFUSER"
+    CUDAGRAPHS = "CUDAGRAPHS"
+    OFI = "OFI"
+    FX2TRT = "FX2TRT"
+    ONNXRT = "ONNXRT"
+    TENSORRT = "TENSORRT"
+    AOT_TORCHXLA_TRACE_ONCE = "AOT_TORCHXLA_TRACE_ONCE"
+    TORCHXLA_TRACE_ONCE = "TORCHXLA_TRACE_ONCE"
+    TVM = "TVM"
+    HPU_BACKEND = "HPU_BACKEND"
+    NEURON = "NEURON"
 
 
 @dataclass
@@ -330,6 +354,19 @@ class FP8RecipeKwargs:
         return FP8Options(backend=known[name])  # type: ignore[arg-type]
 
 
+KwargsHandler = (
+    AORecipeKwargs
+    | AutocastKwargs
+    | DistributedDataParallelKwargs
+    | FP8RecipeKwargs
+    | GradScalerKwargs
+    | InitProcessGroupKwargs
+    | ProfileKwargs
+    | TERecipeKwargs
+)
+"""What `kwargs_handlers` holds, for annotations and isinstance."""
+
+
 def _refuse_given(recipe: Any, but: tuple[str, ...]) -> None:
     given = [name for name, value in vars(recipe).items() if value is not None and name not in but]
     if given:
@@ -337,3 +374,7 @@ def _refuse_given(recipe: Any, but: tuple[str, ...]) -> None:
             f"{type(recipe).__name__}({given[0]}=...) does not exist here; give Accelerator(fp8=FP8Options(...)), "
             "which names the recipe and the layers to leave out"
         )
+
+
+def __getattr__(name: str) -> Any:
+    return look_up(__name__, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
+from nbaccel.compat.accelerate.names import look_up
 from nbaccel.errors import ConfigError
 
 __all__ = ["DummyOptim", "DummyScheduler", "get_active_deepspeed_plugin"]
@@ -41,3 +42,7 @@ class DummyScheduler:
 
 def get_active_deepspeed_plugin(state: Any) -> None:
     """None: an Accelerator has one strategy; what DeepSpeed was asked is `Accelerator().config.deepspeed`."""
+
+
+def __getattr__(name: str) -> Any:
+    return look_up(__name__, name)

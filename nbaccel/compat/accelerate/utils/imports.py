@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nbaccel.compat.accelerate.names import look_up
+
 _PACKAGES = {
     "4bit_bnb": "bitsandbytes",
     "8bit_bnb": "bitsandbytes",
@@ -43,6 +45,16 @@ def is_bf16_available(ignore_tpu: bool = False) -> bool:
     return not is_cuda_available() or torch.cuda.is_bf16_supported()
 
 
+def is_fp8_available() -> bool:
+    """Whether a package that fp8 needs is installed."""
+    return any(find_spec(package) is not None for package in ("torchao", "transformer_engine"))
+
+
+def is_rocm_available() -> bool:
+    """Whether torch was built for AMD's GPUs, and sees one."""
+    return torch.version.hip is not None and is_cuda_available()
+
+
 def is_fp16_available() -> bool:
     """Whether fp16 can be asked for."""
     return True
@@ -50,7 +62,8 @@ def is_fp16_available() -> bool:
 
 def __getattr__(name: str) -> Callable[..., bool]:
     if not (name.startswith("is_") and name.endswith("_available")):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found: Callable[..., bool] = look_up(__name__, name)
+        return found
     word = name.removeprefix("is_").removesuffix("_available")
     package = _PACKAGES.get(word, word)
 

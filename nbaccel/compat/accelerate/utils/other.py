@@ -1,8 +1,7 @@
-"""Seeds, files, environment variables, progress bars, models without their wrapper."""
+"""Seeds, files, environment variables, progress bars, sizes, models without their wrapper."""
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbaccel.compat.accelerate.names import look_up
 from nbaccel.core import rng
 from nbaccel.core.comm.collectives import barrier
 from nbaccel.core.loop.wrappers import restore_forward
@@ -18,9 +18,10 @@ from nbaccel.core.world import join, read_environment
 from nbaccel.errors import ConfigError
 
 __all__ = [
+    "convert_bytes",
     "extract_model_from_parallel",
+    "is_compiled_module",
     "patch_environment",
-    "release_memory",
     "save",
     "set_seed",
     "str_to_bool",
@@ -70,14 +71,6 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
     save_file({name: tensor.contiguous() for name, tensor in obj.items()}, f, metadata={"format": "pt"})
 
 
-def release_memory(*objects: Any) -> list[None]:
-    """A None for each object, to be put in its place: `model, opt = release_memory(model, opt)`."""
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
-    return [None] * len(objects)
-
-
 def extract_model_from_parallel(
     model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
 ) -> nn.Module:
@@ -93,6 +86,21 @@ def extract_model_from_parallel(
     if not keep_torch_compile:
         model._compiled_call_impl = None
     return model
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile(module)` gave, whose own module is `_orig_mod`; models are compiled in place
+    here."""
+    return "_orig_mod" in module._modules
+
+
+def convert_bytes(size: float) -> str:
+    """ "1.5 GB" for 1.5 * 1024 ** 3 bytes, and the like."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if size < 1024:
+            return f"{round(size, 2)} {unit}"
+        size /= 1024
+    return f"{round(size, 2)} PB"
 
 
 def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
@@ -130,3 +138,7 @@ def patch_environment(**variables: Any) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def __getattr__(name: str) -> Any:
+    return look_up(__name__, name)
