@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from nbaccel.core.trackers.shapes import plain
+from nbaccel.core.trackers.each import keep_each
+from nbaccel.core.trackers.shapes import leaves, plain
 
 __all__ = ["AimTracker"]
 
@@ -40,15 +42,7 @@ class AimTracker:
         self._run["system"] = plain(facts)
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                value = self._aim.Distribution(value.numpy())
-            elif isinstance(value, str):
-                value = self._aim.Text(value)
-            elif isinstance(value, dict):
-                self._run.track({f"{name}/{key}": one for key, one in value.items()}, step=step)
-                continue
-            self._run.track(value, name=name, step=step)
+        keep_each(leaves(values, by="/"), partial(self._keep, step))
 
     def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
         from PIL import Image
@@ -65,3 +59,10 @@ class AimTracker:
 
     def finish(self) -> None:
         self._run.close()
+
+    def _keep(self, step: int | None, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = self._aim.Distribution(value.numpy()) if value.ndim else value.item()
+        elif isinstance(value, str):
+            value = self._aim.Text(value)
+        self._run.track(value, name=name, step=step)

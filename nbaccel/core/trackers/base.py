@@ -11,12 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
 
+from nbaccel.core.trackers.each import LeftOutError
 from nbaccel.core.trackers.place import Place
 from nbaccel.errors import ConfigError
 
 __all__ = ["Absent", "FullTracker", "Tracker", "Trackers"]
 
 _logger = logging.getLogger("nbaccel")
+_MOST_NAMED = 5
+"""Values a warning names."""
 
 
 class Tracker(Protocol):
@@ -78,6 +81,7 @@ class Trackers:
         self._place = place
         self._failures: dict[str, int] = {}
         self._lacking: set[tuple[str, str]] = set()
+        self._left_out: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
         return len(self._trackers)
@@ -131,7 +135,8 @@ class Trackers:
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends all; may be called twice. `failed`: those that can are told that the run has."""
-        for name, tracker in self._trackers.items():
+        # the last first: several wrap the console's streams around each other, and each puts back what it had found
+        for name, tracker in reversed(self._trackers.items()):
             self._guard(name, (failed and getattr(tracker, "finish_failed", None)) or tracker.finish)
         for name, count in self._failures.items():
             if count > 1:
@@ -153,7 +158,10 @@ class Trackers:
     def _guard(self, name: str, do: Callable[[], Any]) -> None:
         try:
             do()
-        except Exception as error:  # noqa: BLE001 - a tracker is somebody else's code and network; training goes on
+        except LeftOutError as left:
+            self._tell_left_out(name, left.why)
+        # a tracker is somebody else's code and network, and may call sys.exit: training goes on
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             self._failures[name] = self._failures.get(name, 0) + 1
             if self._failures[name] == 1:
                 _logger.warning(
@@ -162,6 +170,15 @@ class Trackers:
                     type(error).__name__,
                     error,
                 )
+
+    def _tell_left_out(self, name: str, why: Mapping[str, Exception]) -> None:
+        """Says which values a tracker does not take, each once."""
+        new = {one: error for one, error in why.items() if (name, one) not in self._left_out}
+        self._left_out.update((name, one) for one in new)
+        if new:
+            named = LeftOutError(dict(list(new.items())[:_MOST_NAMED]))
+            more = f" and {len(new) - _MOST_NAMED} more" if len(new) > _MOST_NAMED else ""
+            _logger.warning("tracker %r does not take %s%s; it keeps the other values", name, named, more)
 
 
 @final

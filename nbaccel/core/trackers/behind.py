@@ -23,7 +23,7 @@ class Behind:
 
     def __init__(self, name: str) -> None:
         self._waiting: queue.Queue[Callable[[], Any] | None] = queue.Queue(_MOST_WAITING)
-        self._failed: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        self._failed: queue.SimpleQueue[Exception | SystemExit] = queue.SimpleQueue()
         # a daemon: a server that does not answer must not hold up the end of the process
         self._thread = threading.Thread(target=self._work, name=f"nbaccel-{name}", daemon=True)
         self._thread.start()
@@ -66,7 +66,8 @@ class Behind:
         while (call := self._waiting.get()) is not None:
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - raised by the next put, where it is reported
+            # raised by the next put, where it is reported; sys.exit would end this thread and lose the rest
+            except (Exception, SystemExit) as error:  # noqa: BLE001
                 self._failed.put(error)
 
     def _raise_failed(self) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_name", "png", "write_copy", "write_images", "write_table"]
+__all__ = ["copy", "file_name", "files_of", "png", "write_copy", "write_images", "write_table"]
+
+
+_KEPT = ("files", "artifacts")
+"""Folders of a project's folder that hold what was logged as files: JSONL's and CSV's, and MLflow's."""
 
 
 def file_name(name: str, step: int | None, ending: str) -> str:
@@ -51,12 +56,46 @@ def write_table(
 def write_copy(folder: Path, source: Path, name: str) -> Path:
     """Copies a file or a folder to `<folder>/files`, over what was there under that name."""
     target = folder / "files" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    else:
-        shutil.copy2(source, target)
+    copy(source, target, home=folder)
     return target
+
+
+def copy(source: Path, target: Path, *, home: Path | None) -> None:
+    """Copies a file or a folder, over what is there; nothing where it is there already.
+
+    Args:
+        home: the project's folder. A folder around it is copied without what was logged as files before, which would
+            else be copied into itself, more at each time.
+    """
+    if source.resolve() == target.resolve():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not source.is_dir():
+        shutil.copy2(source, target)
+        return
+    but = {target.resolve(), *(() if home is None else ((home / name).resolve() for name in _KEPT))}
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if Path(folder, name).resolve() in but}
+
+    shutil.copytree(source, target, ignore=left_out, copy_function=_copy_if_there, dirs_exist_ok=True)
+
+
+def _copy_if_there(source: str, target: str) -> None:
+    """A database beside has files that are gone a moment later."""
+    try:
+        shutil.copy2(source, target)
+    except FileNotFoundError:
+        if os.path.lexists(source):
+            raise
+
+
+def files_of(path: Path) -> Iterator[tuple[str, Path]]:
+    """A folder's files, each with its path within it; of a file itself only, with none."""
+    if not path.is_dir():
+        yield "", path
+    else:
+        yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())
 
 
 def png(pixels: Any) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any, final
 
 import torch
 
-from nbaccel.core.trackers.beside import file_name
+from nbaccel.core.trackers.beside import file_name, files_of
+from nbaccel.core.trackers.each import keep_each
 from nbaccel.core.trackers.shapes import flat
 
 __all__ = ["CometTracker"]
@@ -41,15 +43,7 @@ class CometTracker:
         self._experiment.log_others(flat(facts, "system."))
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        for name, value in values.items():
-            if isinstance(value, (bool, int, float)):
-                self._experiment.log_metric(name, value, step=step)
-            elif isinstance(value, dict):
-                self._experiment.log_metrics(value, prefix=name, step=step)
-            elif isinstance(value, torch.Tensor):
-                self._experiment.log_histogram_3d(value.numpy(), name=name, step=step)
-            else:
-                self._experiment.log_text(str(value), step=step, metadata={"name": name})
+        keep_each(values, partial(self._keep, step))
 
     def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
         for name, pictures in values.items():
@@ -65,10 +59,19 @@ class CometTracker:
         self._experiment.log_table(file_name(table_name, step, ".csv"), tabular_data=data, headers=columns)
 
     def log_file(self, path: Path, name: str) -> None:
-        if path.is_dir():
-            self._experiment.log_asset_folder(str(path), log_file_name=True)
-        else:
-            self._experiment.log_asset(str(path), file_name=name, copy_to_tmp=True)
+        # file by file: log_asset_folder gives the folder's own name, and leaves out the folders in it
+        for within, file in files_of(path):
+            self._experiment.log_asset(str(file), file_name=str(PurePath(name, within)), copy_to_tmp=True)
 
     def finish(self) -> None:
         self._experiment.end()
+
+    def _keep(self, step: int | None, name: str, value: Any) -> None:
+        if isinstance(value, (bool, int, float)):
+            self._experiment.log_metric(name, value, step=step)
+        elif isinstance(value, dict):
+            self._experiment.log_metrics(value, prefix=name, step=step)
+        elif isinstance(value, torch.Tensor):
+            self._experiment.log_histogram_3d(value.numpy(), name=name, step=step)
+        else:
+            self._experiment.log_text(str(value), step=step, metadata={"name": name})

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, final
 
 from nbaccel.core.trackers.beside import write_copy, write_images, write_table
-from nbaccel.core.trackers.shapes import flat, plain
+from nbaccel.core.trackers.shapes import beside_line, flat, plain
 
 __all__ = ["CsvTracker"]
 
 
 @final
 class CsvTracker:
-    """Appends to `<folder>/metrics.csv`, one row per call, one column per name; `step` and `time` come first.
+    """Appends to `<folder>/metrics.csv`, one row per call, one column per name; `step` and `time` come
+    first, and metrics called so are "metrics.step" and "metrics.time".
 
     A name that is logged for the first time later gets a column then, for which the file is written anew. The
     hyperparameters go to `config.json`, the machine to `system.json`, its utilisation to `system.csv`, and images,
@@ -44,7 +45,7 @@ class CsvTracker:
         self._write("system.json", facts)
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        self._metrics.append({"step": step, "time": round(time.time(), 3), **flat(values)})
+        self._metrics.append({"step": step, "time": round(time.time(), 3), **beside_line(flat(values))})
 
     def log_system(self, values: dict[str, float], step: int, time: float) -> None:
         if self._system is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from nbaccel.core.trackers.beside import write_copy, write_images, write_table
-from nbaccel.core.trackers.shapes import plain
+from nbaccel.core.trackers.shapes import beside_line, plain
 
 __all__ = ["JsonlTracker"]
 
@@ -19,7 +19,8 @@ class JsonlTracker:
 
     The hyperparameters go to `config.json`, the machine to `system.json`, its utilisation to `system.jsonl`, and
     images, tables and files to folders of these names. A number that JSON cannot say is written as the string
-    "NaN", "Infinity" or "-Infinity", which `float()` reads.
+    "NaN", "Infinity" or "-Infinity", which `float()` reads. `step` and `time` are the line's own: metrics called so
+    are "metrics.step" and "metrics.time".
     """
 
     name = "jsonl"
@@ -77,5 +78,5 @@ def _appending(path: Path) -> IO[str]:
 
 def _write_line(file: IO[str], values: dict[str, Any], step: int | None, time: float) -> None:
     line = {"step": step, "time": round(time, 3)}
-    line.update((key, plain(value)) for key, value in values.items())
+    line.update((key, plain(value)) for key, value in beside_line(values).items())
     file.write(json.dumps(line, allow_nan=False) + "\n")

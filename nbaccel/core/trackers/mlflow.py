@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from nbaccel.core.trackers.behind import Behind
-from nbaccel.core.trackers.beside import file_name, write_images
+from nbaccel.core.trackers.beside import copy, file_name, write_images
 from nbaccel.core.trackers.shapes import flat
 
 __all__ = ["MlflowTracker"]
@@ -46,6 +46,7 @@ class MlflowTracker:
         import mlflow
 
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._folder = folder
         self._artifacts: str | None = None
         if uri is None and folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,11 +97,19 @@ class MlflowTracker:
         self._behind.put(partial(self._client.log_table, self._id, table, file))
 
     def log_file(self, path: Path, name: str) -> None:
-        if path.is_dir():
-            self._behind.put(partial(self._client.log_artifacts, self._id, str(path), f"files/{name}"))
-        else:
-            within = str((Path("files") / name).parent)
-            self._behind.put(partial(self._client.log_artifact, self._id, str(path), within))
+        # A copy of this moment, under the name it is to have: it is sent later, when the file may be another or gone.
+        kept = tempfile.TemporaryDirectory()
+        try:
+            copy(path, Path(kept.name) / name, home=self._folder)
+        except BaseException:
+            kept.cleanup()
+            raise
+
+        def send() -> None:
+            with kept:
+                self._client.log_artifacts(self._id, kept.name, "files")
+
+        self._behind.put(send)
 
     def finish(self) -> None:
         self._end("FINISHED")

@@ -153,7 +153,8 @@ def _start(
         if (start := getattr(item, "start", None)) is not None:
             start()  # one written for Hugging Face Accelerate begins here, after the process group
         return item
-    except Exception as error:  # noqa: BLE001 - somebody else's code and network; training goes on
+    # somebody else's code and network, which may call sys.exit: training goes on
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         _logger.warning(
             "tracker %r could not be started (%s: %s); training goes on without it",
             item if isinstance(item, str) else item.name,

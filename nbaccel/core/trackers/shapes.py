@@ -11,9 +11,10 @@ import torch
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["flat", "pictures", "plain", "rows", "simple"]
+__all__ = ["beside_line", "flat", "leaves", "pictures", "plain", "rows", "simple"]
 
 _CHANNELS = (1, 3, 4)
+_OWN = ("step", "time")
 
 
 def pictures(value: Any) -> list[Any]:
@@ -129,11 +130,22 @@ def plain(value: Any) -> Any:
 
 def flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     """Nested mappings as one, "optimizer.lr"; what is no number, string or bool as JSON."""
+    known = {name: plain(value) for name, value in leaves(values, within).items()}
+    return {name: json.dumps(one) if isinstance(one, list) else one for name, one in known.items()}
+
+
+def leaves(values: Mapping[str, Any], within: str = "", *, by: str = ".") -> dict[str, Any]:
+    """Nested mappings as one, their values as they are."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{within}{key}."))
-            continue
-        known = plain(value)
-        found[f"{within}{key}"] = json.dumps(known) if isinstance(known, (list, dict)) else known
+            found.update(leaves(value, f"{within}{key}{by}", by=by))
+        else:
+            found[f"{within}{key}"] = value
     return found
+
+
+def beside_line(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into a line that has a `step` and a `time` of its own: metrics called so become "metrics.step" and
+    "metrics.time"."""
+    return {f"metrics.{name}" if name in _OWN else name: value for name, value in values.items()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from nbaccel.core.trackers.shapes import plain
+from nbaccel.core.trackers.each import keep_each
+from nbaccel.core.trackers.shapes import leaves, plain
 
 __all__ = ["TensorBoardTracker"]
 
@@ -44,15 +46,7 @@ class TensorBoardTracker:
         self._writer.add_text("system", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        for key, value in values.items():
-            if isinstance(value, (bool, int, float)):
-                self._writer.add_scalar(key, value, step)
-            elif isinstance(value, dict):
-                self._writer.add_scalars(key, value, step)
-            elif isinstance(value, torch.Tensor):
-                self._writer.add_histogram(key, value, step)
-            else:
-                self._writer.add_text(key, str(value), step)
+        keep_each(values, partial(self._keep, step))
 
     def log_system(self, values: dict[str, float], step: int, time: float) -> None:
         for key, value in values.items():
@@ -74,3 +68,28 @@ class TensorBoardTracker:
 
     def finish(self) -> None:
         self._writer.close()
+
+    def _keep(self, step: int | None, key: str, value: Any) -> None:
+        if isinstance(value, (bool, int, float)):
+            self._writer.add_scalar(key, value, step)
+        elif isinstance(value, dict):
+            self._keep_group(step, key, leaves(value))
+        elif isinstance(value, torch.Tensor):
+            self._writer.add_histogram(key, value, step)
+        else:
+            self._writer.add_text(key, str(value), step)
+
+    def _keep_group(self, step: int | None, key: str, group: dict[str, Any]) -> None:
+        """Its numbers in one chart, anything else by itself."""
+        numbers = {name: value for name, value in group.items() if _is_number(value)}
+        if numbers:
+            self._writer.add_scalars(key, numbers, step)
+        others = {f"{key}/{name}": value for name, value in group.items() if name not in numbers}
+        keep_each(others, partial(self._keep, step))
+
+
+def _is_number(value: Any) -> bool:
+    """Also a tensor or array of one element, as in a dict none of them has been read yet."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (bool, int, float)) or getattr(value, "size", 0) == 1

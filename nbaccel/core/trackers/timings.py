@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, TypeVar, cast, final
+
+from nbaccel.errors import ConfigError
 
 __all__ = ["Block", "Timings", "Tracked"]
 
@@ -83,26 +87,33 @@ class Timings:
         self._now: dict[str, _Sums] = {}
         self._at = 0
 
+    def track(self, name: str) -> AbstractContextManager[Block]:
+        """A block called `name`, within the blocks around it. As a decorator it is `timed(name)`."""
+        return _Tracking(self, name)
+
     @contextmanager
-    def track(self, name: str) -> Iterator[Block]:
-        """A block called `name`, within the blocks around it."""
-        around = _within.get()
-        block = Block(f"{around}/{name}" if around else name)
-        token = _within.set(block.name)
+    def run(self, name: str) -> Iterator[Block]:
+        """One run of a block."""
+        block = _named(name)
         start = time.perf_counter()
         try:
-            yield block
+            with _inside(block):
+                yield block
         finally:
-            seconds = time.perf_counter() - start
-            _within.reset(token)
-            if self._active:
-                self._take(block, seconds)
+            self.take(block, time.perf_counter() - start)
 
     def timed(self, name: str | Callable[..., Any]) -> Any:
-        """A decorator: each call of the function is a block called `name`, or after the function."""
+        """A decorator: each call of the function is a block called `name`, or after the function.
+
+        An `async def` is timed to the end of its await. A generator is one block from its first value to its end or
+        its close, and only the time within it counts, not what the loop over it does between two values.
+
+        Raises:
+            ConfigError: the function is an asynchronous generator.
+        """
         if callable(name):
-            return self._wrapped(name, getattr(name, "__name__", "function"))
-        return lambda function: self._wrapped(function, name)
+            return self.wrapped(name, getattr(name, "__name__", "function"))
+        return lambda function: self.wrapped(function, name)
 
     def read(self) -> dict[str, Tracked]:
         """What is known of every block so far, by its whole name; empty on other ranks than the main one."""
@@ -127,7 +138,10 @@ class Timings:
                 values.update((f"{name}/{key}", value) for key, value in sums.metrics.items())
             self._log(values, self._at)
 
-    def _take(self, block: Block, seconds: float) -> None:
+    def take(self, block: Block, seconds: float) -> None:
+        """Adds a run that has ended."""
+        if not self._active:
+            return
         step = self._step()
         if step != self._at:
             self.flush()
@@ -135,10 +149,102 @@ class Timings:
         for sums in (self._all, self._now):
             sums.setdefault(block.name, _Sums()).add(block, seconds)
 
-    def _wrapped(self, function: F, name: str) -> F:
-        @functools.wraps(function)
+    def wrapped(self, function: F, name: str) -> F:
+        """`function`, each call of which is a block called `name`."""
+        if inspect.isasyncgenfunction(function):
+            raise ConfigError(
+                f"timed({name!r}): an asynchronous generator is not timed as a whole; put `with acc.track({name!r}):` "
+                "around what it awaits"
+            )
+        if inspect.iscoroutinefunction(function):
+            made = self._of_coroutine(function, name)
+        elif inspect.isgeneratorfunction(function):
+            made = self._of_generator(function, name)
+        else:
+            made = self._of_call(function, name)
+        return cast(F, functools.wraps(function)(made))
+
+    def _of_call(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.track(name):
+            with self.run(name):
                 return function(*args, **kwargs)
 
-        return cast(F, timed)
+        return timed
+
+    def _of_coroutine(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        async def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.run(name):
+                return await function(*args, **kwargs)
+
+        return timed
+
+    def _of_generator(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            block, watch = _named(name), _Watch()
+            try:
+                return (yield from _stepped(function(*args, **kwargs), block, watch))
+            finally:
+                self.take(block, watch.seconds)
+
+        return timed
+
+
+@final
+class _Tracking(AbstractContextManager[Block]):
+    """What `track` gives: `with` runs the block; a function decorated with it is timed as `timed` does."""
+
+    def __init__(self, timings: Timings, name: str) -> None:
+        self._timings, self._name = timings, name
+        self._run: AbstractContextManager[Block] | None = None
+
+    def __enter__(self) -> Block:
+        self._run = self._timings.run(self._name)
+        return self._run.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        assert self._run is not None
+        return self._run.__exit__(kind, error, trace)
+
+    def __call__(self, function: F) -> F:
+        return self._timings.wrapped(function, self._name)
+
+
+@dataclass(slots=True)
+class _Watch:
+    seconds: float = 0.0
+
+
+def _named(name: str) -> Block:
+    around = _within.get()
+    return Block(f"{around}/{name}" if around else name)
+
+
+@contextmanager
+def _inside(block: Block) -> Iterator[None]:
+    """What begins now has the block's name before its own."""
+    token = _within.set(block.name)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
+def _stepped(inner: Generator[Any, Any, Any], block: Block, watch: _Watch) -> Generator[Any, Any, Any]:
+    """`inner`, inside `block` while it runs and not while its consumer does: else the consumer's blocks had its
+    name, and a close from another thread could not undo that. Follows `yield from` (PEP 380)."""
+    go: Callable[[], Any] = functools.partial(next, inner)
+    while True:
+        start = time.perf_counter()
+        try:
+            with _inside(block):
+                value = go()
+        except StopIteration as end:
+            return end.value
+        finally:
+            watch.seconds += time.perf_counter() - start
+        try:
+            go = functools.partial(inner.send, (yield value))
+        except BaseException as error:  # noqa: BLE001 - GeneratorExit too: it is the generator's to handle
+            go = functools.partial(inner.throw, error)

@@ -50,9 +50,13 @@ class WandbTracker:
     def log_table(
         self, table_name: str, columns: list[str], data: list[list[Any]], step: int | None = None
     ) -> None:
-        self._run.log(
-            {table_name: self._wandb.Table(columns=columns, data=data)}, step=self._not_before(step)
-        )
+        try:
+            table = self._wandb.Table(columns=columns, data=data)
+        except (
+            TypeError
+        ):  # a column of several types; not asked for otherwise, as it takes the columns their types
+            table = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+        self._run.log({table_name: table}, step=self._not_before(step))
 
     def log_file(self, path: Path, name: str) -> None:
         artifact = self._wandb.Artifact(file_name(name, None, ""), type="folder" if path.is_dir() else "file")

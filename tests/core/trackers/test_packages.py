@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import zipfile
@@ -27,9 +28,7 @@ from tests.conftest import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 AIM: dict[str, dict[str, Any]] = (
-    {"aim": {"system_tracking_interval": None, "log_system_params": False, "capture_terminal_logs": False}}
-    if find_spec("aim")
-    else {}
+    {"aim": {"system_tracking_interval": None, "log_system_params": False}} if find_spec("aim") else {}
 )
 """Its options, where it is installed."""
 PACKAGES = ("wandb", "mlflow", "comet_ml", "trackio", *AIM)
@@ -172,7 +171,7 @@ def read_aim(folder: str) -> dict[str, Any]:
     from aim.storage.context import Context
 
     (name,) = aim.Repo(folder).list_all_runs()
-    run, empty = aim.Run(name, repo=folder, **AIM["aim"]), Context({})
+    run, empty = aim.Run(name, repo=folder, capture_terminal_logs=False, **AIM["aim"]), Context({})
     losses = run.get_metric("loss", empty).dataframe()
     found = {
         "losses": list(zip(losses["step"].tolist(), losses["value"].tolist(), strict=True)),
@@ -306,6 +305,113 @@ def test_files_and_tensorboard_hold_the_same(logged: Logged) -> None:
     assert "scores/text_summary" in events.Tags()["tensors"]
 
 
+def log_oddly(folder: str) -> dict[str, list[float]]:
+    """What packages do not like: files that change or go, values and columns of no type; then prints."""
+    acc = Accelerator(cpu=True, project_dir=folder, log_with="all")
+    acc.init_trackers("odd", init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}, **AIM})
+    acc.log(
+        {"none": None, "empty": torch.tensor([]), "net": {"a": {"b": 1.0}, "s": "x"}, "loss": 2.0}, step=0
+    )
+    acc.log({"none": None, "loss": 1.0}, step=1)
+    acc.log_table("mixed", ["a", "b"], [[1, None], ["x", 2.5]], step=1)
+    with tempfile.TemporaryDirectory() as place:
+        file, model = Path(place) / "now.txt", Path(place) / "model"
+        (model / "deep").mkdir(parents=True)
+        for name in ("first", "second"):
+            for path in (file, model / "deep" / "x.txt"):
+                path.write_text(name)
+            acc.log_artifact(file, name=f"{name}.txt")
+            acc.log_artifact(model, name=f"models/{name}")
+    acc.log_artifact(folder, name="all")
+    acc.end_training()
+    for stream in (sys.stdout, sys.stderr):  # several trackers had wrapped them
+        print("still printed", file=stream)
+    return read_odd_aim(folder) if AIM else {}
+
+
+def read_odd_aim(folder: str) -> dict[str, list[float]]:
+    import aim
+    from aim.storage.context import Context
+
+    (name,) = aim.Repo(folder).list_all_runs()
+    run = aim.Run(name, repo=folder, capture_terminal_logs=False, **AIM["aim"])
+    found = {
+        key: run.get_metric(key, Context({})).dataframe()["value"].tolist() for key in ("loss", "net/a/b")
+    }
+    run.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def odd(warm: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The project's folder, and what the rank wrote."""
+    folder = tmp_path_factory.mktemp("odd")
+    run = launch(
+        log_oddly,
+        str(folder),
+        num_processes=1,
+        env={**VARIABLES, "TRACKIO_DIR": str(folder / "trackio")},
+        stall_after=0,
+    )
+    (found,) = run.result(200)
+    assert found == ({"loss": [2.0, 1.0], "net/a/b": [1.0]} if AIM else {})  # beside what Aim does not take
+    return folder / "odd", run.logs(0)
+
+
+def test_console_is_whole_after_all_trackers_have_ended(odd: tuple[Path, str]) -> None:
+    assert odd[1].count("still printed") == 2
+    assert "RecursionError" not in odd[1]
+
+
+def test_value_a_package_does_not_take_is_named_once_and_the_others_are_kept(odd: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, said = odd
+    assert said.count("tracker 'tensorboard' does not take 'empty'") == 1
+    assert said.count("tracker 'aim' does not take 'none'") == len(AIM)
+    assert "failed (" not in said  # no package as a whole
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [one.value for one in events.Scalars("loss")] == [2.0, 1.0]
+    assert "net/s/text_summary" in events.Tags()["tensors"]
+    (file,) = folder.glob("net_a.b/events.*")
+    nested = EventAccumulator(str(file))
+    nested.Reload()
+    assert [one.value for one in nested.Scalars("net")] == [1.0]
+
+
+def test_mlflow_files_are_those_of_the_call_under_their_names(odd: tuple[Path, str]) -> None:
+    (files,) = (odd[0] / "artifacts").glob("*/artifacts/files")
+    found = [path for path in files.rglob("*.txt") if files / "all" not in path.parents]
+    kept = {str(path.relative_to(files)): path.read_text() for path in found}
+    names = ("first", "second")
+    expected = {f"{name}.txt": name for name in names} | {f"models/{name}/deep/x.txt": name for name in names}
+    assert kept == expected
+    # the folder around it is there without what was logged before
+    assert (files / "all" / "odd" / "metrics.jsonl").exists()
+    assert not (files / "all" / "odd" / "artifacts").exists()
+
+
+def test_comet_files_are_those_of_the_call_under_their_names(odd: tuple[Path, str]) -> None:
+    (archive,) = odd[0].glob("*.zip")
+    with zipfile.ZipFile(archive) as opened:
+        messages = [json.loads(line)["payload"] for line in opened.read("messages.json").splitlines()]
+        kept = {
+            one["additional_params"]["fileName"]: opened.read(Path(one["file_path"]).name).decode()
+            for one in messages
+            if one.get("upload_type") == "asset"
+            and str(one["additional_params"]["fileName"]).endswith(".txt")
+        }
+    names = ("first", "second")
+    expected = {f"{name}.txt": name for name in names} | {f"models/{name}/deep/x.txt": name for name in names}
+    assert {name: text for name, text in kept.items() if not name.startswith("all/")} == expected
+
+
+def test_wandb_takes_a_table_with_a_column_of_several_types(odd: tuple[Path, str]) -> None:
+    (file,) = (odd[0] / "wandb").glob("offline-run-*/files/media/table/mixed_*.table.json")
+    assert json.loads(file.read_text())["data"] == [[1, None], ["x", 2.5]]
+
+
 class Told:
     """A tracker of a user that writes how the run ended."""
 
@@ -335,6 +441,7 @@ def end(path: str, how: str) -> None:
     if how == "raise":
         raise ValueError("diverged")
     if how == "wait":
+        print("all is logged", flush=True)
         time.sleep(120)
 
 
@@ -345,7 +452,7 @@ def test_tracker_is_told_how_a_run_ended_that_never_said_so(
     path = tmp_path / "told"
     run = launch(end, str(path), how, num_processes=1)
     if how == "wait":
-        wait_until(lambda: "tracker 'told' failed" in run.logs(0), 30, "the tracker")
+        wait_until(lambda: "all is logged" in run.logs(0), 30, "the loop's end")
         run.interrupt()
     try:
         run.result(60)

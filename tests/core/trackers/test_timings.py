@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ranks import run_ranks
 
 from nbaccel import Accelerator
 from nbaccel.core.trackers import Timings
+from nbaccel.errors import ConfigError
 
 
 def book(active: bool = True) -> tuple[Timings, list[Any], list[int]]:
@@ -72,6 +75,79 @@ def test_names_are_nested_and_a_block_that_raises_counts() -> None:
     }
     assert timings.read()["outer"].seconds >= timings.read()["outer/inner"].seconds
     assert logged == []
+
+
+@pytest.mark.parametrize("by", ["timed", "track"])
+def test_async_function_is_timed_to_the_end_of_its_await(by: str) -> None:
+    timings, _, _ = book()
+
+    @getattr(timings, by)("answer")
+    async def answer(number: int) -> int:
+        await asyncio.sleep(0.02)
+        with timings.track("inner"):
+            return number + 1
+
+    async def both() -> list[int]:
+        return list(await asyncio.gather(answer(1), answer(2)))
+
+    assert asyncio.run(both()) == [2, 3]
+    known = timings.read()
+    assert {name: one.count for name, one in known.items()} == {"answer/inner": 2, "answer": 2}
+    assert known["answer"].seconds >= 0.04
+
+
+def test_generator_is_one_block_of_the_time_within_it() -> None:
+    timings, _, _ = book()
+
+    @timings.timed("numbers")
+    def numbers(most: int) -> Generator[int, str | None, str]:
+        for at in range(most):
+            time.sleep(0.01)
+            with timings.track("inner"):
+                got = None
+            try:
+                got = yield at
+            except KeyError as error:
+                got = str(error)
+            if got is not None:
+                return got
+        return "all"
+
+    found = []
+    for number in numbers(3):
+        with timings.track("body"):
+            time.sleep(0.05)
+        found.append(number)
+    assert found == [0, 1, 2]
+    known = timings.read()
+    assert {name: one.count for name, one in known.items()} == {"numbers/inner": 3, "body": 3, "numbers": 1}
+    assert 0.03 <= known["numbers"].seconds < known["body"].seconds
+
+    def outcome(run: Generator[int, str | None, str], how: Any) -> str:
+        next(run)
+        with pytest.raises(StopIteration) as ended:
+            how(run)
+        return str(ended.value.value)
+
+    assert outcome(numbers(3), lambda run: run.send("sent")) == "sent"
+    assert outcome(numbers(3), lambda run: run.throw(KeyError("thrown"))) == "'thrown'"
+    left = numbers(3)
+    next(left)
+    left.close()
+    begun = numbers(3)
+    next(begun)
+    with pytest.raises(ValueError, match="outside"):
+        begun.throw(ValueError("outside"))
+    assert timings.read()["numbers"].count == 5
+
+
+def test_asynchronous_generator_is_refused_with_the_way() -> None:
+    timings, _, _ = book()
+    with pytest.raises(ConfigError, match=r"with acc\.track\('stream'\)"):
+
+        @timings.timed("stream")
+        async def stream() -> AsyncIterator[int]:
+            yield 1
 
 
 def test_other_ranks_run_the_block_and_keep_nothing() -> None:

@@ -494,3 +494,110 @@ def test_logging_before_the_start_is_said_once_and_odd_files_are_refused(
     with pytest.raises(ConfigError, match="no pixel"):
         acc.log_images({"empty": torch.zeros(3, 0, 4)})
     acc.end_training()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metrics_called_step_and_time_leave_those_of_the_line(tmp_path: Path, kind: str) -> None:
+    import csv
+
+    trackers = open_trackers([kind], folder=tmp_path, project="p", world=single())
+    trackers.log({"step": 99, "time": 5.0, "loss": 1.0}, 1)
+    trackers.finish()
+    path = tmp_path / "p" / f"metrics.{kind}"
+    with path.open(newline="") as file:
+        (line,) = csv.DictReader(file) if kind == "csv" else lines(path)
+    assert (int(line["step"]), int(line["metrics.step"]), float(line["metrics.time"])) == (1, 99, 5.0)
+    assert abs(float(line["time"]) - time.time()) < 60
+
+
+def test_tracker_that_ends_the_process_is_only_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Leaving(Memory):
+        name = "leaving"
+
+        def log(self, values: dict[str, Any], step: int | None = None) -> None:
+            sys.exit("quota")
+
+    class Unwilling(Memory):
+        name = "unwilling"
+
+        def start(self) -> None:
+            raise SystemExit(2)
+
+    class Interrupted(Memory):
+        def log(self, values: dict[str, Any], step: int | None = None) -> None:
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.WARNING, "nbaccel"):
+        trackers = open_trackers([Leaving(), Unwilling()], folder=tmp_path, project="p", world=single())
+        trackers.log({"loss": 1.0}, 0)
+    assert "'unwilling' could not be started (SystemExit: 2)" in caplog.records[0].getMessage()
+    assert "'leaving' failed (SystemExit: quota)" in caplog.records[1].getMessage()
+    with pytest.raises(KeyboardInterrupt):
+        Trackers([Interrupted()]).log({}, 0)
+
+
+def test_call_behind_the_loop_that_ends_its_thread_does_not_lose_the_next() -> None:
+    from nbaccel.core.trackers.behind import Behind
+
+    made: list[int] = []
+    behind = Behind("test")
+    behind.put(lambda: time.sleep(0.2))  # else the second put may raise what the first has
+    behind.put(sys.exit)
+    behind.put(lambda: made.append(1))
+    with pytest.raises(SystemExit):
+        behind.close()
+    behind.close()
+    assert made == [1]
+
+
+def test_trackers_end_in_reverse_order_of_their_start() -> None:
+    ended: list[str] = []
+
+    class Ends(Memory):
+        def finish(self) -> None:
+            ended.append(self.name)
+
+    opened = [Ends(), Ends(), Ends()]
+    for name, one in zip("abc", opened, strict=True):
+        one.name = name  # type: ignore[misc]
+    Trackers(opened).finish()
+    assert ended == ["c", "b", "a"]
+
+
+def test_project_folder_is_not_copied_into_itself(tmp_path: Path) -> None:
+    from nbaccel.core.trackers.beside import write_copy
+
+    home = tmp_path / "out" / "p"
+    (home / "artifacts").mkdir(parents=True)
+    (home / "metrics.jsonl").write_text("line")
+    for _ in range(3):
+        write_copy(home, tmp_path / "out", "out")
+        write_copy(home, home / "metrics.jsonl", "metrics.jsonl")
+        write_copy(home, home / "files" / "metrics.jsonl", "metrics.jsonl")  # is there
+        write_copy(home, home / "files" / "out", "out")
+    found = sorted(
+        str(path.relative_to(home / "files")) for path in home.rglob("files/**/*") if path.is_file()
+    )
+    assert found == ["metrics.jsonl", "out/p/metrics.jsonl"]
+    write_copy(home, home / "files", "files")
+    write_copy(home, home / "files", "files")
+    assert not (home / "files" / "files" / "files").exists()
+
+
+def test_many_values_not_taken_are_named_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    from nbaccel.core.trackers.each import keep_each
+
+    class Numbers(Memory):
+        def log(self, values: dict[str, Any], step: int | None = None) -> None:
+            keep_each(values, lambda name, value: self.lines.append((name, float(value))))
+
+    trackers = Trackers([numbers := Numbers()])
+    with caplog.at_level(logging.WARNING, "nbaccel"):
+        for step in range(2):
+            trackers.log({**dict.fromkeys("abcdefg", "text"), "loss": 1.0}, step)
+    (record,) = caplog.records
+    assert "'memory' does not take 'a' (ValueError" in record.getMessage()
+    assert record.getMessage().endswith("and 2 more; it keeps the other values")
+    assert numbers.lines == [("loss", 1.0)] * 2
