@@ -62,7 +62,8 @@ class Comparison:
 
     @property
     def metrics(self) -> dict[str, tuple[float | None, float | None]]:
-        """The last value of each metric of either run; None where it was not logged."""
+        """The last value of the first twelve metrics of either run, which a run keeps curves of; None where it was
+        not logged."""
         return {
             name: (a.last if a is not None else None, b.last if b is not None else None)
             for name, (a, b) in self._pair.charts()

@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, final
 
 from nbaccel.errors import ConfigError, NbaccelError, WorkerError
@@ -130,6 +131,11 @@ class Trial:
             return "running"
         error = self.run.exception()
         return "done" if error is None else "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its run's files are; None before it began."""
+        return None if self.run is None else self.run.folder
 
     @property
     def value(self) -> Any:

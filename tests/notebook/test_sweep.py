@@ -64,9 +64,7 @@ def test_trials_run_beside_each_other_and_a_failing_one_stops_nobody(
     run = found.trials[0].run
     assert run is not None
     assert "trained 0.1 1" in run.logs(0)
-    other = found.trials[2].run
-    assert other is not None
-    assert nbaccel.compare(run, other).differences == {"lr": ("0.1", "0.2")}
+    assert nbaccel.compare(found.trials[0], found.trials[2]).differences == {"lr": ("0.1", "0.2")}
     assert found.table()[1]["width"] == 2
     assert found.table()[3]["state"] == "failed"
     said = capsys.readouterr().out

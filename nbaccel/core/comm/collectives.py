@@ -50,6 +50,7 @@ __all__ = [
 Reduction = Literal["mean", "sum", "max", "min", "none"]
 T = TypeVar("T")
 
+_NO_SUMS = (torch.uint16, torch.uint32)  # torch has no sums of these
 _PACK_BELOW = 256 * 1024  # bytes; larger tensors gain nothing from being copied into one buffer
 
 
@@ -105,8 +106,8 @@ def reduce(
 ) -> T:
     """The sum, mean, maximum or minimum over the ranks, times `scale`, in a new structure on every rank.
 
-    float16 and bfloat16 are accumulated in float32 and given back in their own dtype; bools count as
-    integers; the mean of integers is float32.
+    float16, bfloat16 and complex32 are accumulated in twice as many bits and given back in their own dtype; bools
+    count as integers; the mean of integers is float32.
 
     Raises:
         CollectiveMismatch: the ranks' structures, shapes, dtypes or reductions differ.
@@ -412,7 +413,9 @@ def _reduce_wide(
 def _widen(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize <= 2:
         return tensor.float()
-    if tensor.dtype == torch.bool:
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64)
+    if tensor.dtype == torch.bool or tensor.dtype in _NO_SUMS:
         return tensor.long()
     return tensor
 
@@ -422,7 +425,8 @@ def _narrow(total: torch.Tensor, dtype: torch.dtype, scale: float, divisor: int)
         total = total / divisor
     if scale != 1.0:
         total = total * scale
-    return total.to(dtype) if dtype.is_floating_point or dtype.is_complex else total
+    own = dtype.is_floating_point or dtype.is_complex or (dtype in _NO_SUMS and not total.is_floating_point())
+    return total.to(dtype) if own else total
 
 
 def _to_carrier(tensor: torch.Tensor, world: World) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, final
 
 from nbaccel.core.trackers.behind import Behind
 from nbaccel.core.trackers.beside import copy, file_name, write_images
-from nbaccel.core.trackers.shapes import flat
+from nbaccel.core.trackers.shapes import NOT_FINITE, flat
 
 __all__ = ["MlflowTracker"]
 
@@ -136,7 +136,7 @@ class MlflowTracker:
         metrics = [
             Metric(_key(name), float(value), int(at * 1000), step)
             for name, value in flat(values).items()
-            if isinstance(value, (bool, int, float))
+            if isinstance(value, (bool, int, float)) or value in NOT_FINITE
         ]
         if metrics:
             self._behind.put(partial(self._client.log_batch, self._id, metrics=metrics))

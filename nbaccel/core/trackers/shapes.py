@@ -11,7 +11,10 @@ import torch
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["beside_line", "flat", "leaves", "pictures", "plain", "rows", "simple"]
+__all__ = ["NOT_FINITE", "beside_line", "flat", "leaves", "pictures", "plain", "rows", "simple"]
+
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+"""What `plain` makes of numbers that JSON cannot say."""
 
 _CHANNELS = (1, 3, 4)
 _OWN = ("step", "time")
@@ -116,7 +119,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         if math.isfinite(value):
             return value
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return NOT_FINITE[0 if math.isnan(value) else 1 if value > 0 else 2]
     if isinstance(value, torch.Tensor):
         return plain(value.tolist())
     if isinstance(value, Mapping):

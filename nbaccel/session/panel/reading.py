@@ -232,22 +232,25 @@ def _detail(rank: RankState, shown: str, progress: Progress | None) -> str:
 
 def _current(rank: RankState) -> Progress | None:
     """The loop to show. Of those that go on and have moved lately: one that says where its time goes, else
-    the fastest, which is the innermost; by name, so that the choice stays. Else the one that moved last."""
+    the fastest, which is the innermost; by name, so that the choice stays. When all are at their end, the last one
+    that says where its time went, else the one that moved last."""
     moved = list(rank.progress.values())[::-1]
     if not moved:
         return None
-    going = [
-        progress
-        for progress in moved
-        if (progress.total is None or progress.step < progress.total)
-        and moved[0].time - progress.time < _LATELY
-    ]
+    lately = [progress for progress in moved if moved[0].time - progress.time < _LATELY]
+    going = [progress for progress in lately if progress.total is None or progress.step < progress.total]
+
+    def is_timed(progress: Progress) -> bool:
+        pace = rank.paces.get(progress.name)
+        return bool(pace and pace.parts)
 
     def worth(progress: Progress) -> tuple[bool, float, str]:
         pace = rank.paces.get(progress.name)
-        return bool(pace and pace.parts), round((pace and pace.rate) or 0.0, 1), progress.name
+        return is_timed(progress), round((pace and pace.rate) or 0.0, 1), progress.name
 
-    return max(going, key=worth) if going else moved[0]
+    if going:
+        return max(going, key=worth)
+    return next(filter(is_timed, lately), moved[0])
 
 
 def _latest(rank: RankState) -> tuple[tuple[str, float], ...]:

@@ -128,6 +128,9 @@ def _reductions(n):
     out["bool"] = c.reduce(torch.ones(n, dtype=torch.bool), world=world)[0]
     out["int mean"] = c.reduce(torch.full((n,), world.rank), world=world, reduction="mean")[0]
     out["complex"] = c.reduce(torch.full((n,), 1j), world=world)[0].item()
+    for dtype in (torch.uint16, torch.uint32, torch.complex32):
+        one = c.reduce(torch.full((n,), 3.0).to(dtype), world=world)
+        out[dtype] = (one.dtype, one[0].item())
     assert mine[0].item() == 1.0 + world.rank, "the caller's tensor was changed"
     return out
 
@@ -148,6 +151,7 @@ def test_reduce_when_of_every_kind(n):
         assert (out["bool"].item(), out["bool"].dtype) == (2, torch.int64)
         assert out["int mean"].item() == 0.5
         assert out["complex"] == 2j
+        assert all(out[dtype] == (dtype, 6) for dtype in (torch.uint16, torch.uint32, torch.complex32))
 
 
 def _uneven(n):

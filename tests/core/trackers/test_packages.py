@@ -111,6 +111,7 @@ def loop(acc: Accelerator, folder: str) -> None:
         with acc.track("eval") as block:
             block.count("samples", 4)
         acc.log({"loss": torch.tensor(float(step + acc.process_index))}, step=step, reduce="mean")
+    acc.log({"diverged": float("nan")}, step=3)
     acc.log_images({"picture": torch.rand(3, 6, 7)}, step=3)
     acc.log_table("scores", ["name", "score"], [["a", 1.5], ["b", 2.5]], step=3)
     path = Path(folder) / f"notes-{acc.process_index}.txt"
@@ -141,6 +142,7 @@ def read_mlflow() -> dict[str, Any]:
     folders = ("images", "tables", "files")
     return {
         "losses": [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "loss")],
+        "diverged": [str(one.value) for one in client.get_metric_history(run.info.run_id, "diverged")],
         "samples": [one.value for one in client.get_metric_history(run.info.run_id, "eval/samples")],
         "params": dict(run.data.params),
         "tags": dict(run.data.tags),
@@ -215,6 +217,7 @@ def test_packages_are_imported_on_the_main_process_only_and_when_started(logged:
 def test_mlflow_holds_metrics_parameters_system_and_files(logged: Logged, place: str) -> None:
     found = logged[1][place]
     assert found["losses"] == LOSSES
+    assert found["diverged"] == ["nan"]
     assert sorted(found["samples"]) == [4.0, 8.0]  # two blocks before step 1 was logged, one after
     assert found["params"] == {"lr": "0.1", "net.width": "8"}
     assert found["tags"]["system.python"] == sys.version.split()[0]

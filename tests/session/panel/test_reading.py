@@ -74,6 +74,18 @@ def test_loop_shown_is_the_one_that_goes_on() -> None:
     assert view(1, iter(events)).rows[0].loop == "epochs"
 
 
+def test_loop_shown_at_the_end_is_the_one_that_says_where_its_time_went() -> None:
+    events = [
+        *started(1),
+        *(
+            Progress(rank=0, time=n, name="train", step=n, total=3, times={"forward": 0.5})
+            for n in range(1, 4)
+        ),
+        Progress(rank=0, time=3.1, name="a bar around it", step=3, total=3),
+    ]
+    assert view(1, iter(events)).rows[0].loop == "train"
+
+
 def test_many_ranks_are_a_strip_with_the_odd_ones_as_rows() -> None:
     seen = view(64, training(64, slow=17))
     assert [row.rank for row in seen.rows] == [17]
