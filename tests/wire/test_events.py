@@ -16,7 +16,8 @@ INFO = ExceptionInfo("ValueError", "ValueError: no", (FRAME,))
 EVENTS: list[Event] = [
     events.Applied(option="mixed_precision", value="bf16", rank=2),
     events.CommMessage(kind="comm_msg", comm="a", buffers=(b"1",)),
-    events.Died(exitcode=-9, detail="it was killed"),
+    events.Died(exitcode=-9, detail="it was killed", asked=True),
+    events.Concluded(problem="not all ranks were ready in 2 s"),
     events.Display(data={"text/plain": "1"}, name="here", update=True),
     events.Heartbeat(memory=3, doing="waiting"),
     events.InputRequest(id="1", prompt="? "),
