@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Sequence
 
-__all__ = ["is_ours", "is_users"]
+__all__ = ["is_ours", "is_users", "persons_part"]
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _STDLIB = tuple(
@@ -24,3 +25,12 @@ def is_users(filename: str) -> bool:
     if is_ours(filename) or filename.startswith("<frozen") or "-packages" + os.sep in filename:
         return False
     return not filename.startswith(_STDLIB) and not filename.startswith("<string>")
+
+
+def persons_part(filenames: Sequence[str]) -> int:
+    """How many of a traceback's frames, the outermost first, go down to the last of the person's and what that called
+    of other packages, before the first of ours; all, if none is theirs."""
+    last = max((at for at, name in enumerate(filenames) if is_users(name)), default=None)
+    if last is None:
+        return len(filenames)
+    return next((at for at in range(last, len(filenames)) if is_ours(filenames[at])), len(filenames))

@@ -26,6 +26,7 @@ from nbaccel.core.assembly import (
     split_trackers,
 )
 from nbaccel.core.checkpoint import Loaded
+from nbaccel.core.checkpoint.modules import canonical_name
 from nbaccel.core.choosing import leave_to_planner
 from nbaccel.core.comm import collectives
 from nbaccel.core.data import Shard, ShardedLoader
@@ -756,7 +757,9 @@ class Accelerator(Processes):
     ) -> list[Path]:
         """Writes the model's weights as safetensors in Hugging Face's layout. Called on all ranks."""
         refused.refuse_parameters("save_model", unknown)
-        state = self.strategy.full_state_dict(model, rank_zero_only=True)
+        inner = self.strategy.unwrap(model)
+        whole = self.strategy.full_state_dict(model, rank_zero_only=True)
+        state = {canonical_name(inner, name): tensor for name, tensor in whole.items()}
         files = save_model(state, save_directory, world=self.world, max_shard_size=max_shard_size)
         self.wait_for_everyone()
         return files
@@ -791,7 +794,7 @@ class Accelerator(Processes):
         """Whether a resumed run is in an epoch it has behind it, whose loaders give no batches: a loop that evaluates,
         or saves, once per epoch goes on with `if acc.fast_forwarding: continue`. Schedulers' steps are left out by
         themselves."""
-        return self._loop.fast_forwarding
+        return self._loop.resuming.active
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(refused.explain(name))

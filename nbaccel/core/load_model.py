@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nbaccel.core.checkpoint import FileSystem, LocalFileSystem
-from nbaccel.core.checkpoint.modules import differences
+from nbaccel.core.checkpoint.modules import canonical_name, differences
 from nbaccel.core.checkpoint.shards import Index, read_into
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
 from nbaccel.core.model.tied import find_tied_parameters
@@ -49,12 +49,14 @@ def load_model(
 
 def load_module(module: nn.Module, folder: str | Path, *, strict: bool) -> None:
     """`load_model` for a module whose state dict gives its own tensors."""
-    load_model(module.state_dict(), tied_names(module), folder, strict=strict)
+    own = {canonical_name(module, name): tensor for name, tensor in module.state_dict().items()}
+    load_model(own, tied_names(module), folder, strict=strict)
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
     """Names of parameters that are another's, with that other's name."""
-    return {name: group[0] for group in find_tied_parameters(module) for name in group[1:]}
+    named = ([canonical_name(module, name) for name in group] for group in find_tied_parameters(module))
+    return {name: group[0] for group in named for name in group[1:]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,6 @@ def save_model(
     limit = byte_count(max_shard_size)
     if not world.is_main:
         return []
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # of torch.compile
     quantised = [
         name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_composed(tensor)
     ]

@@ -45,15 +45,13 @@ class _Counters:
         self._loop, self._knobs, self._loaders = loop, knobs, loaders
 
     def state_dict(self) -> dict[str, Any]:
-        loop, due = self._loop, None
-        if not loop.loaders and loop.scheduled_at != loop.steps and loop.last_trained in self._loaders:
-            due = self._loaders.index(loop.last_trained)
+        loop = self._loop
+        due = None if loop.loaders else loop.resuming.due_after(self._loaders, loop.steps)
         return {"steps": loop.steps, "knobs": self._knobs.state(), "schedule_due_after": due}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._loop.steps = int(state_dict["steps"])
-        due = state_dict.get("schedule_due_after")
-        self._loop.schedule_due = self._loaders[due] if due is not None and due < len(self._loaders) else None
+        self._loop.resuming.load_due(self._loaders, state_dict.get("schedule_due_after"))
         self._knobs.turn(state_dict.get("knobs", {}).items(), self._loop.steps)
 
 
@@ -207,11 +205,10 @@ class Saving:
         assert folder is not None
         loaded = self._load(folder, strict=True, allow_pickle=False, verify=where != "auto")
         for loader in self.loaders:
-            if loader.epoch:
-                self._loop.to_skip[loader] = (loader.epoch, loader.state_dict())
+            self._loop.resuming.leave_out(loader)
         if self._world.is_main:
             place = loaded.path if where != "auto" else self._project() / loaded.path.name
-            behind = "; the passes it has behind it give no batches" if self._loop.to_skip else ""
+            behind = "; the passes it has behind it give no batches" if self._loop.resuming else ""
             print(f"resumed from {place} at optimizer step {loaded.step}{behind}", flush=True)
 
     def _save_if_possible(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from nbaccel.ownership import is_ours, is_users
+from nbaccel.ownership import is_users, persons_part
 
 __all__ = ["render"]
 
@@ -37,15 +37,10 @@ def _concerns_the_person(error: BaseException | None) -> bool:
 
 
 def _own_lines(tb: TracebackType | None) -> TracebackType | None:
-    """The traceback down to the last line of the person's, and what that called of other packages; the whole, if it
-    has none of theirs."""
+    """The traceback without what is below the person's."""
     parts = list(_parts(tb))
-    last = max((at for at, part in enumerate(parts) if is_users(_filename(part))), default=None)
-    if last is None:
-        return tb
-    end = next((at for at in range(last, len(parts)) if is_ours(_filename(parts[at]))), len(parts))
     kept: TracebackType | None = None
-    for part in reversed(parts[:end]):
+    for part in reversed(parts[: persons_part([_filename(part) for part in parts])]):
         kept = TracebackType(kept, part.tb_frame, part.tb_lasti, part.tb_lineno)
     return kept
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbaccel.errors import LeftLoopError, WorkerError
-from nbaccel.ownership import is_ours, is_users
+from nbaccel.ownership import is_users, persons_part
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.stacks import place
 from nbaccel.wire.events import Died, ExceptionInfo, Frame, Raised
@@ -258,12 +258,9 @@ def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -
 
 def _shown(info: ExceptionInfo) -> Sequence[Frame]:
     """Its frames; of what nbaccel raises on purpose those down to the person's last line, which it is about."""
-    if info.type_name.startswith(_ON_PURPOSE):
-        last = max((at for at, frame in enumerate(info.frames) if is_users(frame.filename)), default=None)
-        if last is not None:
-            below = range(last, len(info.frames))
-            return info.frames[: next((at for at in below if is_ours(info.frames[at].filename)), None)]
-    return info.frames
+    if not info.type_name.startswith(_ON_PURPOSE):
+        return info.frames
+    return info.frames[: persons_part([frame.filename for frame in info.frames])]
 
 
 def _with_cell_names(message: str, label: CellLabel) -> str:

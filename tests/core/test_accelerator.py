@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 import warnings
 import weakref
 
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from ranks import run_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nbaccel.core import Accelerator, DDPOptions
 from nbaccel.errors import ConfigError
@@ -399,3 +400,20 @@ def test_unwrap_model_when_compiled_gives_the_plain_one_back_and_saves_its_names
     assert acc.unwrap_model(model, keep_torch_compile=False) is plain
     (file,) = acc.save_model(model, tmp_path)
     assert safetensors.torch.load_file(file).keys() == {"weight", "bias"}
+    kept = plain.weight.detach().clone()
+    nn.init.zeros_(plain.weight)
+    acc.load_model(model, tmp_path)
+    assert torch.equal(plain.weight, kept)
+
+
+def test_gather_for_metrics_when_the_loader_has_no_length():
+    acc = Accelerator(cpu=True)
+    loader = acc.prepare(DataLoader(Endless(), batch_size=2))
+    for x in loader:
+        assert acc.gather_for_metrics(x, loader=loader).tolist() == [0, 1]
+        break
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.count()

@@ -39,7 +39,8 @@ class Communicator:
             return collectives.gather_object(value, world=self._world)
 
     def gather_for_metrics(self, value: Any, use_gather_object: bool, loader: ShardedLoader | None) -> Any:
-        loader = loader or self._loop.loader
+        if loader is None:
+            loader = self._loop.loader
         size = real = None
         if loader is not None:
             real, size = loader.batch_samples, loader.batch_samples + loader.batch_repeated

@@ -16,6 +16,7 @@ from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.accumulate import LossWeighting, Window
 from nbaccel.core.loop.control import Control
 from nbaccel.core.loop.learning import Learning
+from nbaccel.core.loop.resuming import Resuming
 from nbaccel.core.loop.step_times import Stopwatch
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
@@ -94,19 +95,7 @@ class Loop:
         self.after_pass: Callable[[], None] = _nothing
         """Called when no loader is being iterated any more."""
         self._observer: Observer | None = None
-        self.to_skip: dict[ShardedLoader, tuple[int, Mapping[str, Any]]] = {}
-        """Passes a resumed run has behind it, and where the loader then goes on."""
-        self._forwarded: set[ShardedLoader] = set()
-        """Those that have skipped all."""
-        self.fast_forwarding = False
-        """Whether a resumed run is in, or after, a pass that it has behind it, until the next one."""
-        self.scheduled_at = -1
-        """`steps` when a scheduler stepped last."""
-        self.schedule_due: ShardedLoader | None = None
-        """The loader after whose last pass a scheduler step was still to come when the checkpoint was saved."""
-        self.last_trained: ShardedLoader | None = None
-        """The loader in whose pass the optimizer has stepped last."""
-        self._steps_at_start = 0
+        self.resuming = Resuming()
         self._in_turns = False
         self._trained: set[ShardedLoader] = set()
         self._unscaled: set[int] = set()
@@ -145,9 +134,7 @@ class Loop:
         self.window = self.new_window(self.models)
         self.windows = {(): self.window}
         self._trained.clear()
-        self.to_skip.clear()
-        self._forwarded.clear()
-        self.last_trained = self.schedule_due = None
+        self.resuming = Resuming()
         self.lead(False)
 
     # What the loaders tell ---------------------------------------------------------------------------
@@ -155,15 +142,11 @@ class Loop:
     def began(self, loader: ShardedLoader) -> None:
         """A pass over `loader` is about to begin."""
         self.before_pass(loader)
-        self.fast_forwarding = loader in self.to_skip
-        if loader in self._forwarded:
-            self._catch_up()
+        self.resuming.began(loader, self.steps, outermost=not self.loaders)
         if not self.strategy.plain:
             self.learning.look()
         if self.stopwatch is not None:
             self.stopwatch.begin(_clock())
-        if not self.loaders:
-            self._steps_at_start = self.steps
         self.loaders.append(loader)
         if self._observer is not None:
             self._observer.began(loader)
@@ -174,28 +157,13 @@ class Loop:
             self._observer.ended(loader)
         if loader in self.loaders:
             self.loaders.remove(loader)
-        if not self.loaders and self.steps != self._steps_at_start:
-            self.last_trained = loader
         if not self.loaders:
             self.after_pass()
-        passes, state = self.to_skip.pop(loader, (0, {}))
-        if passes > 0:
-            loader.load_state_dict(state)
-            if passes > 1:
-                self.to_skip[loader] = (passes - 1, state)
-            else:
-                self._forwarded.add(loader)
-
-    def _catch_up(self) -> None:
-        """A loader goes on for real: whatever passes the code has left out of others meanwhile, they are behind."""
-        self._forwarded.clear()
-        for other, (_, state) in self.to_skip.items():
-            other.load_state_dict(state)
-        self.to_skip.clear()
+        self.resuming.ended(loader, self.steps, outermost=not self.loaders)
 
     def should_stop(self, loader: ShardedLoader) -> bool:
         """Whether `loader`'s pass ends before its next batch."""
-        if self.to_skip and loader in self.to_skip:
+        if self.resuming.leaves_out(loader):
             return True
         if self._several and loader is not self.loaders[-1] and not self._in_turns:
             self._tell_of_turns()
@@ -210,13 +178,6 @@ class Loop:
             self.before_batch()
         # An evaluation after the stop still gets its batches.
         return control.stopping and loader in self._trained
-
-    def may_schedule(self) -> bool:
-        """Whether a scheduler's step counts: a resumed run has made those of the passes behind it."""
-        if self.fast_forwarding and self.schedule_due not in self._forwarded:
-            return False
-        self.scheduled_at = self.steps
-        return True
 
     def _tell_of_turns(self) -> None:
         self._in_turns = True

@@ -256,7 +256,7 @@ class PreparedScheduler:
         loop = self._loop
         if self._follows and (not loop.window.sync or loop.skipped):
             return
-        if not loop.may_schedule():
+        if not loop.resuming.may_schedule(loop.steps):
             return
         for _ in range(self._repeat):
             self.scheduler.step(*args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ def compile_module(module: nn.Module, mode: bool | str) -> None:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module as it was before torch.compile, by `compile_module` or by the user."""
-    made: Any = sys.modules.get("torch._dynamo.eval_frame")  # not there, nothing is compiled
-    if made is not None and isinstance(module, made.OptimizedModule):
-        module = module._orig_mod
+    module = (
+        module._modules.get("_orig_mod") or module
+    )  # what the function torch.compile gives back keeps it under
     module._compiled_call_impl = None
     return module

@@ -52,9 +52,8 @@ class WandbTracker:
     ) -> None:
         try:
             table = self._wandb.Table(columns=columns, data=data)
-        except (
-            TypeError
-        ):  # a column of several types; not asked for otherwise, as it takes the columns their types
+        except TypeError:
+            # a column of several types; not asked for otherwise, as it takes the columns their types
             table = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
         self._run.log({table_name: table}, step=self._not_before(step))
 
