@@ -177,7 +177,8 @@ def _controls(made: Sequence[Run]) -> tuple[Actions, Callable[[int, Request], No
 
     def turn(name: str, value: Any) -> None:
         for run in made:
-            run.set_knob(name, value)
+            if not run.done():
+                run.set_knob(name, value)
 
     def tell(rank: int, request: Request) -> None:
         for run in made:

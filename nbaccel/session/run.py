@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -145,7 +146,23 @@ class Run:
         self._ask(Request(kind="save"))
 
     def set_knob(self, name: str, value: Any) -> None:
-        """Change a value that the function's Accelerator has made changeable, on all ranks at the same step."""
+        """Change a value that the function's Accelerator has made changeable, on all ranks at the same step.
+
+        One that no rank has asked for so far is set when it does; a warning says so.
+
+        Raises:
+            ConfigError: the run is over.
+        """
+        if self.done():
+            raise ConfigError(f"{self.name} is over; knob {name!r} cannot be set any more")
+        known = self.state.knobs
+        if name not in known:
+            has = f"it has {', '.join(map(repr, known))}" if known else "it has none so far"
+            warnings.warn(
+                f"{self.name} has not asked for a knob {name!r} ({has}); it takes {value!r} where its "
+                f"function calls accelerator.knob({name!r}, …)",
+                stacklevel=2,
+            )
         self._ask(Request(kind="knob", name=name, value=value))
 
     def show(self) -> None:

@@ -40,7 +40,7 @@ def train(steps, fail=False):
 
 notebook_launcher(int, num_processes=2)
 """
-RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB, WIDGET, SESSION = range(1, 12)
+RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB, WIDGET, SESSION, DEAF = range(1, 13)
 CELLS = {
     RUN: "notebook_launcher(train, (90,), num_processes=4)",
     STOP: """
@@ -142,6 +142,19 @@ def stopped():
 with Session(num_processes=2) as session:
     steps = notebook_launcher(stopped, session=session)
 print("both at the same step:", steps[0] == steps[1] < 2000)
+""",
+    DEAF: """
+def deaf():
+    end = time.time() + 90
+    while time.time() < end:
+        try:
+            time.sleep(1)
+        except KeyboardInterrupt:
+            print("not now", flush=True)
+try:
+    notebook_launcher(deaf, num_processes=2)
+except KeyboardInterrupt:
+    print("gone")
 """,
 }
 
@@ -330,6 +343,21 @@ def test_stop_in_a_session_ends_all_ranks_at_the_same_step(book: Page) -> None:
     book.done(SESSION, timeout=20)
     wait_for(lambda: "both at the same step: True" in output.inner_text(), 20, "the ranks' own word")
     assert "every rank’s full output: ~/state/nbaccel/runs/" in output.inner_text()
+
+
+def test_stop_pressed_twice_kills_ranks_that_will_not_end(book: Page) -> None:
+    output = book.output(DEAF)
+    book.start(DEAF)
+    button = output.locator("button", has_text="Stop")
+    button.wait_for(timeout=15_000)
+    wait_for(lambda: "running" in output.inner_text(), 20, "ranks that run")
+    button.click()
+    wait_for(lambda: "not now" in output.inner_text(), 20, "ranks that refuse")
+    shot(book, "stop-refused", DEAF)
+    button.click()
+    book.done(DEAF, timeout=15)
+    wait_for(lambda: "gone" in output.inner_text(), 10, "the cell's own word")
+    shot(book, "stop-twice", DEAF)
 
 
 def test_knob_turns_on_all_ranks_at_the_same_step(book: Page) -> None:

@@ -68,11 +68,14 @@ def first_requests(count: int) -> list[tuple[str, str, Any]]:
 
 def test_requests_reach_every_rank_when_made_before_and_during_the_call() -> None:
     run = launch(first_requests, 3, num_processes=2)
-    run.set_knob("lr", 0.5)  # no rank is there yet
+    with pytest.warns(UserWarning, match="has not asked for a knob 'lr' .it has none so far"):
+        run.set_knob("lr", 0.5)  # no rank is there yet
     time.sleep(0.3)
     run.save()
     run.stop()
     assert run.result(timeout=60) == [[("knob", "lr", 0.5), ("save", "", None), ("stop", "", None)]] * 2
+    with pytest.raises(ConfigError, match="is over; knob 'lr' cannot be set any more"):
+        run.set_knob("lr", 0.5)
 
 
 def test_run_can_be_awaited() -> None:
