@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +18,22 @@ from nbaccel.notebook.past import runs
 from nbaccel.notebook.session import Session
 from nbaccel.parallel import StrategyLike
 from nbaccel.session.facts import run_facts
-from nbaccel.session.inplace import asked_here
+from nbaccel.session.inplace import asked_here, only_rank
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.reopen import PastRun
 from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
 from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
-from nbaccel.session.session import Task, start_run
+from nbaccel.session.session import start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode
 
 __all__ = ["last_run", "launch", "notebook_launcher", "own_last_run"]
+
+_INLINE = {"config", "device", "mixed_precision", "name", "output", "returns", "strategy"}
+"""Options that mean the same for one rank in this process, or nothing."""
 
 
 def notebook_launcher(
@@ -54,7 +58,7 @@ def notebook_launcher(
         num_processes: ranks; None is every accelerator, or on the CPU every core this process may use.
         mixed_precision: "no", "fp16", "bf16" or "auto", for the `Accelerator` the function makes.
         kwargs: its keyword arguments.
-        inline: run one rank in this very process, for a debugger.
+        inline: run one rank in this very process, for a debugger; it has torchrun's variables meanwhile.
         session: run it on the ranks of this session, which keep their variables; `num_processes` is then its
             own, and so are all other options but `returns` and `name`.
         **options: as `launch`.
@@ -72,7 +76,7 @@ def notebook_launcher(
     if session is not None:
         return _run_in(session, function, tuple(args), kwargs, options)
     if inline:
-        return _run_inline(make_task(function, tuple(args), kwargs), options)
+        return _run_inline(function, tuple(args), kwargs, options)
     request = make_request(function, tuple(args), kwargs, opened_by=str(culprit() or ""), **options)
     if request.plan.in_place:
         with asked_here(request.config):
@@ -88,8 +92,11 @@ def notebook_launcher(
             report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
         )
         presses.absorb()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if presses.pressed and run.exception() is None:  # too late for the ranks; a loop around us is to stop all the same
+        raise KeyboardInterrupt(f"{run.name} had ended already: nbaccel.last_run().result() has its values")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
     return run.take_result()
 
 
@@ -207,7 +214,8 @@ def _start(request: Request) -> Run:
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
 
     def write(text: str, stream: str) -> None:
-        streams[stream].write(text)
+        if streams[stream] is not None:
+            streams[stream].write(text)
 
     def say(note: str) -> None:
         try:
@@ -279,10 +287,18 @@ def _run_in(
     return session.launch(make_task(function, args, kwargs, **own))
 
 
-def _run_inline(task: Task, options: Mapping[str, Any]) -> Results:
+def _run_inline(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Results:
     """One rank in this very process."""
     asked = {name: value for name, value in options.items() if value is not None}
-    if asked.pop("num_processes", 1) != 1 or asked:
-        what = ", ".join(sorted(asked)) or f"num_processes={options['num_processes']}"
+    if asked.pop("num_processes", 1) != 1 or not asked.keys() <= _INLINE:
+        what = ", ".join(sorted(asked.keys() - _INLINE)) or f"num_processes={options['num_processes']}"
         raise ConfigError(f"inline=True runs one rank in this process: leave out {what}")
-    return Results([task.function(*task.args, **task.kwargs)])
+    request = make_request(function, args, kwargs, num_processes=1, **asked)
+    with asked_here(request.config), only_rank():
+        value = request.task.function(*args, **request.task.kwargs)
+    return Results([None if request.task.returns == "none" else value])

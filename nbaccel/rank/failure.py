@@ -16,6 +16,8 @@ _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = {os.path.join(_HOME, room) for room in ("rank", "wire")}
 _MAX_FRAMES = 60
 _MAX_CHAIN = 5
+_MAX_GROUP = 8
+_MAX_MESSAGE = 20_000  # characters
 
 
 def describe(error: BaseException, *, depth: int = 0) -> ExceptionInfo:
@@ -26,15 +28,27 @@ def describe(error: BaseException, *, depth: int = 0) -> ExceptionInfo:
             cause = describe(error.__cause__, depth=depth + 1)
         elif error.__context__ is not None and not error.__suppress_context__:
             context = describe(error.__context__, depth=depth + 1)
+    inner: tuple[BaseException, ...] = ()
+    # by name: Python 3.10 has it from a package
+    if depth < _MAX_CHAIN and any(base.__name__ == "BaseExceptionGroup" for base in type(error).__mro__):
+        inner = getattr(error, "exceptions", ())[:_MAX_GROUP]
     kind = type(error)
     module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
     return ExceptionInfo(
         type_name=f"{module}{kind.__qualname__}",
-        message="".join(traceback.format_exception_only(kind, error)).rstrip("\n"),
+        message=_bounded("".join(traceback.format_exception_only(kind, error)).rstrip("\n")),
         frames=_frames(error.__traceback__),
         cause=cause,
         context=context,
+        exceptions=tuple(describe(one, depth=depth + 1) for one in inner),
     )
+
+
+def _bounded(message: str) -> str:
+    if len(message) <= _MAX_MESSAGE:
+        return message
+    half = _MAX_MESSAGE // 2
+    return f"{message[:half]} … {len(message) - 2 * half} characters … {message[-half:]}"
 
 
 def _frames(tb: TracebackType | None) -> tuple[Frame, ...]:

@@ -5,15 +5,18 @@ Linux gives all of it; elsewhere the functions do what the platform offers and s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 __all__ = [
     "become_subreaper",
+    "call_here",
     "call_process",
     "descendants",
     "device_files",
@@ -145,3 +148,27 @@ def unclean() -> str | None:
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
         return "it initialised CUDA"
     return None
+
+
+def call_here(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Its value. A child that the function forks ends where it comes out of it: it is no second rank."""
+    own = os.getpid()
+    try:
+        value = function(*args, **kwargs)
+    except BaseException as error:
+        if os.getpid() == own:
+            raise
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        _leave(code if isinstance(code, int) else int(code is not None))
+    if os.getpid() != own:
+        _leave(0)
+    return value
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)

@@ -33,7 +33,7 @@ from nbaccel.rank.input import relay_input
 from nbaccel.rank.membership import Membership
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.port import Port
-from nbaccel.rank.process import call_process, die_with_parent
+from nbaccel.rank.process import call_here, call_process, die_with_parent
 from nbaccel.rank.reporter import Reporter
 from nbaccel.rank.sharded import forget_broken_steps
 from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
@@ -273,7 +273,7 @@ class Server:
                 self._interruptible(True)
                 function, args, kwargs = self._open(call, fds)
                 debugger.forget_before(function)
-                value = function(*args, **kwargs)
+                value = call_here(function, args, kwargs)
                 display.show_figures()
                 _tell_of_peers()
                 events.call_ends(None if self._replica is None else threading.get_ident())

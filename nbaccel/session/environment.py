@@ -161,12 +161,19 @@ def probe() -> Environment:
         vscode_marked="__vsc_ipynb_file__" in getattr(shell, "user_ns", {}),
         sagemaker_marked=Path("/opt/ml/metadata/resource-metadata.json").exists(),
         server_command=_command_of(variables.get("JPY_PARENT_PID", "")),
-        is_tty=sys.stdout is not None and sys.stdout.isatty(),
+        is_tty=_is_tty(),
         system=sys.platform,
         machine=machine,
         resources=read_resources(),
         accelerators=read_accelerators(system=sys.platform, machine=machine),
     )
+
+
+def _is_tty() -> bool:
+    try:
+        return sys.stdout is not None and sys.stdout.isatty()
+    except ValueError:  # it is closed
+        return False
 
 
 def _ipython_shell() -> Any:

@@ -89,6 +89,8 @@ def start_failure(event: Raised | Died, state: RunState, label: CellLabel) -> La
     rank = event.rank
     if isinstance(event, Raised):
         text = "\n".join(render(event.info, label, title=f"rank {rank}", colour=False))
-        return LaunchError(f"rank {rank} could not be set up.\n{text}")
+        # without frames: pickle's own
+        what = "could not be set up" if event.info.frames else "could not open the function or its arguments"
+        return LaunchError(f"rank {rank} {what}.\n{text}")
     words = "\n".join(state.ranks[rank].last_lines(20))
     return LaunchError(f"rank {rank} ended while it was set up, exit code {event.exitcode}.\n{words}")

@@ -48,6 +48,10 @@ class Presses:
         if self._count > 2:
             raise KeyboardInterrupt
 
+    @property
+    def pressed(self) -> bool:
+        return self._count > 0
+
     def absorb(self) -> None:
         """After a press: take in the second half of a double one, which else would hit the error's display."""
         if self._count:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nbaccel.errors import NbaccelError, RunTimeout, WorkerError
+from nbaccel.errors import NbaccelError, PayloadError, RunTimeout, WorkerError
 from nbaccel.session.ending import Limits, Reason
 from nbaccel.session.report import CellLabel, Outcome, user_place, waited_in, worker_error
 from nbaccel.session.results import Results, rank_ranges
@@ -65,8 +65,21 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
     for at, rank in enumerate(ended.ranks):
         parcel, fd = ended.values[rank]
         if parcel is not None:
-            values[at] = payload.unpack(parcel, fd)[0]
+            try:
+                values[at] = payload.unpack(parcel, fd)[0]
+            except Exception as error:  # noqa: BLE001  # opening it runs the person's own code
+                return _cannot_open(rank, error)
     return values
+
+
+def _cannot_open(rank: int, error: Exception) -> PayloadError:
+    said = f"{type(error).__name__}: {error}"
+    hint = ""
+    if isinstance(error, (AttributeError, ImportError)):
+        hint = "; if its module was edited since this process imported it, importlib.reload it"
+    problem = PayloadError(f"rank {rank}'s value has come and cannot be opened here: {said}{hint}")
+    problem.__cause__ = error
+    return problem
 
 
 def _hung(ended: Ended, stall: Stall) -> WorkerError:
@@ -114,6 +127,12 @@ def _place(ended: Ended, rank: int, label: CellLabel) -> str:
         where = user_place(event.info, label) or f"{frame.filename} line {frame.lineno}"
         inner = next((f for f in reversed(event.info.frames) if f.filename and label(f.filename)), frame)
         return f"was at {where}, in {inner.function}"
+    if isinstance(event, Raised):  # in what it called at once, as `time.sleep`, or before it came to run
+        return "was interrupted"
+    if ended.reason == "killed":
+        return "was killed"
+    if ended.signalled.get(rank) == signal.SIGINT:
+        return "was ended by SIGINT"
     if rank in ended.signalled:
         return f"did not react and was ended by {ended.signalled[rank].name}"
     return "was not running"

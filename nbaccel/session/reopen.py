@@ -238,6 +238,7 @@ def _exception(known: Mapping[str, Any]) -> ExceptionInfo:
         tuple(Frame(**frame) for frame in known.get("frames") or ()),
         _exception(known["cause"]) if known.get("cause") else None,
         _exception(known["context"]) if known.get("context") else None,
+        tuple(_exception(inner) for inner in known.get("exceptions") or ()),
     )
 
 

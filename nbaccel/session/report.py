@@ -127,11 +127,10 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
     # a plain traceback names the class by itself; IPython shows these lines alone
     title = "WorkerError: " if colour else ""
     if isinstance(first, Raised):
-        headline = first.info.message.splitlines()[-1] if first.info.message else first.info.type_name
         yield from render(first.info, label, title=f"rank {ranks[0]}", colour=colour)
         yield ""
         at = f" (at {where})" if (where := user_place(first.info, label)) else ""
-        yield _paint(f"{title}{who} failed: {headline}{at}", _BOLD + _RED, colour)
+        yield _paint(f"{title}{who} failed: {first.info.headline}{at}", _BOLD + _RED, colour)
     else:
         yield _paint(f"{title}{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
         if first.detail:
@@ -166,8 +165,7 @@ def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
         where = user_place(event.info, label)
         return f"was stopped{f' at {where}' if where else ''}"
     if isinstance(event, Raised):
-        last = event.info.message.splitlines()[-1] if event.info.message else event.info.type_name
-        return f"raised after it: {last[:200]}"
+        return f"raised after it: {event.info.headline[:200]}"
     if rank in outcome.ended_by_us:
         name = outcome.ended_by_us[rank].name
         return f"did not end in the {outcome.grace:g} s given: ended by {name}"
@@ -254,6 +252,10 @@ def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -
     message = _with_cell_names(info.message, label)
     head, _, rest = message.partition(":")
     yield f"{_paint(head, _RED, colour)}:{rest}" if rest else _paint(head, _RED, colour)
+    for number, inner in enumerate(info.exceptions, 1):
+        yield f"  in it, {number} of {len(info.exceptions)}:"
+        for text in render(inner, label, title=title, colour=colour):
+            yield from (f"  {line}" for line in text.split("\n"))
 
 
 def _shown(info: ExceptionInfo) -> Sequence[Frame]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -97,7 +98,10 @@ def make_task(
     Raises:
         ConfigError: the function does not take these arguments.
     """
-    called = name or getattr(function, "__name__", None) or type(function).__name__
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"name must be a string, not {name!r}")
+    own = getattr(function, "__name__", None)
+    called = name or (own if isinstance(own, str) else type(function).__name__)
     task = Task(function=function, args=args, kwargs=dict(kwargs or {}), name=called, returns=returns)
     check_call(task)
     return task
@@ -143,7 +147,11 @@ def make_request(
     if config is not None:
         layers.append(read_config(config))
     combined = combine(*layers)
-    for_ranks = {key: str(value) for key, value in (env or {}).items()}
+    for_ranks = _variables(env)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("this process's working folder is gone; os.chdir(…) to one that is there") from None
     environment = probe()
     environment = replace(environment, variables={**environment.variables, **for_ranks}, opened_by=opened_by)
     return Request(
@@ -166,6 +174,21 @@ def make_request(
     )
 
 
+def _variables(env: Mapping[str, str] | None) -> dict[str, str]:
+    """What `env=` asks.
+
+    Raises:
+        ConfigError: it is no mapping, or has what no environment can hold.
+    """
+    if env is not None and not isinstance(env, Mapping):
+        raise ConfigError(f"env must be a mapping of variables, as {{'NAME': 'value'}}, not {env!r:.60}")
+    found = {str(key): str(value) for key, value in (env or {}).items()}
+    for name, value in found.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise ConfigError(f"env has {name!r}={value!r:.60}, which no environment can hold")
+    return found
+
+
 def make_folder(name: str, place: str | Path | bool | None, say: Callable[[str], None]) -> Path | None:
     """A new folder for the files of the run `name`; None when none is wanted or none can be written.
 
@@ -174,7 +197,7 @@ def make_folder(name: str, place: str | Path | bool | None, say: Callable[[str],
     """
     if place is False:
         return None
-    root = default_root() if place in (None, True) else Path(str(place))
+    root = default_root() if place in (None, True) else Path(str(place)).expanduser()
     try:
         folder = new_folder(root, name)
         if next(_launches) % _PRUNE_EVERY == 0:

@@ -30,12 +30,16 @@ class Results(list[Any]):
         texts = [_brief(value) for value in self]
         if len(set(texts)) == 1 and len(texts) == 1:
             return f"[{texts[0]}]"
-        groups: dict[str, list[int]] = {}
         known = self.ranks if self.ranks is not None and len(self.ranks) == len(texts) else range(len(texts))
-        for rank, text in zip(known, texts, strict=True):
-            groups.setdefault(text, []).append(rank)
+        groups: list[tuple[str, Any, list[int]]] = []
+        for rank, text, value in zip(known, texts, self, strict=True):
+            alike = (ranks for other, first, ranks in groups if other == text and _equal(first, value))
+            if (ranks := next(alike, None)) is not None:
+                ranks.append(rank)
+            else:
+                groups.append((text, value, [rank]))
         lines = []
-        for text, ranks in groups.items():
+        for text, _, ranks in groups:
             label = f"[{rank_ranges(ranks)}] "
             lines.append(label + text.replace("\n", "\n" + " " * len(label)))
         return "\n".join(lines)
@@ -57,6 +61,26 @@ def rank_ranges(ranks: Iterable[int]) -> str:
         else:
             found.append([rank, rank])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in found)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values whose short texts are the same are so too, as far as can be told."""
+    kind: Any = type(one)
+    if kind is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if kind.__eq__ is object.__eq__:
+        return True  # it has no idea of equality but its text
+    try:
+        if getattr(one, "shape", None) != getattr(other, "shape", None):
+            return False
+        same = (one == other) | ((one != one) & (other != other))  # NaN
+        return bool(same.all() if hasattr(same, "all") else same)
+    except Exception:  # noqa: BLE001  # it cannot be compared
+        return True
 
 
 class _Brief(reprlib.Repr):

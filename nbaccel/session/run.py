@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -254,13 +255,22 @@ class Run:
         async def wait() -> Results:
             loop = asyncio.get_running_loop()
             done = asyncio.Event()
-            wake: Callable[..., Any] = lambda _: loop.call_soon_threadsafe(done.set)  # noqa: E731
+
+            def wake(_: object) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(done.set)
+
             self._call.future.add_done_callback(wake)
+            waiting = asyncio.ensure_future(done.wait())
             try:
-                await done.wait()
+                # ■ cancels the cell's task and does not wake a loop that sleeps
+                while not done.is_set():
+                    await asyncio.wait({waiting}, timeout=_MEANWHILE)
             except asyncio.CancelledError:
                 self._relay.interrupt(self._call)
                 raise
+            finally:
+                waiting.cancel()
             return self.result()
 
         return wait().__await__()

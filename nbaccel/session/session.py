@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import reprlib
 import sys
 import types
 import uuid
@@ -54,6 +55,11 @@ def check_call(task: Task) -> None:
         raise ConfigError(
             f"the first argument must be a function to run on every rank, not {type(task.function).__name__}"
         )
+    if inspect.iscoroutinefunction(task.function):
+        raise ConfigError(
+            f"{task.name} is async and would only give a coroutine; launch a function that runs it: "
+            f"lambda: asyncio.run({task.name}(…))"
+        )
     if _takes(task.function, len(task.args)) and not task.kwargs:
         return
     try:
@@ -63,7 +69,8 @@ def check_call(task: Task) -> None:
     try:
         signature.bind(*task.args, **task.kwargs)
     except TypeError as error:
-        given = f"args={task.args!r:.200}" + (f", kwargs={dict(task.kwargs)!r:.200}" if task.kwargs else "")
+        given = f"args={reprlib.repr(task.args)}"  # bounded, and safe from an argument's own repr
+        given += f", kwargs={reprlib.repr(dict(task.kwargs))}" if task.kwargs else ""
         raise ConfigError(f"{task.name}{signature} cannot be called with {given}: {error}") from None
 
 

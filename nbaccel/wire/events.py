@@ -198,6 +198,9 @@ class Returned(_Event):
     """How many collectives this rank has called in its session's process group; -1 when it is gone."""
 
 
+_MOST_OF_HEADLINE = 500  # characters
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One line of a remote traceback."""
@@ -219,6 +222,18 @@ class ExceptionInfo:
     frames: tuple[Frame, ...]
     cause: ExceptionInfo | None = None
     context: ExceptionInfo | None = None
+    exceptions: tuple[ExceptionInfo, ...] = ()
+    """Those in a group."""
+
+    @property
+    def headline(self) -> str:
+        """Type and message in one line; "…" where the message goes on."""
+        lines = self.message.splitlines() or [self.type_name]
+        # not always the first line: a syntax error's is where it is
+        at = next((at for at, line in enumerate(lines) if line.startswith(self.type_name)), len(lines) - 1)
+        more = " …" if at + 1 < len(lines) or len(lines[at]) > _MOST_OF_HEADLINE else ""
+        inner = f": {self.exceptions[0].headline}" if self.exceptions else ""
+        return lines[at][:_MOST_OF_HEADLINE] + more + inner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

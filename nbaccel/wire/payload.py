@@ -8,8 +8,11 @@ travel by value; in a rank they land in its `__main__`, where plain pickle finds
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
+import functools
+import inspect
 import io
 import linecache
 import mmap
@@ -36,6 +39,7 @@ _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapp
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _INLINE = 1 << 16  # contents up to this travel in the message itself, without a file
 # What every receiver has, and finds by name.
+_LruCache = type(functools.lru_cache(lambda: None))
 _EVERYWHERE = frozenset({cloudpickle.Pickler.__module__, __name__})
 
 
@@ -98,8 +102,10 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
         pickler = _Pickler(file, outward=outward)
         try:
             pickler.dump(value)
+        except PayloadError:
+            raise
         except Exception as error:  # any __reduce__ may raise anything
-            raise PayloadError(explain(value, error)) from error
+            raise PayloadError(explain(value, error, outward=outward)) from error
         sidecar = bool(pickler.names or pickler.classes or pickler.sources)
         if sidecar:
             pickler.dump((pickler.names, pickler.classes, pickler.sources))
@@ -193,7 +199,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, types.FunctionType)):
-            return self._definition(obj)
+            compiled = _compiled_of(obj)
+            return self._definition(obj) if compiled is None else compiled
         torch = sys.modules.get("torch")
         if torch is not None and hasattr(torch, "nn"):
             kind = type(obj)
@@ -209,8 +216,15 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 and (inner := _inner_module(obj)) is not None
             ):
                 return _same, (inner,)
+            if not self._outward and isinstance(obj, torch.nn.Module) and _is_divided(obj):
+                raise PayloadError(
+                    f"the parameters of this {type(obj).__name__} are divided among the ranks (FSDP, tensor "
+                    "parallel); return accelerator.get_state_dict(model), called on every rank, in its place"
+                )
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _exception, (type(obj), obj.args), obj.__dict__ or None
+        if (rebuilt := _rebuilt(obj)) is not None:
+            return rebuilt
         if isinstance(obj, types.ModuleType):
             self.modules.add(obj.__name__)
         return super().reducer_override(obj)
@@ -335,15 +349,70 @@ def _same(value: Any) -> Any:
 def _exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     """An exception as it was; calling its class would fail when `__init__` wants other arguments than
     it hands to the base class, or apply what it does to them twice."""
-    return kind.__new__(kind, *args)
+    made = kind.__new__(kind, *args)
+    built_in: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    with contextlib.suppress(Exception):  # a class that kept its arguments from this one
+        built_in.__init__(made, *args)  # `UnicodeError.start`, `SystemExit.code` and their like
+    return made
+
+
+def _rebuilt(obj: Any) -> tuple[Any, ...] | None:
+    """How to make anew what pickle would look for by name, or by the lock it holds; None for anything else."""
+    if type(obj) is _LruCache and obj.__module__ == "__main__":
+        return _cached, (obj.__wrapped__, obj.cache_parameters())
+    if type(obj) is functools.cached_property:
+        return _cached_property, (obj.func, obj.attrname)
+    if isinstance(obj, types.MethodType) and obj.__name__ == "get_ipython" and "IPython" in sys.modules:
+        return _same, (sys.modules["IPython"].get_ipython,)  # the rank's own shell, for `!ls` and `%time`
+    return None
+
+
+def _cached(function: Callable[..., Any], parameters: Mapping[str, Any]) -> Any:
+    """`functools.lru_cache`, empty."""
+    return functools.lru_cache(**parameters)(function)
+
+
+def _cached_property(function: Callable[[Any], Any], name: str | None) -> Any:
+    made = functools.cached_property(function)
+    made.attrname = name  # a class that is built piece by piece tells nobody its name
+    return made
+
+
+def _compiled_of(function: Any) -> tuple[Any, ...] | None:
+    """How to compile anew what `torch.compile` has made of a function of the notebook; else None."""
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    if not isinstance(original, types.FunctionType) or original.__module__ != "__main__":
+        return None
+    held = inspect.getclosurevars(function).nonlocals
+    context, backend = held.get("self"), held.get("callback")
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    options = {
+        "dynamic": getattr(context, "_dynamic", None),
+        "fullgraph": getattr(context, "fullgraph", False),
+    }
+    return _compiled, (original, {**options, "backend": backend or "inductor"})
+
+
+def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    import torch
+
+    return torch.compile(function, **options)
 
 
 def _inner_module(module: Any) -> Any | None:
     """The user's own module inside a wrapper that only makes sense in its rank, else None."""
     torch = sys.modules["torch"]
-    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+    if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+        return module.module
+    if type(module).__name__ == "_FabricModule":
         return module.module
     return getattr(module, "_orig_mod", None)  # what torch.compile keeps the original under
+
+
+def _is_divided(module: Any) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(isinstance(p, tensors.DTensor) for p in module.parameters())
 
 
 def _notebook_class(identity: str, name: str) -> type:

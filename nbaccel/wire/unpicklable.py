@@ -15,6 +15,8 @@ import cloudpickle
 __all__ = ["explain"]
 
 _MAX_STEPS = 2000
+_NAMED = ("the variable", "argument", "args[", "kwargs[", "the returned value")
+_MOST_OF_PATH = 30  # characters, beyond what the person named
 _INSTEAD = {
     "lock": "create it inside the function",
     "RLock": "create it inside the function",
@@ -28,39 +30,57 @@ _INSTEAD = {
 }
 
 
-def explain(value: Any, error: BaseException) -> str:
+def explain(value: Any, error: BaseException, *, outward: bool) -> str:
     """A sentence that names the innermost part of `value` that does not pickle.
 
     Args:
         value: (function, args, kwargs), or a return value.
         error: what pickling it raised.
+        outward: whether it was on its way to the ranks, and not back.
     """
-    found = _innermost(value)
-    if found is None:
+    steps = _innermost(value, "" if outward else "the returned value")
+    if not steps:
         return f"it cannot be pickled: {error}"
-    path, culprit, where = found
-    kind = type(culprit)
-    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    instead = next((text for key, text in _INSTEAD.items() if key in name), "create it inside the function")
+    (start, outer, _), (path, culprit, where) = steps[0], steps[-1]
+    name, held = _type_name(culprit), ""
+    if (
+        len(path) > len(start) + _MOST_OF_PATH
+    ):  # what lies deep inside a library's object says nothing by its path
+        path, held, name = start, f" with a {name} inside it", _type_name(outer)
+    instead = "return something else in its place, as its state"
+    if outward:
+        instead = next(
+            (text for key, text in _INSTEAD.items() if key in name), "create it inside the function"
+        )
     return (
-        f"{path} is a {name}, which cannot be sent to another process{where}. Instead, {instead}. ({error})"
+        f"{path} is a {name}{held}, which cannot be sent to another process{where}. Instead, {instead}. "
+        f"({error})"
     )
 
 
-def _innermost(value: Any) -> tuple[str, Any, str] | None:
-    """Follow what fails to pickle to a part none of whose own parts fails: (path, part, where it is used)."""
-    path, where, seen = "", "", set()
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+def _innermost(value: Any, path: str) -> list[tuple[str, Any, str]]:
+    """Follow what fails to pickle to a part none of whose own parts fails: each step's (path, part, use)."""
+    where, seen = "", set()
     if _pickles(value):
-        return None
+        return []
+    steps = [(path or "the value", value, "")]
     for _ in range(_MAX_STEPS):
         seen.add(id(value))
         for label, part, use in _parts(value, path):
             if id(part) not in seen and not _pickles(part):
                 path, value, where = label, part, use or where
+                steps.append((path, value, where))
                 break
         else:
-            return (path or "the value", value, where)
-    return (path, value, where)
+            break
+    # what the person called by a name: a variable, an argument, or all that was returned
+    named = next((at for at, step in enumerate(steps) if step[0].startswith(_NAMED)), 0)
+    return steps[named:]
 
 
 def _pickles(value: Any) -> bool:

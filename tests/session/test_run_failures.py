@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nbaccel import notebook_launcher
-from nbaccel.errors import LaunchError, WorkerError
+from nbaccel.errors import LaunchError, PayloadError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -68,6 +68,70 @@ def test_cause_is_the_original_exception_when_one_raises(method: Any) -> None:
     assert type(error.__cause__) is Broken
     assert str(error.__cause__) == "broken with code 7"
     assert error.__cause__.code == 7
+
+
+def raise_in_lines() -> None:
+    raise ValueError("first line\nsecond line")
+
+
+def raise_group() -> None:
+    raise ExceptionGroup(  # noqa: F821  # of Python 3.11
+        "two failed", [ValueError("of one"), KeyError("of the other")]
+    )
+
+
+def test_headline_has_type_and_first_line_when_message_has_several() -> None:
+    error = failure(raise_in_lines, num_processes=2)
+    assert "ranks 0-1 of 2 failed: ValueError: first line … (at test_run_failures.py:" in str(error)
+    assert "\nsecond line\n" in str(error)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups come with Python 3.11")
+def test_what_is_in_a_group_is_told() -> None:
+    text = str(failure(raise_group, num_processes=1))
+    assert "failed: ExceptionGroup: two failed (2 sub-exceptions): ValueError: of one" in text
+    assert "in it, 2 of 2:\n  KeyError: 'of the other'" in text
+
+
+def decode() -> None:
+    b"\xff".decode()
+
+
+def leave_with_3() -> None:
+    raise SystemExit(3)
+
+
+def test_cause_has_the_state_of_its_built_in_class() -> None:
+    cause = failure(decode, num_processes=1).__cause__
+    assert isinstance(cause, UnicodeDecodeError)
+    assert (cause.end, str(cause)) == (
+        1,
+        "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+    )
+    ended = failure(leave_with_3, num_processes=1).__cause__
+    assert isinstance(ended, SystemExit)
+    assert ended.code == 3
+
+
+def fork_and_come_out(path: str) -> int:
+    child = os.fork()
+    if child == 0:
+        Path(path).write_text(str(os.getpid()))
+        return 7
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fork_and_raise() -> int:
+    child = os.fork()
+    if child == 0:
+        raise ValueError("of the child")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_child_of_a_rank_is_no_second_rank(tmp_path: Path) -> None:
+    assert notebook_launcher(fork_and_come_out, (str(tmp_path / "child"),), num_processes=1) == [0]
+    assert (tmp_path / "child").exists()
+    assert notebook_launcher(fork_and_raise, num_processes=1) == [1]
 
 
 def raise_everywhere_but_0() -> None:
@@ -350,8 +414,10 @@ def give_failing() -> Any:
 
 
 def test_caller_is_told_when_a_value_cannot_be_opened_here() -> None:
-    with pytest.raises(Exception, match="not in this process"):
+    match = "rank 0's value has come and cannot be opened here: OSError: not in this process"
+    with pytest.raises(PayloadError, match=match) as caught:
         notebook_launcher(give_failing, num_processes=1)
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def fail_after_returning() -> None:

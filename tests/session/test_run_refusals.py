@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+import nbaccel
 from nbaccel import FSDP, RunConfig, launch, notebook_launcher
 from nbaccel.errors import ConfigError, PayloadError
 
@@ -25,6 +27,15 @@ LOCK = threading.Lock()
 def use_lock() -> None:
     with LOCK:
         pass
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        return str(1 // 0)
+
+
+async def sleeps(x: int) -> int:
+    return x
 
 
 CASES: list[tuple[dict[str, Any], str]] = [
@@ -62,10 +73,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"devices": [0]}, "devices"),
     ({"num_nodes": 2}, "several hosts"),
     ({"args": (LOCK,)}, "lock"),
+    ({"args": (Unspeakable(), 2)}, "Unspeakable instance.*too many positional"),
+    ({"function": sleeps}, r"sleeps is async.*lambda: asyncio.run\(sleeps\(…\)\)"),
+    ({"name": 5}, "name must be a string, not 5"),
+    ({"env": "A=1"}, "env must be a mapping"),
+    ({"env": {"A=B": "1"}}, "env has 'A=B'='1', which no environment can hold"),
 ]
 
 
-@pytest.mark.parametrize(("options", "match"), CASES, ids=[str(case[0])[:40] for case in CASES])
+@pytest.mark.parametrize(("options", "match"), CASES, ids=[case[1][:40] for case in CASES])
 def test_call_is_refused_before_any_process_starts(options: dict[str, Any], match: str) -> None:
     before = {child.pid for child in psutil.Process().children()}
     call = {"function": one, "args": (1,), "num_processes": 2, "device": "cpu", **options}
@@ -84,7 +100,49 @@ def test_variable_is_named_when_it_cannot_be_sent() -> None:
         launch(inner, num_processes=1)
 
 
-def test_inline_runs_here_and_refuses_more_ranks() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def store_once() -> None:
+    """The first store of a process makes a pipe that libuv keeps."""
+    notebook_launcher(os.getpid, inline=True)
+
+
+def joins() -> tuple[str, int, bool]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    return os.environ["RANK"], dist.get_world_size(), bool(dist.is_initialized())
+
+
+def test_inline_runs_here_as_the_one_rank_of_a_torchrun_launch() -> None:
+    import torch.distributed as dist
+
     assert notebook_launcher(os.getpid, inline=True) == [os.getpid()]
-    with pytest.raises(ConfigError, match="inline"):
+    assert notebook_launcher(joins, inline=True, device="cpu", returns="rank0") == [("0", 1, True)]
+    assert not dist.is_initialized()
+    assert "RANK" not in os.environ
+    assert "MASTER_PORT" not in os.environ
+    assert notebook_launcher(joins, inline=True, returns="none") == [None]
+
+
+def test_inline_refuses_more_ranks_and_what_it_cannot_do() -> None:
+    with pytest.raises(
+        ConfigError, match="inline=True runs one rank in this process: leave out num_processes=2"
+    ):
         notebook_launcher(os.getpid, num_processes=2, inline=True)
+    with pytest.raises(ConfigError, match="leave out max_time"):
+        notebook_launcher(os.getpid, inline=True, max_time=3)
+    with pytest.raises(ConfigError, match="too many positional"):
+        notebook_launcher(one, (1, 2), inline=True)
+
+
+def test_launch_is_refused_when_the_working_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    before = nbaccel.runs()
+    with pytest.raises(ConfigError, match="working folder is gone"):
+        notebook_launcher(one, (1,), num_processes=1)
+    assert len(nbaccel.runs()) == len(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import types
@@ -179,6 +180,54 @@ def test_wrapped_module_comes_back_plain() -> None:
     assert torch.equal(back.weight, compiled.weight)
 
 
+def test_wrappers_of_other_libraries_stay_behind() -> None:
+    from lightning_fabric.wrappers import _FabricModule
+
+    own = torch.nn.Linear(3, 3)
+    back = round_trip([torch.nn.DataParallel(own), _FabricModule(own, None)], outward=False)
+    assert [type(one) for one in back] == [torch.nn.Linear] * 2
+
+
+def test_divided_module_is_refused_with_what_to_return() -> None:
+    script = (
+        "import torch, os\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "from nbaccel.wire.payload import pack\n"
+        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
+        "model = torch.nn.Linear(4, 4)\n"
+        "fully_shard(model)\n"
+        "try:\n"
+        "    pack({'model': model}, outward=False)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "PayloadError the parameters of this FSDPLinear are divided among the ranks" in done.stdout, (
+        done.stderr
+    )
+    assert "return accelerator.get_state_dict(model)" in done.stdout
+
+
+def test_decorated_definitions_of_a_notebook_travel(main: types.ModuleType) -> None:
+    define(
+        main,
+        "import functools, torch\n"
+        "@functools.lru_cache(maxsize=7)\n"
+        "def vocabulary():\n    return 3\n"
+        "class Config:\n"
+        "    @functools.cached_property\n"
+        "    def width(self):\n        return 5\n"
+        "@torch.compile(backend='eager', dynamic=True)\n"
+        "def step(x):\n    return x + 1\n"
+        "def train():\n"
+        "    return vocabulary(), vocabulary.cache_parameters()['maxsize'], Config().width, step(torch.ones(2))\n",
+    )
+    values = round_trip(main.train, outward=True)()
+    assert values[:3] == (3, 7, 5)
+    assert values[3].tolist() == [2, 2]
+
+
 def test_modules_that_opening_imports_are_told() -> None:
     import colorsys
 
@@ -242,6 +291,24 @@ def test_what_cannot_be_pickled_is_named(value: Any, words: list[str]) -> None:
         pack(value, outward=True)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_cannot_come_back_is_named_as_returned() -> None:
+    with pytest.raises(PayloadError) as caught:
+        pack({"model": {"lock": lock}}, outward=False)
+    said = str(caught.value)
+    assert said.startswith("the returned value['model']['lock'] is a _thread.lock")
+    assert "create it inside" not in said
+
+
+def test_long_way_inside_a_librarys_object_is_left_out() -> None:
+    deep = types.SimpleNamespace(
+        transport=types.SimpleNamespace(connection=types.SimpleNamespace(guard_of_it=lock))
+    )
+    with pytest.raises(PayloadError) as caught:
+        pack((len, (deep,), {}), outward=True)
+    assert "is a types.SimpleNamespace with a _thread.lock inside it" in str(caught.value)
+    assert "connection" not in str(caught.value)
 
 
 def test_failed_pack_leaves_no_descriptor() -> None:

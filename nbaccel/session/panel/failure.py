@@ -45,7 +45,7 @@ def headline(state: RunState, label: CellLabel) -> str:
     if first.info is None:
         return f"{who} {_how_it_ended(first)}"
     place = user_place(first.info, label)
-    return f"{who} failed: {_last_line(first.info.message, first.info.type_name)}{f' (at {place})' if place else ''}"
+    return f"{who} failed: {plain(first.info.headline)}{f' (at {place})' if place else ''}"
 
 
 def fates(state: RunState, label: CellLabel) -> list[str]:
@@ -82,7 +82,7 @@ def _error_lines(state: RunState, label: CellLabel, colour: bool) -> Iterable[st
 def _fate(rank: RankState, state: RunState, label: CellLabel) -> str:
     if rank.error is not None:
         waited = waited_in(rank.error, label)
-        return waited or f"raised after it: {_last_line(rank.error.message, rank.error.type_name)[:200]}"
+        return waited or f"raised after it: {plain(rank.error.headline)[:200]}"
     shown = shown_state(rank, state)
     if shown == "lost":
         return explain_exit(rank.exitcode or 0)
@@ -94,7 +94,3 @@ def _how_it_ended(failure: Failure) -> str:
     return (
         f"{exit_code}; {failure.detail}" if failure.detail and failure.detail not in exit_code else exit_code
     )
-
-
-def _last_line(message: str, type_name: str) -> str:
-    return plain(message.splitlines()[-1]) if message else type_name

@@ -241,6 +241,7 @@ def _exception(info: ExceptionInfo | None, depth: int = 0) -> Facts | None:
         "frames": frames,
         "cause": _exception(info.cause, depth + 1),
         "context": _exception(info.context, depth + 1),
+        "exceptions": [_exception(inner, depth + 1) for inner in info.exceptions if depth < _DEEPEST_CHAIN],
     }
 
 
