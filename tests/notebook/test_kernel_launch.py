@@ -192,6 +192,55 @@ print(values == [None, None], run.done(), run.exception())
     assert "True True None" in cell.stdout
 
 
+def test_interrupt_ends_a_run_that_a_cell_awaits(kernel: Kernel) -> None:
+    kernel.ok("def waits():\n    import time\n    print('in it', flush=True)\n    time.sleep(60)")
+    cell = kernel.start("run = launch(waits, num_processes=2)\nawait run")
+    kernel.pump(lambda: "in it" in cell.stdout, 20)
+    kernel.interrupt()
+    kernel.finish(cell, 8)
+    assert cell.error in ("CancelledError", "KeyboardInterrupt"), cell.output
+    wait_run_ended(kernel)
+    assert "KeyboardInterrupt" in kernel.ok("print(repr(run.exception(timeout=5)))").stdout
+
+
+def test_interrupt_ends_a_loop_of_launches_when_the_ranks_have_returned(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    opening = tmp_path / "opening"
+    kernel.ok(f"""
+import os, time
+class Slow:
+    def __init__(self):
+        self.made_by = os.getpid()
+    def __setstate__(self, state):
+        if os.getpid() != state["made_by"]:
+            open({str(opening)!r}, "w").close()
+            time.sleep(1.5)
+""")
+    cell = kernel.start("for number in range(3):\n    notebook_launcher(lambda: Slow(), num_processes=1)")
+    kernel.pump(opening.exists, 20)
+    kernel.interrupt()
+    kernel.finish(cell, 10)
+    assert cell.error == "KeyboardInterrupt", cell.output
+    assert "last_run().result() has its values" in cell.traceback
+    assert (
+        "0 Slow"
+        in kernel.ok("import nbaccel; print(number, type(nbaccel.last_run().result()[0]).__name__)").stdout
+    )
+
+
+def test_lines_of_ipython_work_in_a_function_of_the_notebook(kernel: Kernel) -> None:
+    cell = kernel.ok("""
+def lists():
+    !echo from the shell
+    said = !echo caught
+    return said[0]
+print(notebook_launcher(lists, num_processes=2))
+""")
+    assert "from the shell" in cell.stdout
+    assert "[0-1] 'caught'" in cell.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_interrupts_end_the_cell_cleanly_at_any_moment(kernel: Kernel, seed: int) -> None:
