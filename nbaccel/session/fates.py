@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from nbaccel.engines.base import Exited, Failed
 from nbaccel.errors import LaunchError
@@ -71,7 +71,11 @@ def lost_parent(log: str, *, starting: bool) -> LaunchError:
 
 def opening_failure(failed: Failed, label: CellLabel) -> LaunchError:
     """The call could not be unpickled."""
-    text = "\n".join(render(failed.info, label, title="the ranks' parent", colour=False))
+    return _not_opened(render(failed.info, label, title="the ranks' parent", colour=False))
+
+
+def _not_opened(lines: Iterable[str]) -> LaunchError:
+    text = "\n".join(lines)
     return LaunchError(f"the function or its arguments could not be opened in the ranks.\n{text}")
 
 
@@ -88,9 +92,9 @@ def start_failure(event: Raised | Died, state: RunState, label: CellLabel) -> La
     """A rank failed while it was set up."""
     rank = event.rank
     if isinstance(event, Raised):
-        text = "\n".join(render(event.info, label, title=f"rank {rank}", colour=False))
-        # without frames: pickle's own
-        what = "could not be set up" if event.info.frames else "could not open the function or its arguments"
-        return LaunchError(f"rank {rank} {what}.\n{text}")
+        lines = list(render(event.info, label, title=f"rank {rank}", colour=False))
+        if not event.info.frames:  # it was pickle itself that raised
+            return _not_opened(lines)
+        return LaunchError("\n".join([f"rank {rank} could not be set up.", *lines]))
     words = "\n".join(state.ranks[rank].last_lines(20))
     return LaunchError(f"rank {rank} ended while it was set up, exit code {event.exitcode}.\n{words}")
