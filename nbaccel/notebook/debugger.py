@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,8 +11,11 @@ from nbaccel.notebook.doctor import doctor
 from nbaccel.notebook.launcher import own_last_run
 from nbaccel.session import parking
 from nbaccel.session.looking import look_at
+from nbaccel.session.parking import Parked
 from nbaccel.session.relay import Relay
+from nbaccel.session.run import Run
 from nbaccel.session.stacks import StackReport
+from nbaccel.session.state import RunState
 
 __all__ = ["debug", "show_doctor", "stacks"]
 
@@ -19,6 +23,8 @@ __all__ = ["debug", "show_doctor", "stacks"]
 class _Session(Protocol):
     @property
     def relay(self) -> Relay: ...
+    @property
+    def latest(self) -> RunState: ...
     @property
     def closed(self) -> bool: ...
 
@@ -38,27 +44,34 @@ def stacks(session: _Session | None) -> StackReport:
 
 
 def debug(session: _Session | None, arguments: Sequence[str]) -> None:
-    """Open pdb on a rank's kept frames: the parked one of a launch, else one of the session's.
+    """Open pdb on a rank's kept frames: the parked one of a launch, or one of the session's.
 
     Raises:
         ConfigError: there is none.
     """
-    if len(arguments) > 1 or (arguments and not arguments[0].isdigit()):
+    if len(arguments) > 1 or (arguments and not re.fullmatch("[0-9]+", arguments[0])):
         raise ConfigError("%nbaccel debug 3: the number of one rank")
     rank = int(arguments[0]) if arguments else None
-    run = own_last_run()
-    if parking.parked() is not None and run is not None:
+    run, parked = own_last_run(), parking.parked()
+    own = None if session is None or session.closed else session.latest
+    if run is not None and parked is not None and (own is None or not _is_meant(own, rank, run, parked)):
         run.debug(rank)
-    elif session is None or session.closed:
+    elif session is None or own is None:
         raise ConfigError("nothing is kept: a rank is parked when a launch fails in a live notebook")
     else:
-        look_at(session.relay, rank, first=_failed(session.relay))
+        look_at(session.relay, rank, first=None if own.failure is None else own.failure.rank)
 
 
-def _failed(relay: Relay) -> int | None:
-    """The session's rank that failed first in its last call."""
-    failure = relay.state.failure
-    return failure.rank if failure is not None else None
+def _is_meant(own: RunState, rank: int | None, run: Run, parked: Parked) -> bool:
+    """Whether the session's failure is to be looked at rather than the parked rank: it has the rank that is
+    asked for, or where that tells nothing it is the later one."""
+    failure, before = own.failure, run.state.failure
+    if failure is None:
+        return False
+    in_session = rank in own.failed_ranks
+    if rank is not None and in_session != (rank == parked.parked):
+        return in_session
+    return before is None or failure.time > before.time
 
 
 def show_doctor(names: dict[str, Any], arguments: Sequence[str]) -> Any:

@@ -92,7 +92,8 @@ def notebook_launcher(
             report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
         )
         presses.absorb()
-    if presses.pressed and run.exception() is None:  # too late for the ranks; a loop around us is to stop all the same
+    # it came too late for the ranks; a loop around us is to stop all the same
+    if presses.pressed and run.exception() is None:
         raise KeyboardInterrupt(f"{run.name} had ended already: nbaccel.last_run().result() has its values")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(ValueError, AttributeError):  # closed, or none at all

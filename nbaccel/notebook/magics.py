@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 from IPython import display as ipython
 from IPython.core.completer import SimpleCompletion, context_matcher
 from IPython.core.error import UsageError
+from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from nbaccel.errors import ConfigError, LaunchError, WorkerError
@@ -27,6 +29,8 @@ from nbaccel.session.results import Results, rank_ranges
 __all__ = ["SUBCOMMANDS", "RankMagics", "parse_ranks"]
 
 _AUTO = "--auto"
+# What is for the notebook itself when every other cell runs on the ranks.
+_STAYS = ("%%", "%nbaccel", "%rank_debug", "%load_ext", "%reload_ext", "%unload_ext")
 
 
 @final
@@ -40,6 +44,8 @@ class RankMagics(Magics):
         self.session: Session | None = None
         self.auto = False
         self._definitions = Definitions()
+        self._told: set[str] = set()
+        """Names of the ranks' own that hide one of the notebook's, once that was said."""
 
     @line_magic
     def nbaccel(self, line: str) -> Any:
@@ -60,20 +66,36 @@ class RankMagics(Magics):
         chosen = parse_ranks(" ".join(word for word in words if word != _AUTO), session.num_processes)
         if automatic:
             print(f"▸ ranks {rank_ranges(chosen)} (%nbaccel auto off to end this)")
-        source = self.front.transform_cell(cell)
+        source = _as_python(cell)
         notebook = self.front.user_ns
-        sent = self._definitions.needed(source, notebook)
+        pids = {rank: session.state.ranks[rank].pid for rank in chosen}
+        self._send_definitions(session, source, pids)
         try:
-            results = session.execute(cell, ranks=chosen, definitions=sent, first_line=1 if automatic else 2)
+            results = session.execute(cell, ranks=chosen, first_line=1 if automatic else 2)
         except WorkerError as error:
             _hint_at_data(error, notebook)
             raise
         finally:
-            self._definitions.note_run(source, sent, notebook)
+            self._definitions.note_bound(source, notebook, pids)
         _show(results)
 
+    def _send_definitions(self, session: Session, source: str, pids: Mapping[int, int | None]) -> None:
+        """Before a cell, and in calls of their own: what arrived is known, whatever becomes of the cell."""
+        notebook = self.front.user_ns
+        for name in self._definitions.hidden(source, notebook):
+            if name not in self._told:
+                self._told.add(name)
+                told = f"{name} is each rank's own in %%ranks cells"
+                print(f"nbaccel: {told}: give the notebook's another name to use it there", file=sys.stderr)
+        for missing in self._definitions.missing(source, notebook, pids):
+            session.define(missing.values, missing.ranks, reloaded=missing.reloaded)
+            self._definitions.note_sent(missing, pids)
+
     def _subcommand(self, line: str) -> Any:
-        name, *arguments = shlex.split(line) or ["status"]
+        try:
+            name, *arguments = shlex.split(line) or ["status"]
+        except ValueError as error:
+            raise UsageError(f"%nbaccel {line}: {error}") from None
         if name not in SUBCOMMANDS:
             raise UsageError(f"%nbaccel {name}: there is {', '.join(sorted(SUBCOMMANDS))}")
         try:
@@ -111,8 +133,10 @@ class RankMagics(Magics):
 
     def _as_ranks(self, lines: list[str]) -> list[str]:
         """An input transformer: a cell becomes a %%ranks cell unless it begins with a magic of its own."""
-        first = next((line for line in lines if line.strip()), "")
-        if not first.strip() or first.startswith(("%%", "%nbaccel", "%load_ext", "%rank_debug")):
+        first = next(
+            (line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")), ""
+        )
+        if not first or first.startswith(_STAYS):
             return lines
         return [f"%%ranks {_AUTO}\n", *lines]
 
@@ -138,23 +162,36 @@ class RankMagics(Magics):
 
 
 def parse_ranks(text: str, num_ranks: int) -> tuple[int, ...]:
-    """ "0,2-3" as ranks; nothing is all of them.
+    """ "0,2-3" as ranks, a blank as good as a comma; nothing is all of them.
 
     Raises:
         UsageError: it is no such selection, or there is no such rank.
     """
-    text = text.strip().strip("[]").replace(" ", "")
+    text = text.strip().strip("[]").strip()
     if not text:
         return tuple(range(num_ranks))
     found: set[int] = set()
-    for part in text.split(","):
-        low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+    for part in re.split(r"\s*,\s*|\s+", re.sub(r"\s*-\s*", "-", text)):
+        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if low > high:
             raise UsageError(f"%%ranks {text}: write ranks as 0,2-3")
-        found.update(range(int(low), int(high or low) + 1))
-    if wrong := [rank for rank in sorted(found) if rank >= num_ranks]:
-        raise UsageError(f"%%ranks {text}: there is no rank {rank_ranges(wrong)}, only 0 to {num_ranks - 1}")
+        if high >= num_ranks:
+            raise UsageError(f"%%ranks {text}: there is no rank {high}, only 0 to {num_ranks - 1}")
+        found.update(range(low, high + 1))
     return tuple(sorted(found))
+
+
+def _as_python(cell: str) -> str:
+    """A cell with its magics as calls; nothing when it cannot be: the ranks say what is wrong with it.
+
+    By IPython's own rules alone, as in a rank: what was added to this shell's may be ours, of `auto on`.
+    """
+    rules: Any = TransformerManager
+    try:
+        return str(rules().transform_cell(cell))
+    except SyntaxError:
+        return ""
 
 
 def _ranks_or_all(head: str, session: Session) -> tuple[int, ...] | None:
@@ -229,8 +266,6 @@ def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
     parser.add_argument("--idle-stop")
     parser.add_argument("--output", default="auto", choices=("auto", "all", "rank0", "none"))
     asked = parser.parse_args(list(arguments))
-    if magics.session is not None:
-        magics.use(None)
     session = Session(
         asked.num_processes,
         device=asked.device,
@@ -238,6 +273,7 @@ def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
         grace=asked.grace,
         idle_stop=asked.idle_stop,
         output=asked.output,
+        replaces=magics.session,
     )
     session.warm_up()
     magics.use(session)
@@ -274,10 +310,10 @@ def _interrupt(magics: RankMagics, arguments: Sequence[str]) -> None:
 def _vars(magics: RankMagics, arguments: Sequence[str]) -> None:
     parser = _Parser(prog="vars", add_help=False)
     parser.add_argument("--sort", choices=("name", "size"), default="name")
-    parser.add_argument("ranks", nargs="?", default="")
+    parser.add_argument("ranks", nargs="*")
     asked = parser.parse_args(list(arguments))
     session = magics.running()
-    chosen = parse_ranks(asked.ranks, session.num_processes)
+    chosen = parse_ranks(" ".join(asked.ranks), session.num_processes)
     print(variables_table(session.variables(chosen), by_size=asked.sort == "size"))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
@@ -17,6 +18,7 @@ from nbaccel.notebook.front import Dashboard, Front, LateFront, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
 from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
+from nbaccel.rank.debugger import is_persons
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.doctor import Idle
@@ -69,6 +71,7 @@ class Session:
         max_restarts: how many times `run`, and `notebook_launcher(session=…)`, call a function again after a
             rank has failed: ranks that were lost are replaced first, the others keep their variables.
         name: what it is called in messages.
+        replaces: a session that makes way for this one: it is closed once what is asked here can be done.
 
     Raises:
         ConfigError: something asked cannot be done; nothing was started.
@@ -93,6 +96,7 @@ class Session:
         idle_stop: float | str | None = None,
         max_restarts: int | None = None,
         name: str = "session",
+        replaces: Session | None = None,
     ) -> None:
         asked = {
             "num_processes": num_processes,
@@ -103,14 +107,11 @@ class Session:
             "start_method": start_method,
             "max_restarts": max_restarts,
         }
-        layers = [
-            RunConfig.from_mapping({k: v for k, v in asked.items() if v is not None}, place="the session")
-        ]
-        if config is not None:
-            layers.append(read_config(config))
+        if output not in get_args(Mode):
+            raise ConfigError(f"output={output!r}: one of {', '.join(get_args(Mode))}")
         self.name = name
-        self._config = combine(*layers)
-        self._env = {key: str(value) for key, value in (env or {}).items()}
+        self._config = _settings(asked, config)
+        self._env = _variables(env)
         self._output = output
         self._limits = Limits(
             start=duration_seconds(start_timeout, what="start_timeout"),
@@ -127,6 +128,9 @@ class Session:
             )
         for note in self._plan.notes:
             _say(note)
+        self._latest: CallInFlight | None = None
+        if replaces is not None:
+            replaces.close()
         self._relay = self._start()
         _sessions.add(self)
 
@@ -148,27 +152,46 @@ class Session:
         source: str,
         ranks: Collection[int] | None = None,
         *,
-        definitions: Mapping[str, Any] | None = None,
         first_line: int = 1,
     ) -> Results:
         """Run a cell's text on these ranks (None: all) as a notebook would; what each last expression shows.
 
         Args:
-            definitions: names to set before.
             first_line: where `source` begins in the notebook's cell that runs now.
 
         Raises: as `run`.
         """
         filename, number = running_cell() or (None, 1)
         cell = shell.Cell(source=source, filename=filename, number=number, first_line=first_line)
-        task = _task(shell.run_cell, (cell, dict(definitions or {})), {}, "cell")
+        task = _task(shell.run_cell, (cell,), {}, "cell")
         return self._finish(self._submit(task, ranks=ranks))
 
     def warm_up(self) -> None:
         """Let the ranks make what their first cell needs; returns at once."""
         self._submit(_task(shell.warm_up, (), {}, "warm up"), shown=False)
 
-    def push(self, **values: Any) -> None:
+    def define(
+        self,
+        definitions: Mapping[str, Any],
+        ranks: Collection[int] | None = None,
+        *,
+        reloaded: Sequence[str] = (),
+    ) -> None:
+        """Set the notebook's definitions in these ranks (None: all).
+
+        Args:
+            reloaded: modules to reload there before.
+
+        Raises: as `run`.
+        """
+        if reloaded:
+            reload = _task(namespace.reload, (tuple(reloaded),), {}, "reload")
+            self._finish(self._submit(reload, ranks=ranks))
+        self._finish(
+            self._submit(_task(namespace.push, (dict(definitions),), {}, "definitions"), ranks=ranks)
+        )
+
+    def push(self, /, **values: Any) -> None:
         """Set these names in every rank."""
         self._finish(self._submit(_task(namespace.push, (values,), {}, "push")))
 
@@ -182,8 +205,9 @@ class Session:
 
     def variables(self, ranks: Collection[int] | None = None) -> dict[int, list[namespace.Variable]]:
         """Every variable of each rank: type, shape, dtype, device, bytes and a checksum of its value."""
-        found = self._finish(self._submit(_task(namespace.variables, (), {}, "vars"), ranks=ranks))
-        return dict(zip(self._checked(ranks), found, strict=True))
+        chosen = self._checked(ranks)
+        found = self._finish(self._submit(_task(namespace.variables, (), {}, "vars"), ranks=chosen))
+        return dict(zip(chosen, found, strict=True))
 
     def launch(self, task: Task) -> Results:
         """What `notebook_launcher(f, session=…)` does."""
@@ -214,6 +238,11 @@ class Session:
         return self._relay.state
 
     @property
+    def latest(self) -> RunState:
+        """What became of the latest cell or function: what only asks for variables or frames leaves it alone."""
+        return self.state if self._latest is None else self._latest.state
+
+    @property
     def closed(self) -> bool:
         """Whether it has ended, by `close`, `idle_stop` or because its processes were killed."""
         return self._relay.over
@@ -231,7 +260,13 @@ class Session:
         return self._relay
 
     def stacks(self) -> StackReport:
-        """What every rank is doing now, and who waits for whom. Takes 0.1 to 0.3 s."""
+        """What every rank is doing now, and who waits for whom. Takes 0.1 to 0.3 s.
+
+        Raises:
+            ConfigError: the session has ended.
+        """
+        if self.closed:
+            raise ConfigError(f"the {self.name} has ended: its ranks have no stacks any more")
         return self._relay.look()
 
     def debug(self, rank: int) -> None:
@@ -249,6 +284,7 @@ class Session:
     def restart(self) -> None:
         """End every rank and start fresh ones, without variables."""
         self.close()
+        self._latest = None
         self._relay = self._start()
 
     def close(self) -> None:
@@ -362,6 +398,8 @@ class Session:
             show=None if front is None else front.show,
         )
         made.append(run)
+        if is_persons(task.function):
+            self._latest = call
         # last: the relay's thread takes the interpreter from here on
         self._relay.submit(call)
         return run
@@ -375,11 +413,15 @@ class Session:
     def _checked(self, ranks: Collection[int] | None) -> tuple[int, ...]:
         if ranks is None:
             return tuple(range(self.num_processes))
-        wrong = [rank for rank in ranks if rank not in range(self.num_processes)]
-        if wrong or not ranks:
+        try:
+            chosen = sorted({operator.index(rank) for rank in ranks})
+        except TypeError:
+            raise ConfigError(f"ranks={ranks!r}: write them as a list of numbers, [0, 2]") from None
+        wrong = [rank for rank in chosen if rank not in range(self.num_processes)]
+        if wrong or not chosen:
             what = f"there is no rank {rank_ranges(wrong)}" if wrong else "no rank was chosen"
             raise ConfigError(f"{what}: this session has ranks 0 to {self.num_processes - 1}")
-        return tuple(sorted(set(ranks)))
+        return tuple(chosen)
 
     def _write(self) -> Write:
         streams = {"stdout": sys.stdout, "stderr": sys.stderr}  # a later cell may have redirected them
@@ -426,6 +468,20 @@ def _task(
 ) -> Task:
     called = name or getattr(function, "__name__", None) or type(function).__name__
     return Task(function=function, args=args, kwargs=kwargs, name=called)
+
+
+def _settings(asked: Mapping[str, Any], config: Configuration | None) -> RunConfig:
+    """The options that were asked for, with those in `config`."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    layers = [RunConfig.from_mapping(given, place="the session")]
+    return combine(*layers, *([] if config is None else [read_config(config)]))
+
+
+def _variables(env: Mapping[str, str] | None) -> dict[str, str]:
+    """The environment variables that were asked for."""
+    if env is not None and (not isinstance(env, Mapping) or None in env.values()):
+        raise ConfigError(f"env={env!r}: write it as {{'NAME': 'value'}}")
+    return {key: str(value) for key, value in (env or {}).items()}
 
 
 def _say(note: str) -> None:

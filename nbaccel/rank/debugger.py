@@ -16,13 +16,15 @@ from typing import Any
 from nbaccel.errors import ConfigError
 from nbaccel.rank import here
 
-__all__ = ["forget_before", "install", "post_mortem", "remember"]
+__all__ = ["forget_before", "install", "is_persons", "post_mortem", "remember"]
 
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_HOME, room) + os.sep for room in ("rank", "wire", "engines"))
 
 # Of each rank of this process, by `here.index()`.
 _failures: dict[int, BaseException] = {}
+_called: set[int] = set()
+"""Which of them have run something for the person."""
 _looking: set[int] = set()
 """Whose call under way is `post_mortem`: its own errors are not kept."""
 _first: list[int] = [0]
@@ -45,11 +47,17 @@ def remember(error: BaseException) -> None:
         _failures[here.index()] = error
 
 
-def forget_before(function: Callable[..., Any]) -> None:
-    """Let go of what is kept, unless this call is one of ours, such as a completion."""
-    (_looking.add if function is post_mortem else _looking.discard)(here.index())
+def is_persons(function: Callable[..., Any]) -> bool:
+    """Whether a call of this is a cell or a person's function, not one of ours such as a completion."""
     name = getattr(function, "__module__", None) or ""
-    if not name.startswith("nbaccel.") or getattr(function, "__name__", "") == "run_cell":
+    return not name.startswith("nbaccel.") or getattr(function, "__name__", "") == "run_cell"
+
+
+def forget_before(function: Callable[..., Any]) -> None:
+    """Let go of what is kept, unless this call is one of ours."""
+    (_looking.add if function is post_mortem else _looking.discard)(here.index())
+    if is_persons(function):
+        _called.add(here.index())
         _failures.pop(here.index(), None)
 
 
@@ -62,7 +70,8 @@ def post_mortem() -> None:
     error = _failures.get(here.index())
     if error is None:
         rank = _first[0] + here.index()
-        raise ConfigError(f"rank {rank} has kept no failure: its last call ended well")
+        why = "its last call ended well" if here.index() in _called else "its process is a fresh one"
+        raise ConfigError(f"rank {rank} has kept no failure: {why}")
     debugger = _new()
     debugger.reset()
     print(f"{type(error).__name__}: {error}", flush=True)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Variable", "pull", "push", "variables"]
+__all__ = ["PREBOUND", "Variable", "pull", "push", "reload", "variables"]
 
-_PREBOUND = ("rank", "local_rank", "world_size", "device", "dist")
+PREBOUND = ("rank", "local_rank", "world_size", "device", "dist")
+"""What every rank of a session finds in its namespace."""
 _MAX_ITEMS = 100_000
 _CHUNK = 1 << 24
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,13 @@ def push(values: Mapping[str, Any]) -> None:
     sys.modules["__main__"].__dict__.update(values)
 
 
+def reload(modules: Sequence[str]) -> None:
+    """Read these again where they are imported, as the notebook has."""
+    for name in modules:
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
+
+
 def pull(path: str) -> Any:
     """The value of a name, or of a dotted path from one.
 
@@ -59,20 +71,14 @@ def variables() -> list[Variable]:
     found = []
     for name, value in sorted(sys.modules["__main__"].__dict__.items()):
         skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-        if name.startswith("_") or name in hidden or name in _PREBOUND or isinstance(value, skipped):
+        if name.startswith("_") or name in hidden or name in PREBOUND or isinstance(value, skipped):
             continue
         found.append(_describe(name, value))
     return found
 
 
 def _describe(name: str, value: Any) -> Variable:
-    digest = hashlib.blake2b(digest_size=4)
-    try:
-        comparable = _feed(digest, value, [_MAX_ITEMS])
-    except Exception:  # noqa: BLE001  # a value's own code may raise anything; it is listed all the same
-        comparable = False
-    shape, dtype, device, size = _extent(value)
-    text = repr(value)[:40] if isinstance(value, (bool, int, float, complex, str, bytes, type(None))) else ""
+    shape, dtype, device, size = _told(_extent, value) or (None, "", "", None)
     return Variable(
         name=name,
         type=type(value).__name__,
@@ -80,9 +86,26 @@ def _describe(name: str, value: Any) -> Variable:
         dtype=dtype,
         device=device,
         bytes=size,
-        checksum=digest.hexdigest() if comparable else "",
-        value=text,
+        checksum=_told(_checksum, value) or "",
+        value=_told(_short, value) or "",
     )
+
+
+def _told(tell: Callable[[Any], _T], value: Any) -> _T | None:
+    """What `tell` says of a value, None when its own code raises: it is listed all the same."""
+    try:
+        return tell(value)
+    except Exception:  # noqa: BLE001  # it may be anything
+        return None
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40] if isinstance(value, _SCALARS) else ""
+
+
+def _checksum(value: Any) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    return digest.hexdigest() if _feed(digest, value, [_MAX_ITEMS]) else ""
 
 
 def _extent(value: Any) -> tuple[tuple[int, ...] | None, str, str, int | None]:
@@ -115,22 +138,34 @@ def _feed(digest: Any, value: Any, left: list[int]) -> bool:
     left[0] -= 1
     if left[0] < 0:
         return False
-    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
-        digest.update(f"{type(value).__name__}:{value!r};".encode("utf-8", "backslashreplace"))
+    if isinstance(value, _SCALARS):
+        text = (
+            hex(value) if isinstance(value, int) else repr(value)
+        )  # Python refuses to write large ones in tens
+        digest.update(f"{type(value).__name__}:{text};".encode("utf-8", "backslashreplace"))
         return True
     if (tensors := _tensors_of(value)) is not None:
         return all(_feed_array(digest, tensor) for tensor in tensors)
-    if isinstance(value, dict):
-        return all(_feed(digest, part, left) for item in value.items() for part in item)
-    if isinstance(value, (set, frozenset)):
-        digest.update(repr(sorted(map(repr, value))).encode("utf-8", "backslashreplace"))
-        return all(isinstance(one, (bool, int, float, str, bytes)) for one in value)
+    if isinstance(value, (dict, set, frozenset)):
+        return _feed_unordered(digest, value.items() if isinstance(value, dict) else value, left)
     if isinstance(value, (list, tuple)):
         digest.update(f"{len(value)}[".encode())
         return all(_feed(digest, one, left) for one in value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _feed_array(digest, value)
     return False
+
+
+def _feed_unordered(digest: Any, values: Iterable[Any], left: list[int]) -> bool:
+    """The same for equal values, in whatever order they come."""
+    parts = []
+    for value in values:
+        part = hashlib.blake2b(digest_size=8)
+        if not _feed(part, value, left):
+            return False
+        parts.append(part.digest())
+    digest.update(f"{len(parts)}{{".encode() + b"".join(sorted(parts)))
+    return True
 
 
 def _feed_array(digest: Any, value: Any) -> bool:

@@ -48,16 +48,12 @@ class Shown:
         return str(self.data.get("text/plain", ""))
 
 
-def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
+def run_cell(cell: Cell) -> Shown | None:
     """Run a cell in this rank's `__main__`; its last expression, or None.
-
-    Args:
-        definitions: names to set before.
 
     Raises: what the cell raises, its traceback without IPython's frames.
     """
     shell = _shell()
-    shell.user_ns.update(definitions)
     shell.shown, shell.source = None, cell.source
     shell.execution_count = cell.number
     if cell.filename is not None:
@@ -72,6 +68,8 @@ def run_cell(cell: Cell, definitions: Mapping[str, Any]) -> Shown | None:
     result = shell.run_cell(above + cell.source, store_history=False)
     error = result.error_before_exec or result.error_in_exec
     if error is not None:
+        if isinstance(error, SyntaxError) and error.filename == "<tokenize>":  # a dedent that fits nothing
+            error.filename = shell.compile.get_code_name(cell.source, cell.source, cell.number)
         error = error.with_traceback(_users_part(error.__traceback__, shell.user_ns))
         vars(sys).update(
             last_type=type(error), last_value=error, last_traceback=error.__traceback__
@@ -167,7 +165,14 @@ class _Loop:
     def __call__(self, cell: Coroutine[Any, Any, Any]) -> Any:
         if self._loop is None or self._loop.is_closed():
             self._loop = asyncio.new_event_loop()
-        return self._loop.run_until_complete(cell)
+        task = self._loop.create_task(cell)
+        try:
+            return self._loop.run_until_complete(task)
+        except BaseException:  # such as an interrupt, which comes while the loop waits
+            if not task.done():  # or it would run on inside the cells to come
+                task.cancel()
+                self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+            raise
 
 
 def _config() -> Any:
@@ -215,7 +220,7 @@ def _kind() -> Any:
 
         def showtraceback(self, exc_tuple: Any = None, *args: Any, **options: Any) -> None:
             # a cell's own error is told with its answer; a widget's, which ipywidgets keeps to itself, is not
-            if exc_tuple is not None:
+            if exc_tuple is not None and not issubclass(exc_tuple[0], SyntaxError):
                 traceback.print_exception(*exc_tuple)
 
         def showsyntaxerror(self, *args: Any, **options: Any) -> None:

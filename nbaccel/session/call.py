@@ -198,14 +198,31 @@ class CallInFlight:
         return self.ending.began + _TOLD_BY
 
     def resolve(self, problem: BaseException | None = None) -> None:
-        """Close the sinks, then hand out the values or the error; once."""
+        """Close the sinks, then hand out the values or the error; once. Raises nothing: whatever goes wrong here is
+        for whoever waits, and must not keep the calls behind this one waiting."""
         if self._closed:
             return
         self._closed, self._late_sinks = True, None
+        outcome: Results | BaseException
         try:
-            outcome: Results | BaseException = problem or conclude(self._ended(), self.label)
+            outcome = problem or conclude(self._ended(), self.label)
         except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
             outcome = error
+        try:
+            self._close(outcome)
+        except BaseException as error:  # noqa: BLE001  # a defect of ours: the caller is told, if of nothing worse
+            outcome = outcome if isinstance(outcome, BaseException) else error
+        future = self.future
+        try:
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+        except InvalidStateError:
+            pass  # it was forgotten meanwhile
+
+    def _close(self, outcome: Results | BaseException) -> None:
+        """Let go of what came and was sent, and show the end."""
         for _, fd in (*self.values.values(), *self.errors.values()):
             if fd is not None:
                 os.close(fd)
@@ -216,14 +233,6 @@ class CallInFlight:
         if isinstance(outcome, Results):
             for complaint in self._expected.values():
                 self.say(complaint)
-        future = self.future
-        try:
-            if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-        except InvalidStateError:
-            pass  # it was forgotten meanwhile
 
     def _conclude(self, outcome: Results | BaseException) -> None:
         """The state says that it is over, and why, where no rank has."""

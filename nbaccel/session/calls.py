@@ -34,6 +34,8 @@ from nbaccel.wire.snapshot import Vitals
 __all__ = ["Calls"]
 
 _TICK = 0.05
+# In a session a second ■ kills no ranks that come back by themselves: they are interrupted and freed by then.
+_SECOND_PRESS = 1.0
 # The sinks' own work waits while the ranks come up, unless that takes longer.
 _COMING_UP = 0.5
 
@@ -201,16 +203,23 @@ class Calls:
             self._begin_next()
 
     def end(self, call: CallInFlight | None, *, kill: bool = False) -> None:
-        """Interrupt this call (None: the one under way), or kill its ranks; asked twice kills as well."""
+        """Interrupt this call (None: the one under way), or kill its ranks; asked twice kills as well, in a session
+        only those that did not come back within a second."""
         call = call or self._call
         if call is not None and call is self._call:
             again = call.ending.reason in ("interrupted", "failed", "timeout", "hung")
-            self._end("killed" if kill or again else "interrupted")
+            if kill or not (again and self._is_coming_back(call)):
+                self._end("killed" if kill or again else "interrupted")
         elif call is not None and call is self._settling:
             call.resolve()  # who presses again does not wait until the group is whole
         elif call is not None and call in self._waiting:
             self._waiting.remove(call)
             call.resolve(KeyboardInterrupt("interrupted before its turn came"))
+
+    def _is_coming_back(self, call: CallInFlight) -> bool:
+        """Whether a session's ranks were asked so recently that they may still stop and keep their variables."""
+        began = call.ending.began
+        return call.keep and began is not None and time.monotonic() < began + _SECOND_PRESS
 
     def post(self, message: Any, ranks: Collection[int] | None, call: CallInFlight | None) -> None:
         """Send a message to ranks (None: all), if and as soon as `call` is under way (None: now)."""
@@ -438,10 +447,14 @@ class Calls:
             self.group.ranks.kill(call.ranks, signal.SIGINT)
 
     def finish(self, problem: BaseException | None) -> None:
-        """Close everything, then resolve: whoever waits finds nothing left."""
+        """Close everything, then resolve: whoever waits finds nothing left. Whatever of it fails, nobody waits on."""
         group = self.group
-        group.finish(problem)
-        self._idle.close(group.state)
+        try:
+            group.finish(problem)
+            self._idle.close(group.state)
+        except Exception as error:  # noqa: BLE001  # whoever waits gets it
+            problem = problem or error
+            group.enter("over")  # calls to come are refused, not kept for a thread that has ended
         ended = problem or group.error or LaunchError("the session has ended")
         if not group.ready.done():
             group.ready.set_exception(ended)
@@ -450,9 +463,9 @@ class Calls:
             self._call.resolve(problem)
         if self._settling is not None:
             self._settling.resolve(problem)
+        for call in self._waiting:
+            call.resolve(ended)
         if self._delivery.fd is not None and (
             self._call is None or self._call.delivery is not self._delivery
         ):
             os.close(self._delivery.fd)
-        for call in self._waiting:
-            call.resolve(ended)

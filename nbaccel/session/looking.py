@@ -29,9 +29,11 @@ def look_at(relay: Relay, rank: int | None, *, first: int | None = None) -> None
         first: the rank that failed first.
 
     Raises:
-        ConfigError: no failure of it is kept, or nobody can be asked here.
+        ConfigError: there is no such rank, no failure of it is kept, or nobody can be asked here.
     """
-    parked = relay.parked
+    parked, num_ranks = relay.parked, len(relay.state.ranks)
+    if rank is not None and rank not in range(num_ranks):
+        raise ConfigError(f"there is no rank {rank}: the ranks are 0 to {num_ranks - 1}")
     chosen = next((one for one in (rank, parked, first) if one is not None), None)
     if relay.over or (parked is not None and chosen != parked):
         kept = "nothing is kept any more" if relay.over else f"only rank {parked} is kept"
@@ -47,7 +49,6 @@ def look_at(relay: Relay, rank: int | None, *, first: int | None = None) -> None
     asks = environment.allow_stdin if environment.kernel == "ipykernel" else sys.stdin.isatty()
     if not asks:
         raise ConfigError("this front end takes no input: open the notebook in a live one to debug")
-    num_ranks = len(relay.state.ranks)
     prompts = Prompts(reply, interrupt=lambda: None, can_ask=True, num_ranks=num_ranks)
     parcel, fd = payload.pack((debugger.post_mortem, (), {}), outward=True)
     call = CallInFlight(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from nbaccel.errors import ConfigError
 from nbaccel.session.panel.pages import Report, page, panel_bundle, report
@@ -40,6 +40,14 @@ _KINDS: dict[str, Any] = {
         events.Status,
     )
 }
+
+
+_OF_RUNNING = frozenset(
+    ("debug", "exception", "interrupt", "kill", "release", "reply", "result")
+    + ("save", "set_knob", "stacks", "stop", "tell")
+)
+"""What a run has beyond these, and needs its ranks for."""
+)
 
 
 @final
@@ -115,6 +123,15 @@ class PastRun:
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         return panel_bundle(self.state, self.heading, _no_label)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        hint = ""
+        if name in _OF_RUNNING:
+            hint = (
+                f": it is read from its folder, and {name} is of the run itself, in the kernel that launched it"
+                + ("; %nbaccel debug looks at what failed in a session" if name == "debug" else "")
+            )
+        raise AttributeError(f"a past run has no {name!r}{hint}", name=name, obj=self)
 
     def __repr__(self) -> str:
         record = self.record

@@ -9,6 +9,7 @@ from typing import Any, final
 __all__ = ["Results", "rank_ranges"]
 
 _MAX_TEXT = 400
+_IDENTITY: Any = object.__eq__
 
 
 @final
@@ -65,14 +66,13 @@ def rank_ranges(ranks: Iterable[int]) -> str:
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether two values whose short texts are the same are so too, as far as can be told."""
-    kind: Any = type(one)
-    if kind is not type(other):
+    if type(one) is not type(other):
         return False
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
-    if kind.__eq__ is object.__eq__:
+    if type(one).__eq__ is _IDENTITY:
         return True  # it has no idea of equality but its text
     try:
         if getattr(one, "shape", None) != getattr(other, "shape", None):

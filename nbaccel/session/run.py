@@ -71,7 +71,8 @@ class Run:
     def result(self, timeout: float | None = None) -> Results:
         """The ranks' values, in rank order.
 
-        While this waits in the main thread, ■ (SIGINT) interrupts the ranks, and a second one kills them.
+        While this waits in the main thread, ■ (SIGINT) interrupts the ranks, and a second one kills them (in a
+        session only when a second has passed).
 
         Args:
             timeout: seconds; when they pass TimeoutError is raised and the run goes on.
@@ -131,7 +132,7 @@ class Run:
             raise TimeoutError(f"{self.name} is still running after {timeout:g} s; it goes on") from None
 
     def interrupt(self) -> None:
-        """Raise KeyboardInterrupt in every rank; a second call kills them."""
+        """Raise KeyboardInterrupt in every rank; a second call kills them, in a session after a second."""
         self._relay.interrupt(self._call)
 
     def kill(self) -> None:

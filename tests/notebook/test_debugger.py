@@ -134,6 +134,22 @@ def test_a_sessions_failed_rank_is_debugged_and_keeps_its_variables(live: Kernel
     assert "no ranks" in live.run("%nbaccel stacks", answers=[]).output
 
 
+def test_the_rank_that_is_asked_for_or_failed_last_is_debugged_beside_a_parked_one(live: Kernel) -> None:
+    live.ok("%nbaccel start -n 2", answers=[])
+    parked = FAILS.replace("== 42", "== 40").replace("num_processes=3", "num_processes=2")
+    assert "rank 0 is kept" in live.run(parked, answers=[]).traceback
+    live.run("%%ranks\nif rank == 1:\n    in_session = 1000 + rank\n    1 / 0", answers=[])
+    assert "1001" in live.ok("%nbaccel debug 1", answers=["p in_session", "q"]).stdout
+    assert "ValueError: boom" in live.ok("%nbaccel debug 0", answers=["q"]).stdout
+    live.ok("%nbaccel vars")
+    assert "ZeroDivisionError" in live.ok("%nbaccel debug", answers=["q"]).stdout
+    assert "rank 1 was replaced" in live.run("%%ranks 1\nimport os; os._exit(3)", answers=[]).traceback
+    assert "rank 1 has kept no failure: its process is a fresh one" in (
+        live.run("%nbaccel debug 1", answers=[]).output
+    )
+    live.ok("last_run().release()\n%nbaccel stop", answers=[])
+
+
 def test_the_doctor_answers_as_a_magic(live: Kernel) -> None:
     live.ok("import threading\nlock = threading.Lock()\ndef locked():\n    return lock")
     found = live.ok("%nbaccel doctor locked").result

@@ -7,6 +7,8 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -108,6 +110,25 @@ def test_syntax_error_names_the_cell_when_it_cannot_be_compiled(live: Kernel) ->
     assert re.search(r"Cell In\[\d+\], line 3\n\s+foo bar", text)
 
 
+def test_error_is_told_once_and_names_the_cell_when_a_dedent_fits_nothing(live: Kernel) -> None:
+    cell = live.run("%%ranks\nif rank:\n        x = 1\n    y = 2")
+    assert cell.stdout + cell.stderr == ""
+    text = plain(cell.traceback)
+    assert re.search(r"Cell In\[\d+\], line 4\n\s+y = 2", text)
+    assert "IndentationError" in text
+    assert "tokenize" not in text
+
+
+def test_interrupted_await_ends_with_its_cell(live: Kernel) -> None:
+    cell = live.start("%%ranks\nimport asyncio\nawait asyncio.sleep(1.5)\nzombie = True")
+    live.settle(0.7)
+    live.interrupt()
+    live.finish(cell, timeout=20)
+    assert cell.error == "KeyboardInterrupt"
+    live.ok("%%ranks\nawait asyncio.sleep(1.5)")
+    assert shown(live, "%%ranks\n'zombie' in globals()") == "[0-2] False"
+
+
 # ── the notebook's names ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -146,14 +167,124 @@ def test_needed_definitions_are_those_not_yet_sent() -> None:
     def second() -> None: ...
 
     known, notebook = Definitions(), {"f": first, "x": 1}
-    assert known.needed("f(x)", notebook) == {"f": first}
-    known.note_run("f(x)", {"f": first}, notebook)
-    assert known.needed("f(x)", notebook) == {}
+    ranks = {0: 100, 1: 101}
+    (sent,) = known.missing("f(x)", notebook, ranks)
+    assert (sent.ranks, sent.values, sent.reloaded) == ((0, 1), {"f": first}, ())
+    assert known.missing("f(x)", notebook, ranks) == [sent], "nothing has arrived yet"
+    known.note_sent(sent, ranks)
+    assert known.missing("f(x)", notebook, ranks) == []
     notebook["f"] = second
-    assert known.needed("f(x)", notebook) == {"f": second}
-    known.note_run("def f(): pass", {}, notebook)
-    assert known.needed("f()", notebook) == {}, "the ranks' own until the notebook defines it anew"
-    assert known.needed("not python (", notebook) == {}
+    assert known.missing("f(x)", notebook, ranks)[0].values == {"f": second}
+    known.note_bound("def f(): pass", notebook, ranks)
+    assert known.missing("f()", notebook, ranks) == [], "the ranks' own until the notebook defines it anew"
+    assert known.missing("not python (", notebook, ranks) == []
+
+
+def test_needed_definitions_are_told_rank_by_rank_when_one_has_them_or_is_a_new_process() -> None:
+    def first() -> None: ...
+
+    known, notebook = Definitions(), {"f": first}
+    (sent,) = known.missing("f()", notebook, {0: 100})
+    known.note_sent(sent, {0: 100})
+    assert [one.ranks for one in known.missing("f()", notebook, {0: 100, 1: 101})] == [(1,)]
+    assert [one.ranks for one in known.missing("f()", notebook, {0: 200})] == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("get_ipython().run_line_magic('time', 'f()')", {"f"}),
+        ("get_ipython().run_line_magic('timeit', '-n 5 f()')", {"f"}),
+        ("get_ipython().run_cell_magic('time', '', 'f()\\n_g()\\n')", {"f", "_g"}),
+        ("_g() + _ + _1", {"_g"}),
+        ("f = 1", set()),
+        ("rank, device", set()),
+    ],
+)
+def test_needed_definitions_are_found_when_a_magic_or_an_underscore_hides_them(
+    source: str, names: set[str]
+) -> None:
+    def function() -> None: ...
+
+    notebook = dict.fromkeys(("f", "_g", "_", "_1", "device"), function)
+    missing = Definitions().missing(source, notebook, {0: 100})
+    assert {name for one in missing for name in one.values} == names
+
+
+def test_definition_is_sent_anew_when_what_it_calls_has_changed() -> None:
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    exec(
+        "import functools\n"
+        "def helper(): return 1\n"
+        "def around(f):\n    @functools.wraps(f)\n    def wrapper(): return f()\n    return wrapper\n"
+        "@around\ndef outer(): return [helper() for _ in range(2)]\n"
+        "class Net:\n    @property\n    def one(self): return outer()\n"
+        "def unrelated(): return [].helper\n",
+        notebook,
+    )
+    known, ranks = Definitions(), {0: 100}
+    (sent,) = known.missing("Net()", notebook, ranks)
+    assert set(sent.values) == {"Net", "outer", "helper"}
+    known.note_sent(sent, ranks)
+    exec("def helper(): return 2", notebook)
+    assert [set(one.values) for one in known.missing("Net()", notebook, ranks)] == [{"helper"}]
+    assert [set(one.values) for one in known.missing("unrelated()", notebook, ranks)] == [{"unrelated"}]
+
+
+def test_definition_arrives_when_a_rank_was_left_out_or_replaced(live: Kernel) -> None:
+    live.ok("def one(): return 'one'")
+    assert shown(live, "%%ranks 0\none()") == "[0] 'one'"
+    assert shown(live, "%%ranks\none()") == "[0-2] 'one'"
+    assert "rank 1 was replaced" in live.run("%%ranks 1\nimport os; os._exit(3)").traceback
+    assert shown(live, "%%ranks\none()") == "[0-2] 'one'"
+    live.ok("%%ranks\nimport os, time, torch")
+
+
+def test_definition_arrives_when_it_could_not_be_sent_with_another(live: Kernel) -> None:
+    live.ok("import threading\nlock = threading.Lock()\ndef bad(): return lock\ndef good(): return 1")
+    assert live.run("%%ranks\ngood(), bad()").error == "PayloadError"
+    assert shown(live, "%%ranks\ngood()") == "[0-2] 1"
+    live.ok("lock = 3")
+    assert shown(live, "%%ranks\nbad()") == "[0-2] 3"
+
+
+def test_module_that_ranks_cannot_import_is_told_each_time(live: Kernel, tmp_path: Path) -> None:
+    (tmp_path / "only_in_the_notebook.py").write_text("x = 1\n")
+    live.ok(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport only_in_the_notebook")
+    for _ in range(2):
+        cell = live.run("%%ranks\nonly_in_the_notebook.x")
+        assert "ModuleNotFoundError: No module named 'only_in_the_notebook'" in plain(cell.traceback)
+
+
+def test_newest_helper_is_called_when_only_a_function_that_uses_it_is_named(live: Kernel) -> None:
+    live.ok("def inner(): return 1\ndef outer(): return inner()")
+    assert shown(live, "%%ranks\nouter()") == "[0-2] 1"
+    live.ok("def inner(): return 2")
+    assert shown(live, "%%ranks\nouter()") == "[0-2] 2"
+    assert shown(live, "%%ranks\n%time outer()") == "[0-2] 2"
+
+
+def test_module_is_read_again_when_the_notebook_has_reloaded_it(live: Kernel, tmp_path: Path) -> None:
+    module = tmp_path / "reloaded_later.py"
+    module.write_text("def version(): return 'old'\n")
+    live.ok(f"import sys, importlib\nsys.dont_write_bytecode = True\nsys.path.insert(0, {str(tmp_path)!r})")
+    live.ok(f"%%ranks\nimport sys\nsys.dont_write_bytecode = True\nsys.path.insert(0, {str(tmp_path)!r})")
+    live.ok("import reloaded_later")
+    assert shown(live, "%%ranks\nreloaded_later.version()") == "[0-2] 'old'"
+    module.write_text("def version(): return 'the new one'\n")
+    live.ok("importlib.reload(reloaded_later)\nfrom reloaded_later import version")
+    assert shown(live, "%%ranks\nversion(), reloaded_later.version()") == (
+        "[0-2] ('the new one', 'the new one')"
+    )
+
+
+def test_a_ranks_own_name_stays_and_is_told_when_the_notebook_has_one_too(live: Kernel) -> None:
+    live.ok("class device: pass")
+    cell = live.ok("%%ranks\nprint(device)")
+    assert cell.stdout == "[0-2] cpu\n"
+    assert "device is each rank's own in %%ranks cells" in cell.stderr
+    assert live.ok("%%ranks\nprint(device)").stderr == ""
+    live.ok("del device")
 
 
 def test_completions_are_the_ranks_names_in_a_ranks_cell(live: Kernel) -> None:
@@ -179,6 +310,18 @@ def test_way_to_start_is_said_when_there_is_no_session(new_kernel: Callable[...,
     assert "start one with  %nbaccel start -n 4" in cell.output
     assert "%nbaccel start -n 4 starts one" in kernel.ok("%nbaccel status").stdout
     assert "there is auto, " in kernel.run("%nbaccel frobnicate").output
+    assert 'UsageError: %nbaccel "x: No closing quotation' in plain(kernel.run('%nbaccel "x').output)
+
+
+def test_session_goes_on_when_another_is_started_with_a_bad_option(live: Kernel) -> None:
+    before = pids(live)
+    assert "device (from the session) is 'nope'" in live.run("%nbaccel start -n 2 --device nope").output
+    assert pids(live) == before
+
+
+def test_cell_goes_on_when_it_asks_to_debug_a_rank_that_is_not_there(live: Kernel) -> None:
+    assert "there is no rank 7: the ranks are 0 to 2" in live.run("%nbaccel debug 7", answers=[]).output
+    assert shown(live, "%%ranks\n1 + 1") == "[0-2] 2"
 
 
 def test_vars_mark_what_differs_when_listed(live: Kernel) -> None:
@@ -203,16 +346,23 @@ def test_cells_run_on_ranks_visibly_when_auto_is_on(live: Kernel) -> None:
     assert [data["text/plain"] for data in cell.displays] == ["[0] 100\n[1] 101\n[2] 102"]
     error = live.run("1/0")
     assert re.search(r"Cell In\[\d+\], line 1, in <module>", plain(error.traceback))
-    live.ok("%nbaccel auto off")
+    live.ok("# all of it\n%nbaccel auto off")
     assert live.ok("'mine' in globals()").result == "False"
 
 
-@pytest.mark.parametrize("text", ["", "0-2", "[0,1,2]", " 0, 1-2 "])
+def test_definitions_reach_the_ranks_when_auto_is_on(live: Kernel) -> None:
+    live.ok("def from_the_notebook(): return 'arrived'")
+    live.ok("%nbaccel auto on")
+    assert shown(live, "from_the_notebook()") == "[0-2] 'arrived'"
+    live.ok("%nbaccel auto off")
+
+
+@pytest.mark.parametrize("text", ["", "0-2", "[0,1,2]", " 0, 1-2 ", "0 1 2", "0  1 - 2", "[ 0 , 1 2 ]"])
 def test_all_ranks_are_chosen_when_named_in_any_way(text: str) -> None:
     assert parse_ranks(text, 3) == (0, 1, 2)
 
 
-@pytest.mark.parametrize("text", ["7", "0-7", "one", "0-", "-1", "0,,1"])
+@pytest.mark.parametrize("text", ["7", "0-7", "one", "0-", "-1", "0,,1", "2-0", "²", "0-9999999999"])
 def test_selection_is_refused_when_it_makes_no_sense(text: str) -> None:
     with pytest.raises(Exception, match="%%ranks"):
         parse_ranks(text, 3)

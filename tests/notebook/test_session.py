@@ -141,6 +141,42 @@ def test_unknown_rank_is_refused_when_chosen(session: Session) -> None:
         session.execute("1", ranks=[])
 
 
+def test_choice_of_ranks_is_refused_when_it_is_no_list_of_numbers(session: Session) -> None:
+    for ranks in (1, "01", [1.0]):
+        with pytest.raises(ConfigError, match="write them as a list of numbers"):
+            session.pull("rank", ranks=ranks)  # type: ignore[arg-type]
+    assert session.pull("rank", ranks=(rank for rank in (2, 0))) == [0, 2]  # type: ignore[arg-type]
+    assert list(session.variables(ranks=[1])) == [1]
+
+
+def test_every_name_can_be_pushed(session: Session) -> None:
+    session.push(self=1, values=2)
+    assert session.pull("self") == [1] * 3
+
+
+def test_wrong_option_is_refused_and_replaces_nothing(session: Session) -> None:
+    wrong: list[dict[str, Any]] = [{"output": "foo"}, {"env": {"A": None}}, {"env": [1]}, {"device": "no"}]
+    for option in wrong:
+        with pytest.raises(ConfigError, match=r"must be one of|one of auto|env="):
+            Session(2, **{"device": "cpu", **option}, replaces=session)
+    assert not session.closed
+
+
+def test_variables_are_listed_when_one_cannot_be_described(session: Session) -> None:
+    session.execute(
+        "huge = 10**5000\nlazy = torch.nn.LazyLinear(3)\n"
+        "class Odd:\n    @property\n    def shape(self): raise RuntimeError('no')\n"
+        "odd = Odd()\nordered = {'a': {1, 2}, 'b': 2} if rank else {'b': 2, 'a': {2, 1}}"
+    )
+    found = session.variables()
+    by_name = [{one.name: one for one in listed} for listed in found.values()]
+    assert {"huge", "lazy", "odd", "ordered"} <= by_name[0].keys()
+    for name in ("huge", "ordered"):
+        assert len({one[name].checksum for one in by_name}) == 1
+        assert by_name[0][name].checksum
+    session.execute("del huge, lazy, odd, ordered, Odd")
+
+
 # ── functions written for a launch ────────────────────────────────────────────────────────────────────
 
 
@@ -285,6 +321,35 @@ def test_wrappers_and_groups_work_when_ranks_were_freed_from_a_collective(sessio
     session.execute(
         "other = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)); del model, other"
     )
+
+
+def test_ranks_come_back_when_interrupted_twice_in_a_row(session: Session) -> None:
+    before = session.run(pid)
+    session.execute("kept = rank")
+    press_after(0.4), press_after(0.5)
+    with pytest.raises(KeyboardInterrupt, match=r"rank 0 waited in barrier.*ranks 1-2 were at"):
+        session.execute("import time\nif rank == 0: dist.barrier()\nelse: time.sleep(60)")
+    assert session.run(pid) == before
+    assert session.pull("kept") == [0, 1, 2]
+
+
+def test_deaf_rank_is_replaced_sooner_when_interrupted_again_after_a_second(session: Session) -> None:
+    run = session.submit(deaf_on, 2)
+    time.sleep(0.3)
+    began = time.monotonic()
+    for _ in range(2):
+        run.interrupt()
+        time.sleep(1.1)
+    with pytest.raises(KeyboardInterrupt, match="rank 2 was replaced by a fresh process"):
+        run.result(timeout=10)
+    assert time.monotonic() - began < 2.0 + 1.0  # grace alone is 2 s after the ranks were freed
+
+
+def deaf_on(bad: int) -> None:
+    import __main__
+
+    if __main__.rank == bad:
+        eval(DEAF)
 
 
 def test_replicas_that_differ_are_named_when_ranks_stopped_at_different_steps(session: Session) -> None:

@@ -10,7 +10,10 @@ import psutil
 import pytest
 
 from nbaccel import Session
-from nbaccel.errors import LaunchError, WorkerError
+from nbaccel.errors import ConfigError, LaunchError, WorkerError
+from nbaccel.session.call import CallInFlight, Delivery
+from nbaccel.session.ending import Limits
+from nbaccel.wire import payload
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -34,6 +37,8 @@ def test_nothing_is_left_when_a_session_is_closed() -> None:
     session.close()
     assert session.closed
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(ConfigError, match="has ended"):
+        session.stacks()
     with pytest.raises(LaunchError, match="has ended"):
         session.run(pid)
 
@@ -80,4 +85,21 @@ def test_session_says_so_when_its_processes_are_killed() -> None:
         session.run(pid)
     session.restart()
     assert len(set(session.run(pid))) == 2
+    session.close()
+
+
+def test_everyone_who_waits_is_told_when_the_relay_itself_fails() -> None:
+    session = Session(2, device="cpu")
+    running = session.submit(time.sleep, 60)
+    parcel, fd = payload.pack((int, (), {}), outward=True)
+    delivery = Delivery(parcel=parcel, fd=fd, returns="all")
+    broken = CallInFlight(delivery, [], num_ranks=2, ranks=[7], limits=Limits(), say=print, keep=True)
+    session.relay.submit(broken)  # no check was made: there is no such rank
+    waiting = session.submit(pid)
+    running.kill()
+    for future in (broken.future, waiting):
+        assert isinstance(future.exception(timeout=20), (IndexError, LaunchError))
+    wait_for(lambda: session.closed)
+    session.restart()
+    assert len(session.run(pid)) == 2
     session.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from nbaccel.errors import LaunchError
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Limits
 from nbaccel.session.sinks.base import Recorder, Sink
@@ -54,3 +55,14 @@ def test_call_goes_on_and_says_so_when_late_sinks_cannot_be_made() -> None:
     for data in (b"a\n", b"b\n"):
         call.handle(Output(rank=0, stream="stdout", data=data), call.state)
     assert said == ["nothing is shown (OSError: no front end); the run goes on"]
+
+
+def test_caller_is_told_when_the_end_itself_goes_wrong() -> None:
+    call = new_call(list, [])
+    call.ranks = (7,)  # no such rank: the state cannot take in its end
+    call.resolve(LaunchError("the first thing that went wrong"))
+    assert isinstance(call.future.exception(timeout=0), LaunchError)
+    other = new_call(list, [])
+    other.values = {0: (None, -1), 1: (None, None)}  # a descriptor that cannot be closed
+    other.resolve()
+    assert isinstance(other.future.exception(timeout=0), OSError)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nbaccel import last_run, launch, notebook_launcher
+from nbaccel import last_run, launch, notebook_launcher, runs
 from nbaccel.errors import ConfigError, LaunchError, RunTimeout, WorkerError
 from nbaccel.session.reopen import PastRun
 
@@ -76,6 +76,18 @@ def test_requests_reach_every_rank_when_made_before_and_during_the_call() -> Non
     assert run.result(timeout=60) == [[("knob", "lr", 0.5), ("save", "", None), ("stop", "", None)]] * 2
     with pytest.raises(ConfigError, match="is over; knob 'lr' cannot be set any more"):
         run.set_knob("lr", 0.5)
+
+
+def test_past_run_says_what_only_the_run_itself_has() -> None:
+    notebook_launcher(rank, num_processes=1)
+    past = runs()[0]
+    with pytest.raises(
+        AttributeError, match="no 'debug': it is read from its folder, and debug is of the run itself"
+    ):
+        past.debug(0)
+    with pytest.raises(AttributeError, match="a past run has no 'colour'$"):
+        past.colour  # noqa: B018
+    assert not hasattr(past, "_ipython_display_")
 
 
 def test_run_can_be_awaited() -> None:
