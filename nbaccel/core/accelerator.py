@@ -508,7 +508,8 @@ class Accelerator(Processes):
         """Clips each gradient's values at the end of a window."""
         if self._loop.window.sync:
             self._loop.unscale(self._saving.optimizers)
-            nn.utils.clip_grad_value_(parameters, clip_value)
+            listed = [parameters] if isinstance(parameters, Tensor) else parameters
+            self.strategy.clip_grad_value(listed, clip_value)
 
     @contextmanager
     def join_uneven_inputs(

@@ -138,7 +138,8 @@ class Preparing:
 
     def prepared_or_same(self, model: nn.Module) -> nn.Module:
         """The prepared model of one of the user's; any other as it is."""
-        return self.known(model) or model
+        known: nn.Module | None = self.known(model)
+        return model if known is None else known  # an empty container is false, and has been prepared
 
     def _keep(self, original: Any, prepared: Any) -> Any:
         # The original is kept too, so that its id cannot be given to another object.
@@ -201,7 +202,8 @@ class Preparing:
         if known is not None:
             return known
         bare = _bare(optimizer)
-        inner = self._stepped.pop(id(bare), None) or self._loop.strategy.adopt(bare)
+        stepped = self._stepped.pop(id(bare), None)
+        inner = self._loop.strategy.adopt(bare) if stepped is None else stepped
         prepared = PreparedOptimizer(inner, self._loop, leads=not self._saving.optimizers)
         self._saving.optimizers.append(inner)
         self._loop.lead(True)
@@ -263,6 +265,7 @@ class Preparing:
                     restore_forward(one)
         self._prepared.clear()
         self._stepped.clear()
+        self._loop.strategy.forget()
         self._loop.forget()
         for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):
             listed.clear()

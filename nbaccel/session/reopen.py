@@ -42,12 +42,21 @@ _KINDS: dict[str, Any] = {
 }
 
 
-_OF_RUNNING = frozenset(
-    ("debug", "exception", "interrupt", "kill", "release", "reply", "result")
-    + ("save", "set_knob", "stacks", "stop", "tell")
-)
+_OF_RUNNING = {
+    "debug",
+    "exception",
+    "interrupt",
+    "kill",
+    "release",
+    "reply",
+    "result",
+    "save",
+    "set_knob",
+    "stacks",
+    "stop",
+    "tell",
+}
 """What a run has beyond these, and needs its ranks for."""
-)
 
 
 @final

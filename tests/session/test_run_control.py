@@ -85,7 +85,7 @@ def test_past_run_says_what_only_the_run_itself_has() -> None:
         AttributeError, match="no 'debug': it is read from its folder, and debug is of the run itself"
     ):
         past.debug(0)
-    with pytest.raises(AttributeError, match="a past run has no 'colour'$"):
+    with pytest.raises(AttributeError, match=r"a past run has no 'colour'$"):
         past.colour  # noqa: B018
     assert not hasattr(past, "_ipython_display_")
 

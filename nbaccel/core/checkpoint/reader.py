@@ -12,12 +12,13 @@ import torch
 
 from nbaccel.core.checkpoint.contents import PLAIN, Contents, Saved, Sharded, Stateful
 from nbaccel.core.checkpoint.crew import Crew
+from nbaccel.core.checkpoint.divided import lay_out_as
 from nbaccel.core.checkpoint.filesystem import FileSystem
 from nbaccel.core.checkpoint.find import Found, candidates, resolve
 from nbaccel.core.checkpoint.manifest import Manifest, check_bytes, check_sizes, read_manifest
 from nbaccel.core.checkpoint.modules import differences
 from nbaccel.core.checkpoint.shards import INDEX, Index, read_into
-from nbaccel.core.checkpoint.small import unpack
+from nbaccel.core.checkpoint.small import divided_of, unpack
 from nbaccel.core.checkpoint.tensorfile import read_header, read_tensor
 from nbaccel.errors import CheckpointError
 
@@ -135,6 +136,8 @@ class _Reading:
     saved: Mapping[str, Saved]
     targets: Mapping[str, Mapping[str, torch.Tensor]]
     states: Mapping[str, Any]
+    divided: frozenset[str]
+    """Those of `states` that were divided over the ranks, and are whole here."""
     untouched: tuple[tuple[str, str], ...]
 
     @classmethod
@@ -182,6 +185,7 @@ class _Reading:
             saved=saved,
             targets={name: _targets(name, thing, saved[name]) for name, thing in sharded.items()},
             states={**shared, **own},
+            divided=divided_of(_read(folder, "shared.json", filesystem)),
             untouched=tuple(untouched),
         )
 
@@ -196,7 +200,10 @@ class _Reading:
             contents.sharded[name].finish(targets, self.saved[name])
         for name, thing in {**contents.shared, **contents.per_rank}.items():
             if name in self.states:
-                thing.load_state_dict(self.states[name])
+                state = self.states[name]
+                thing.load_state_dict(
+                    lay_out_as(thing.state_dict(), state) if name in self.divided else state
+                )
 
 
 def _targets(name: str, thing: Any, saved: Saved) -> dict[str, torch.Tensor]:

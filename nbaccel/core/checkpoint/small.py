@@ -10,16 +10,20 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from nbaccel.core.checkpoint.encode import Unencodable, decode, encode
 from nbaccel.errors import CheckpointError
 
-__all__ = ["Packed", "pack", "unpack"]
+__all__ = ["Packed", "divided_of", "pack", "unpack"]
+
+_DTENSOR = f"c{DTensor.__module__}\n{DTensor.__qualname__}\n".encode()
+"""How a pickle of torch's names the class of a tensor that is divided over ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +41,14 @@ class Packed:
         return len(self.document) + tensors + sum(map(len, self.pickles.values()))
 
 
-def pack(states: Mapping[str, Any], prefix: str, *, copy: bool) -> Packed:
+def pack(states: Mapping[str, Any], prefix: str, *, copy: bool, divided: Collection[str] = ()) -> Packed:
     """Encodes states by name; with `copy` the result shares no memory with them.
 
     Args:
         states: what the things' `state_dict()` gave.
         prefix: begins the names of pickled files.
         copy: for a save that goes on while training changes the states.
+        divided: names of those whose tensors are divided over the ranks outside of a checkpoint.
 
     Raises:
         CheckpointError: a state cannot even be pickled.
@@ -60,6 +65,8 @@ def pack(states: Mapping[str, Any], prefix: str, *, copy: bool) -> Packed:
             file = f"{prefix}-{len(pickles)}.pt"
             pickles[file] = _pickled(name, state, reason)
             document[name] = {"pickle": file, "because": str(reason)}
+        if name in divided:
+            document[name]["divided"] = True
     return Packed(
         document=json.dumps(document).encode(),
         tensors={name: _in_main_memory(tensor, copy) for name, tensor in tensors.items()},
@@ -82,6 +89,11 @@ def _pickled(name: str, state: Any, reason: Exception) -> bytes:
             "tensors, and lists and dicts of them."
         ) from error
     data = buffer.getvalue()
+    if _DTENSOR in data:
+        raise CheckpointError(
+            f"the state of {name!r} holds tensors of which each rank has a part, and {reason}: only this rank's parts "
+            "would be saved. Let its state_dict() return them in dicts and lists."
+        )
     try:
         torch.load(io.BytesIO(data), weights_only=True)
     except pickle.UnpicklingError:
@@ -91,6 +103,11 @@ def _pickled(name: str, state: Any, reason: Exception) -> bytes:
             stacklevel=2,
         )
     return data
+
+
+def divided_of(document: bytes) -> frozenset[str]:
+    """Names of the states that `pack` was told are divided over the ranks."""
+    return frozenset(name for name, entry in json.loads(document).items() if "divided" in entry)
 
 
 def unpack(

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 
 from nbaccel.core.checkpoint.contents import PLAIN, Contents, Entries, HasEntries, HasState
+from nbaccel.core.checkpoint.divided import gather_divided, holds_divided
 from nbaccel.core.checkpoint.shards import Plan, fingerprint
 from nbaccel.core.checkpoint.small import Packed, pack
 from nbaccel.core.model.tied import same_memory
@@ -58,10 +59,10 @@ def gather_state(contents: Contents[HasEntries, HasState], folder: Path, rank: i
         tensors.update((f"{item}/{name}", tensor) for name, tensor in entries.tensors.items())
         of_rank_zero.update(f"{item}/{name}" for name in entries.of_rank_zero)
         plain[PLAIN + item] = entries.plain
-    shared = None
-    if rank == 0:
-        states = {name: thing.state_dict() for name, thing in contents.shared.items()}
-        shared = pack({**plain, **states}, "shared", copy=copy)
+    states = {**plain, **{name: thing.state_dict() for name, thing in contents.shared.items()}}
+    divided = {name for name, state in states.items() if holds_divided(state)}
+    states.update({name: gather_divided(states[name], keep=rank == 0) for name in sorted(divided)})
+    shared = pack(states, "shared", copy=copy, divided=divided) if rank == 0 else None
     own = {name: thing.state_dict() for name, thing in contents.per_rank.items()}
     aliases = same_memory(tensors)
     return State(

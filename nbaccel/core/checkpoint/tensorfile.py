@@ -37,6 +37,17 @@ _NAMES: dict[torch.dtype, str] = {
     torch.complex64: "C64",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+# The format's later types are read and not written, which readers of before them would refuse. Torch has the first
+# since 2.7.
+_DTYPES |= {
+    name: getattr(torch, dtype)
+    for name, dtype in (
+        ("F8_E8M0", "float8_e8m0fnu"),
+        ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+        ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+    )
+    if hasattr(torch, dtype)
+}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -60,6 +71,10 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     num_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +139,8 @@ def read_header(handle: BinaryIO) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for name, value in header.items():
         begin, end = value["data_offsets"]
+        if not (type(begin) is type(end) is int and 0 <= begin <= end):
+            raise ValueError(f"{name} would lie from byte {begin} to {end}")
         dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
         if name in strange.get("dtypes", {}):
             dtype, shape = getattr(torch, strange["dtypes"][name]), tuple(strange["shapes"][name])
@@ -163,9 +180,11 @@ def read_exactly(handle: BinaryIO, count: int) -> bytes:
 
 def data_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, which must outlive the view."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError("only a contiguous tensor in main memory can be seen as bytes")
+    here = tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_contiguous()
     count = tensor.numel() * tensor.element_size()
+    # What is made of other tensors, as a quantized weight, has no address of its own.
+    if not here or (count and not tensor.data_ptr()):
+        raise ValueError("only a contiguous tensor in main memory can be seen as bytes")
     if count == 0:
         return memoryview(bytearray())
     # Not through NumPy: it knows neither bfloat16 nor float8, and need not be installed.

@@ -10,10 +10,11 @@ from torch import nn
 
 from nbaccel.errors import ConfigError
 
-__all__ = ["Wrap", "find_blocks", "keep_ties_together", "repeated_blocks"]
+__all__ = ["Wrap", "find_blocks", "keep_ties_together", "owners", "repeated_blocks"]
 
 Wrap = str | int | Sequence[str] | Callable[[Any], bool]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
+_READING = (nn.MultiheadAttention,)  # never call what is in them, but read its parameters
 
 
 def find_blocks(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
@@ -29,9 +30,12 @@ def find_blocks(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
         return _by_size(model, wrap)
     if callable(wrap):
         chosen = [module for module in _below(model) if wrap(module)]
-        held = [type(module).__name__ for module in chosen if isinstance(module, _CONTAINERS)]
+        uncalled = _uncalled(model)
+        held = [type(module).__name__ for module in chosen if module in uncalled]
         if held:
-            raise ConfigError(f"wrap chose a {held[0]}, which is never called: choose what is in it")
+            raise ConfigError(
+                f"wrap chose a {held[0]}, which is never called: choose what is in it, or around it"
+            )
         return chosen
     if wrap == "none":
         return []
@@ -73,14 +77,19 @@ def keep_ties_together(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn
     """
     kept = list(blocks)
     while True:
-        owners: dict[int, set[nn.Module]] = {}
-        for parameter, owner in _owned(model, model, set(kept)):
-            owners.setdefault(id(parameter), set()).add(owner)
-        split = {owner for places in owners.values() if len(places) > 1 for owner in places}
+        places_of: dict[int, set[nn.Module]] = {}
+        for parameter, owner in owners(model, set(kept)):
+            places_of.setdefault(id(parameter), set()).add(owner)
+        split = {owner for places in places_of.values() if len(places) > 1 for owner in places}
         left = [block for block in kept if block not in split]
         if len(left) == len(kept):
             return kept
         kept = left
+
+
+def owners(model: nn.Module, blocks: set[nn.Module]) -> Iterator[tuple[nn.Parameter, nn.Module]]:
+    """Each place of a parameter with the innermost block it is in, or the model."""
+    return _owned(model, model, blocks)
 
 
 def _owned(
@@ -104,14 +113,23 @@ def _by_class(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return [module for module in _below(model) if type(module).__name__ in names]
 
 
+def _uncalled(model: nn.Module) -> set[nn.Module]:
+    """Modules whose parameters others use, or which only hold others: no gathering before their call would come."""
+    read = (
+        child for module in model.modules() if isinstance(module, _READING) for child in module.children()
+    )
+    return {*read, *(module for module in model.modules() if isinstance(module, _CONTAINERS))}
+
+
 def _by_size(model: nn.Module, least: int) -> list[nn.Module]:
     """Modules of at least so many parameters that are in no smaller such module."""
     chosen: set[nn.Module] = set()
+    uncalled = _uncalled(model)
 
     def remaining(module: nn.Module) -> int:
         count = sum(p.numel() for p in module.parameters(recurse=False))
         count += sum(remaining(child) for child in module.children() if child not in chosen)
-        if count >= least and module is not model and not isinstance(module, _CONTAINERS):
+        if count >= least and module is not model and module not in uncalled:
             chosen.add(module)
             return 0
         return count

@@ -36,8 +36,7 @@ def compile_module(module: nn.Module, mode: bool | str) -> None:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module as it was before torch.compile, by `compile_module` or by the user."""
-    module = (
-        module._modules.get("_orig_mod") or module
-    )  # what the function torch.compile gives back keeps it under
+    inner = module._modules.get("_orig_mod")  # where what the function torch.compile gives back keeps it
+    module = module if inner is None else inner
     module._compiled_call_impl = None
     return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,93 +10,29 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nbaccel.core.offload.blocks import Absent, Block, Slot, Weight
+from nbaccel.core.offload.absent import Slot, Weight
+from nbaccel.core.offload.blocks import Block
 from nbaccel.core.offload.direct import direct_reader
-from nbaccel.core.offload.dispatched import Dispatch, enter_class, real_state
-from nbaccel.core.offload.hooks import Readahead, Streamer, Unit, answer_on, compute_on, return_to_caller
+from nbaccel.core.offload.dispatched import Dispatch, dispatched_class, enter_class, real_state
+from nbaccel.core.offload.hooks import Streamer, answer_on, compute_on, return_to_caller
 from nbaccel.core.offload.limits import free_memory
+from nbaccel.core.offload.matched import Matched
+from nbaccel.core.offload.meta import like_parameter
 from nbaccel.core.offload.parts import listed
 from nbaccel.core.offload.plan import HOST, Plan, executing
+from nbaccel.core.offload.readahead import Readahead
 from nbaccel.core.offload.scratch import write_scratch
+from nbaccel.core.offload.units import Unit
 from nbaccel.core.offload.weights import Loaded, Stored
-from nbaccel.errors import CheckpointError, ConfigError
+from nbaccel.errors import ConfigError
 
-__all__ = ["Matched", "in_memory", "install", "match"]
+__all__ = ["install"]
 
 M = TypeVar("M", bound=nn.Module)
 _COPIED = 64 << 10
 """Bytes up to which a mapped tensor that is not aligned is copied: it costs nothing and computes as usual."""
 _READ_AHEAD = 256 << 10
 """Bytes from which it is worth asking whether a mapped tensor is in memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matched:
-    """A model's tensors, each with where its values are. None: keeps the value it has."""
-
-    parameters: Mapping[int, Stored]
-    """By id of the parameter."""
-    buffers: Mapping[str, Stored]
-
-
-def in_memory(model: nn.Module) -> Matched:
-    """A model's own values.
-
-    Raises:
-        ConfigError: it has parameters without memory.
-    """
-    named = list(model.named_parameters(remove_duplicate=False))
-    empty = [name for name, tensor in [*named, *model.named_buffers()] if tensor.is_meta]
-    if empty:
-        raise ConfigError(
-            f"{listed(empty)} have no values (they are on the meta device): use load_checkpoint_and_dispatch"
-        )
-    return Matched(parameters={id(p): Loaded(p, on_disk=False) for _, p in named}, buffers={})
-
-
-def match(model: nn.Module, stored: Mapping[str, Stored], where: str, *, strict: bool) -> Matched:
-    """A checkpoint's tensors by the model's names; a tied parameter may have any of its names there.
-
-    Raises:
-        CheckpointError: something is missing, of another shape, or with `strict` left over.
-    """
-    names: dict[int, list[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in tensors.items():
-        names.setdefault(id(parameter), []).append(name)
-        shapes[name] = tuple(parameter.shape)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    kept = {name for name in buffers if not _persistent(model, name)}
-    shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items() if name not in kept}
-    found = {key: next((n for n in group if n in stored), None) for key, group in names.items()}
-    missing = [names[key][0] for key, name in found.items() if name is None]
-    missing += [n for n, b in buffers.items() if b.is_meta and (n in kept or n not in stored)]
-    unexpected = [name for name in stored if name not in shapes and name not in kept]
-    wrong = [
-        f"{name} is {stored[name].shape} there and {shape} in the model"
-        for name, shape in shapes.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    problems = [f"missing there: {listed(missing)}"] if missing else []
-    problems += [f"of another shape: {listed(wrong, 3)}"] if wrong else []
-    if unexpected and (strict or problems):
-        problems.append(f"not in the model: {listed(unexpected)}")
-    if problems and (missing or wrong or strict):
-        raise CheckpointError(f"{where} is not of this {type(model).__name__}: {'; '.join(problems)}")
-    if unexpected:
-        warnings.warn(
-            f"{where} has tensors the model does not have: {listed(unexpected)}", UserWarning, stacklevel=3
-        )
-    return Matched(
-        parameters={key: stored[name] for key, name in found.items() if name is not None},
-        buffers={name: stored[name] for name in buffers if name in stored and name not in kept},
-    )
-
-
-def _persistent(model: nn.Module, name: str) -> bool:
-    owner, _, attribute = name.rpartition(".")
-    return attribute not in model.get_submodule(owner)._non_persistent_buffers_set
 
 
 def install(
@@ -109,21 +44,32 @@ def install(
     folder: Path | None,
     main_device: torch.device | None = None,
 ) -> M:
-    """Does what the plan says. The model itself is returned, dispatched."""
+    """Does what the plan says. The model itself is returned, dispatched.
+
+    Raises:
+        ConfigError: a tensor cannot be where it is to be.
+    """
+    cls = dispatched_class(type(model))  # before anything is moved: a class may refuse to have one below it
     device = main_device or torch.device(executing(plan.places)[0])
     weights = _weights(plan, values, dtype)
-    _write_what_is_in_no_file(weights, plan, type(model).__name__, folder)
     installing = _Installing(plan, device)
-    for owner in sorted(weights, key=lambda found: found.weight.stored.position()):
-        installing.place(owner)
-    installing.place_buffers(values.buffers, dtype)
-    streamer = installing.streamer()
-    readahead = installing.readahead()
-    handles = installing.hooks(model, streamer, readahead)
-    blocks = installing.blocks
-    handles += real_state(blocks)
+    installing.check(weights)
+    _write_what_is_in_no_file(weights, plan, type(model).__name__, folder)
+    try:
+        for owned in sorted(weights, key=lambda found: found.weight.stored.position()):
+            installing.place(owned, values)
+        installing.place_buffers(values.buffers, dtype)
+        streamer = installing.streamer()
+        readahead = installing.readahead()
+        handles = installing.hooks(model, streamer, readahead)
+    except BaseException:
+        for block in installing.blocks:
+            block.end()
+        raise
+    handles += real_state(installing.blocks)
     workers = [worker for worker in (streamer, readahead) if worker is not None]
-    enter_class(model, Dispatch(plan=plan, device=device, blocks=blocks, handles=handles, workers=workers))
+    dispatch = Dispatch(plan=plan, device=device, blocks=installing.blocks, handles=handles, workers=workers)
+    enter_class(model, cls, dispatch)
     return model
 
 
@@ -133,6 +79,13 @@ class _Owned:
 
     weight: Weight
     parts: list[int]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What the model has for it; not kept, because it may be as large as the weight."""
+        found = self.weight.slots[0].held
+        assert found is not None
+        return found
 
 
 def _weights(plan: Plan, values: Matched, dtype: torch.dtype | None) -> list[_Owned]:
@@ -192,37 +145,70 @@ class _Installing:
             return torch.device(place)
         return torch.device("cpu") if part.cost.rows and not part.ties else self._device
 
-    def place(self, owned: _Owned) -> None:
+    def check(self, weights: Sequence[_Owned]) -> None:
+        """That all which is to be streamed can be.
+
+        Raises:
+            ConfigError: what is sparse, quantized or made of other tensors would have to be streamed.
+        """
+        wrong = [
+            owned.weight.slots[0].name
+            for owned in weights
+            if not owned.weight.stored.plain and not self._stays(owned.parts[0])
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{listed(wrong)} cannot be on the disk, nor on the host for an accelerator: only plain tensors "
+                "are streamed, not sparse or quantized ones. Give them a place where they can stay"
+            )
+
+    def _stays(self, index: int) -> bool:
+        """Whether a part's weights are all the time where it computes."""
+        place = self._plan.places[index]
+        return place not in HOST or (place == "cpu" and self._runs_on(index).type == "cpu")
+
+    def place(self, owned: _Owned, values: Matched) -> None:
         """Puts one weight where it is to be."""
         weight, first = owned.weight, owned.parts[0]
         place, device = self._plan.places[first], self._runs_on(first)
+        if values.own and self._stays(first) and owned.parameter.device == device:
+            return  # it is there: the same parameter, for whatever else has it, such as an optimizer
         if place == "disk" and device.type == "cpu":
             view = _mapped(weight)
             if view is not None:
-                self._set(weight, view)
+                self._set(owned, view)
                 for index in owned.parts if view.numel() * view.element_size() >= _READ_AHEAD else ():
                     self._mapped.setdefault(index, []).append(view)
                 return
-        if place not in HOST or (place == "cpu" and device.type == "cpu"):
-            self._set(weight, _read(weight, device))
+        if self._stays(first):
+            self._set(owned, _read(weight, device))
         elif len(owned.parts) == 1:
             self._streamed.setdefault(first, []).append(weight)
         else:
             self._shared[weight] = owned.parts
 
-    def _set(self, weight: Weight, tensor: torch.Tensor) -> None:
-        parameter = nn.Parameter(tensor, requires_grad=weight.learns)
-        for slot in weight.slots:
+    def _set(self, owned: _Owned, tensor: torch.Tensor) -> None:
+        parameter = like_parameter(owned.parameter, tensor)
+        for slot in owned.weight.slots:
             slot.put(parameter)
 
-    def place_buffers(self, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> None:
-        """Puts every buffer where its part computes."""
-        for index, part in enumerate(self._plan.parts):
-            device = self._runs_on(index)
-            for owner, attribute, name, buffer in part.buffers:
-                wanted = dtype if dtype is not None and buffer.dtype.is_floating_point else buffer.dtype
-                value = stored[name].read() if name in stored else buffer
-                owner._buffers[attribute] = value.to(device, wanted)
+    def place_buffers(self, stored: Mapping[int, Stored], dtype: torch.dtype | None) -> None:
+        """Puts every buffer where its part computes, one that several modules share once on each device.
+
+        Only what the checkpoint has is converted: what a model computes for itself, such as the frequencies of
+        rotary positions, it computes in the type it needs.
+        """
+        placed: dict[tuple[int, torch.device], torch.Tensor] = {}
+        buffers = [(index, found) for index, part in enumerate(self._plan.parts) for found in part.buffers]
+        for index, (owner, attribute, _, buffer) in buffers:
+            key = id(buffer), self._runs_on(index)
+            if key not in placed:
+                value, wanted = buffer, buffer.dtype
+                if key[0] in stored:
+                    value = stored[key[0]].read()
+                    wanted = dtype if dtype is not None and wanted.is_floating_point else wanted
+                placed[key] = value.to(key[1], wanted)
+            owner._buffers[attribute] = placed[key]
 
     def streamer(self) -> Streamer | None:
         """Packs what is streamed into blocks, one for a part and one for each weight that several parts use."""
@@ -244,10 +230,9 @@ class _Installing:
         return Streamer(self._units, self._device, max(self._plan.room or 2 * largest, largest), reader)
 
     def _block(self, weights: Sequence[Weight]) -> Block:
-        block = Block(weights)
-        block.absent = tuple(Absent.of(weight, self._device) for weight in weights)
-        block.take_away()
+        block = Block(weights, self._device)
         self.blocks.append(block)
+        block.begin()
         return block
 
     def _pin(self, blocks: Sequence[Block]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast, final
@@ -11,17 +13,31 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from nbaccel.core.offload.blocks import Absent, Block
-from nbaccel.core.offload.hooks import Readahead, Streamer
+from nbaccel.core.nested import map_leaves
+from nbaccel.core.offload.absent import Absent, Weight
+from nbaccel.core.offload.blocks import Block
+from nbaccel.core.offload.hooks import Streamer
 from nbaccel.core.offload.plan import Plan
+from nbaccel.core.offload.readahead import Readahead
+from nbaccel.core.offload.units import Hook, uncompiled
 from nbaccel.errors import ConfigError
 
-__all__ = ["Dispatch", "dispatch_of", "enter_class", "is_dispatched", "real_state", "remove_hooks"]
+__all__ = [
+    "Dispatch",
+    "dispatch_of",
+    "dispatched_class",
+    "enter_class",
+    "is_dispatched",
+    "real_state",
+    "remove_hooks",
+]
 
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_nbaccel_dispatch"
 _HOOKS = ("_forward_hooks", "_forward_hooks_always_called", "_forward_pre_hooks", "_state_dict_hooks")
 _HOOKS_WITH = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_HELD_IN = (dict, OrderedDict, list, tuple)
+"""Where a module may keep its parameters and other modules."""
 
 
 @final
@@ -36,9 +52,24 @@ class Dispatch:
     handles: Sequence[RemovableHandle]
     workers: Sequence[Streamer | Readahead]
 
+    @property
+    def streamer(self) -> Streamer | None:
+        return next((worker for worker in self.workers if isinstance(worker, Streamer)), None)
+
 
 class _Methods:
     """Mixed into the class of a dispatched model, before its own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the model's class: it may want arguments, and was called for that class already."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A slice of a Sequential has its class, and is not dispatched.
+        dispatch = self.__dict__.get(_ATTRIBUTE)
+        run = super().__call__  # type: ignore[misc]
+        if dispatch is None or dispatch.streamer is None:
+            return run(*args, **kwargs)
+        return _streamed_pass(dispatch.streamer, run, args, kwargs)
 
     def device_map_table(self) -> str:
         """Module, bytes, estimated compute, place and why."""
@@ -54,7 +85,8 @@ class _Methods:
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if dispatch_of(cast("nn.Module", self)).blocks:
+        dispatch = self.__dict__.get(_ATTRIBUTE)
+        if dispatch is not None and dispatch.blocks:
             raise ConfigError(
                 "the weights of a dispatched model are not here to be overwritten: load them with "
                 "load_checkpoint_and_dispatch, or call remove_hooks(model) first"
@@ -64,6 +96,16 @@ class _Methods:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as the plain model with its real weights."""
         return _itself, (_plain_copy(cast("nn.Module", self)),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As its own class is copied, which may have a way of its own."""
+        return copy.deepcopy(_plain_copy(cast("nn.Module", self)), memo)
+
+
+@uncompiled
+def _streamed_pass(streamer: Streamer, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    with streamer.whole_pass():
+        return run(*args, **kwargs)
 
 
 def _itself(model: nn.Module) -> nn.Module:
@@ -83,10 +125,10 @@ def dispatch_of(model: nn.Module) -> Dispatch:
     return found
 
 
-def enter_class(model: nn.Module, dispatch: Dispatch) -> None:
-    """Gives `model` the methods of a dispatched one. It stays an instance of its class."""
+def enter_class(model: nn.Module, cls: type[nn.Module], dispatch: Dispatch) -> None:
+    """Makes `model` one of a `dispatched_class`. It stays an instance of its own."""
     object.__setattr__(model, _ATTRIBUTE, dispatch)
-    model.__class__ = _dispatched(type(model))
+    model.__class__ = cls
 
 
 def remove_hooks(model: M) -> M:
@@ -103,16 +145,13 @@ def remove_hooks(model: M) -> M:
     for worker in dispatch.workers:
         worker.close()
     for block in dispatch.blocks:
-        for weight in block.weights:
-            parameter = nn.Parameter(weight.real(), requires_grad=weight.learns)
-            for slot in weight.slots:
-                slot.put(parameter)
+        block.end()
     model.__class__ = type(model).__mro__[2]
     object.__delattr__(model, _ATTRIBUTE)
     return model
 
 
-def _dispatched(cls: type[nn.Module]) -> type[nn.Module]:
+def dispatched_class(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` with our methods before its own, under its own name."""
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
@@ -127,54 +166,44 @@ def _dispatched(cls: type[nn.Module]) -> type[nn.Module]:
 
 def real_state(blocks: Sequence[Block]) -> list[RemovableHandle]:
     """Hooks that put the real weights into every state dict, that of a part of the model too."""
-    weights: dict[nn.Module, dict[str, Any]] = {}
+    weights: dict[nn.Module, dict[str, tuple[Block, Weight]]] = {}
     for block in blocks:
         for weight in block.weights:
             for slot in weight.slots:
-                weights.setdefault(slot.owner, {})[slot.attribute] = weight
+                weights.setdefault(slot.owner, {})[slot.attribute] = block, weight
 
     def fill(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for attribute, weight in weights[module].items():
-            if prefix + attribute in state:
+        for attribute, (block, weight) in weights[module].items():
+            if prefix + attribute in state and block.has(module._parameters[attribute]):
                 state[prefix + attribute] = weight.real()
 
-    return [m.register_state_dict_post_hook(fill) for m in weights]  # type: ignore[no-untyped-call]
+    return [m.register_state_dict_post_hook(Hook(fill)) for m in weights]  # type: ignore[no-untyped-call]
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
     """The same tree of modules without our hooks, with real weights; tensors are shared with `model`."""
-    dispatch = dispatch_of(model)
-    ours = {handle.id for handle in dispatch.handles}
-    absent = {}
-    for block in dispatch.blocks:
-        for weight in block.weights:
-            parameter = nn.Parameter(weight.real(), requires_grad=weight.learns)
-            absent.update({(slot.owner, slot.attribute): parameter for slot in weight.slots})
     made: dict[nn.Module, nn.Module] = {}
+    real: dict[Absent, nn.Parameter] = {}
+    for module in model.modules():
+        cls: Any = type(module)
+        made[module] = object.__new__(cls.__mro__[2] if issubclass(cls, _Methods) else cls)
 
-    def copy_of(module: nn.Module) -> nn.Module:
-        if module in made:
-            return made[module]
-        cls: Any = type(module).__mro__[2] if module is model else type(module)
-        new: nn.Module = cls.__new__(cls)
-        made[module] = new
-        state = {key: value for key, value in module.__dict__.items() if key != _ATTRIBUTE}
-        for name in (*_HOOKS, *_HOOKS_WITH):
-            if name in state:
-                state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ours)
-        state["_parameters"] = type(state["_parameters"])(
-            (name, absent.get((module, name), value)) for name, value in module._parameters.items()
-        )
-        state["_modules"] = type(state["_modules"])(
-            (name, None if child is None else copy_of(child)) for name, child in module._modules.items()
-        )
-        if "_flat_weights" in state:  # of recurrent modules
-            names = state["_flat_weights_names"]
-            state["_flat_weights"] = [state["_parameters"].get(name) for name in names]
-        new.__dict__.update(state)
-        return new
+    def plain(value: Any) -> Any:
+        if isinstance(value, Absent):
+            if value not in real:
+                real[value] = nn.Parameter(value.weight.real(), requires_grad=value.requires_grad)
+            return real[value]
+        return made.get(value, value) if isinstance(value, nn.Module) else value
 
-    return copy_of(model)
+    for module, new in made.items():
+        hooks = [module.__dict__.get(key, {}) for key in _HOOKS]
+        ours = {k for held in hooks for k, hook in held.items() if isinstance(hook, Hook)}
+        for key, value in module.__dict__.items():
+            if key in _HOOKS or key in _HOOKS_WITH:
+                new.__dict__[key] = type(value)((k, v) for k, v in value.items() if k not in ours)
+            elif key != _ATTRIBUTE:
+                new.__dict__[key] = map_leaves(plain, value) if type(value) in _HELD_IN else plain(value)
+    return made[model]
 
 
 def is_dispatched(model: nn.Module) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -17,51 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from nbaccel.core.nested import leaves, map_tensors
 from nbaccel.core.offload.blocks import Block, Buffer, Buffers
 from nbaccel.core.offload.direct import DirectReader
-from nbaccel.core.offload.weights import are_resident, make_resident, sample_pages
+from nbaccel.core.offload.units import Hook, Order, Unit, begins_again_after_fork
 
-__all__ = ["Readahead", "Streamer", "Unit", "answer_on", "compute_on", "return_to_caller"]
-
-_AHEAD = 3
-"""How many of the next layers may be on the way; the buffers' budget says how many there is room for."""
-
-_LOOK_AGAIN = 1.0
-"""Seconds for which a layer that was in the page cache is taken to be there still."""
-
-
-@dataclass(slots=True, eq=False)
-class Unit:
-    """A module, and what has to be there while it runs."""
-
-    name: str
-    module: nn.Module
-    blocks: tuple[Block, ...] = ()
-    mapped: tuple[torch.Tensor, ...] = ()
-
-
-@final
-class _Order:
-    """Which unit follows which: as they are registered, until a forward pass shows otherwise."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self._next = dict(pairwise(units))
-        self._thread = threading.local()
-
-    def entered(self, unit: Unit) -> None:
-        last = getattr(self._thread, "last", None)
-        if last is not None and last is not unit:
-            self._next[last] = unit
-        self._thread.last = unit
-
-    def after(self, unit: Unit) -> list[Unit]:
-        following: list[Unit] = []
-        found = unit
-        for _ in range(_AHEAD):
-            later = self._next.get(found)
-            if later is None or later is unit or later in following:
-                break
-            following.append(later)
-            found = later
-        return following
+__all__ = ["Streamer", "answer_on", "compute_on", "return_to_caller"]
 
 
 @dataclass(slots=True, eq=False)
@@ -86,26 +43,60 @@ class Streamer:
     def __init__(
         self, units: Sequence[Unit], device: torch.device, room: int, reader: DirectReader | None = None
     ) -> None:
-        self._device, self._reader = device, reader
-        self._order = _Order(units)
-        self._states = {block: _State() for unit in units for block in unit.blocks}
-        self._buffers = Buffers(room)
+        self._units, self._device, self._reader, self._room = tuple(units), device, reader, room
+        self._order = Order(units)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._begin()
+        begins_again_after_fork(self)
+
+    def _begin(self) -> None:
+        """With nothing brought and nobody inside."""
+        self._states = {block: _State() for unit in self._units for block in unit.blocks}
+        self._buffers = Buffers(self._room)
         largest = max((block.num_bytes for block in self._states), default=0)
         self._staging = Buffers(2 * largest)
         self._lock = threading.RLock()
         self._inside = threading.local()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nbaccel-offload")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def begin_again(self) -> None:
+        """In a forked process, which has neither the thread nor those who held the lock."""
+        for block in self._states:
+            block.take_away()
+        self._begin()
 
     def hooks(self, unit: Unit) -> list[RemovableHandle]:
         """Attached to the unit's module."""
         return [
-            unit.module.register_forward_pre_hook(lambda module, args: self.enter(unit), prepend=True),
+            unit.module.register_forward_pre_hook(Hook(lambda module, args: self.enter(unit)), prepend=True),
             # also when the forward raises
             unit.module.register_forward_hook(
-                lambda module, args, output: self.leave(unit, output), always_call=True
+                Hook(lambda module, args, output: self.leave(unit, output)), always_call=True
             ),
         ]
+
+    @contextmanager
+    def whole_pass(self) -> Iterator[None]:
+        """While the model runs; whatever is not left at its end is given back.
+
+        torch calls no hook after a KeyboardInterrupt, nor after anything else that is no Exception.
+        """
+        stack = self._stack()
+        passes: int = getattr(self._inside, "passes", 0)
+        # Units inside at the outermost beginning are those of a part that was called by itself, and interrupted.
+        before = len(stack) if passes else 0
+        self._release_from(before)
+        self._inside.passes = passes + 1
+        try:
+            yield
+        finally:
+            self._inside.passes = passes
+            self._release_from(before)
+
+    def _release_from(self, depth: int) -> None:
+        stack = self._stack()
+        while len(stack) > depth:
+            self._release(stack.pop())
 
     def enter(self, unit: Unit) -> None:
         """Returns when the unit's weights are there, or will be before what the device is asked to do next."""
@@ -250,54 +241,18 @@ class Streamer:
         self._staging.give_back(staging)
 
 
-@final
-class Readahead:
-    """Reads the next mapped layers into the page cache while one runs, where they are not there already."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self._order = _Order(units)
-        self._pages = {
-            unit: [page for tensor in unit.mapped for page in sample_pages(tensor)] for unit in units
-        }
-        self._looked = dict.fromkeys(units, 0.0)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="nbaccel-readahead")
-
-    def hooks(self, unit: Unit) -> list[RemovableHandle]:
-        """Attached to the unit's module."""
-        return [unit.module.register_forward_pre_hook(lambda module, args: self.enter(unit), prepend=True)]
-
-    def enter(self, unit: Unit) -> None:
-        """Asks for the units after this one."""
-        self._order.entered(unit)
-        now = time.monotonic()
-        for later in self._order.after(unit):
-            if now - self._looked[later] >= _LOOK_AGAIN:
-                self._looked[later] = now
-                if not are_resident(self._pages[later]):
-                    self._worker.submit(_read, later)
-
-    def close(self) -> None:
-        """Ends the thread; may be called twice."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-
-def _read(unit: Unit) -> None:
-    for tensor in unit.mapped:
-        make_resident(tensor)
-
-
 def compute_on(module: nn.Module, device: torch.device) -> RemovableHandle:
     """What `module` is given comes to `device` first."""
 
     def arrive(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return _moved((args, kwargs), device)
 
-    return module.register_forward_pre_hook(arrive, prepend=True, with_kwargs=True)
+    return module.register_forward_pre_hook(Hook(arrive), prepend=True, with_kwargs=True)
 
 
 def answer_on(module: nn.Module, device: torch.device) -> RemovableHandle:
     """What `module` gives goes to `device`."""
-    return module.register_forward_hook(lambda module, args, output: _moved(output, device))
+    return module.register_forward_hook(Hook(lambda module, args, output: _moved(output, device)))
 
 
 def return_to_caller(model: nn.Module) -> list[RemovableHandle]:
@@ -312,8 +267,8 @@ def return_to_caller(model: nn.Module) -> list[RemovableHandle]:
         return output if inside.device is None else _moved(output, inside.device)
 
     return [
-        model.register_forward_pre_hook(remember, prepend=True, with_kwargs=True),
-        model.register_forward_hook(give_back),
+        model.register_forward_pre_hook(Hook(remember), prepend=True, with_kwargs=True),
+        model.register_forward_hook(Hook(give_back)),
     ]
 
 

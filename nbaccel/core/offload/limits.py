@@ -12,7 +12,7 @@ import torch
 from nbaccel.core.save_model import byte_count
 from nbaccel.errors import ConfigError
 
-__all__ = ["accelerators", "free_memory", "memory_limits", "own_limit", "place_name"]
+__all__ = ["accelerators", "free_memory", "memory_limits", "num_bytes", "own_limit", "place_name"]
 
 _SHARE = 0.9  # of what is free; the rest is for activations
 
@@ -26,13 +26,23 @@ def memory_limits(given: Mapping[int | str, int | str] | None, root: Path = Path
     if given is None:
         limits = {name: int(_SHARE * torch.cuda.mem_get_info(name)[0]) for name in accelerators()}
         return {**limits, "cpu": int(_SHARE * free_memory(root))}
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"max_memory is {given!r}; write it by place, like {{'cuda:0': '20GB', 'cpu': '8GB'}}"
+        )
     named = {place_name(key): value for key, value in given.items()}
-    sizes = {
-        place: value if isinstance(value, int) else byte_count(value, of=f"max_memory[{place!r}]")
-        for place, value in named.items()
-    }
+    sizes = {place: num_bytes(value, of=f"max_memory[{place!r}]") for place, value in named.items()}
     order = [*(place for place in sizes if place not in ("cpu", "disk")), "cpu", "disk"]
     return {place: sizes[place] for place in order if place in sizes}
+
+
+def num_bytes(given: int | str, *, of: str) -> int:
+    """What `byte_count` reads, or 0.
+
+    Raises:
+        ConfigError: it is negative, or no size.
+    """
+    return 0 if type(given) is int and given == 0 else byte_count(given, of=of)
 
 
 def accelerators() -> list[str]:
@@ -46,9 +56,9 @@ def place_name(key: int | str | torch.device) -> str:
     Raises:
         ConfigError: it is none of these, or the device is not here.
     """
-    if key in ("cpu", "disk"):
-        return str(key)
     text = f"cuda:{key}" if isinstance(key, int) else str(key)
+    if text in ("cpu", "disk"):
+        return text
     name = "cuda:0" if text == "cuda" else text
     if not re.fullmatch(r"cuda:\d+", name):
         raise ConfigError(f"{key!r} is no place for weights: write 'cuda:0' (or 0), 'cpu' or 'disk'")

@@ -13,7 +13,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["init_empty_weights", "init_on_device"]
+__all__ = ["init_empty_weights", "init_on_device", "like_parameter"]
 
 
 @contextmanager
@@ -42,7 +42,9 @@ def init_on_device(device: torch.device | str, include_buffers: bool = False) ->
         if value is None or threading.get_ident() != thread or is_lazy(value) or value.device == target:
             return None
         if value not in moved:
-            moved[value] = _moved(value, target)
+            with torch.no_grad():
+                tensor = value.detach().to(target)
+            moved[value] = like_parameter(value, tensor)
         return moved[value]
 
     def buffer(module: nn.Module, name: str, value: torch.Tensor | None) -> Any:
@@ -60,13 +62,12 @@ def init_on_device(device: torch.device | str, include_buffers: bool = False) ->
         yield
 
 
-def _moved(value: nn.Parameter, target: torch.device) -> nn.Parameter:
-    """The same parameter on `target`: its class, its attributes, whether it learns."""
-    with torch.no_grad():
-        tensor = value.detach().to(target)
-    if type(value) is nn.Parameter:
+def like_parameter(value: nn.Parameter, tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter of the numbers in `tensor`, else as `value`: its class, its attributes, whether it learns."""
+    if type(value) is nn.Parameter or type(value) is type(tensor):
         new = nn.Parameter(tensor, requires_grad=value.requires_grad)
     else:
         new = cast("nn.Parameter", tensor.as_subclass(type(value)).requires_grad_(value.requires_grad))
-    new.__dict__.update(value.__dict__)
+    if new is not tensor:
+        new.__dict__.update(value.__dict__)
     return new

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from nbaccel.core.offload.dispatch import in_memory, install, match
+from nbaccel.core.offload.dispatch import install
 from nbaccel.core.offload.dispatched import is_dispatched
-from nbaccel.core.offload.limits import accelerators, memory_limits, place_name
+from nbaccel.core.offload.given import places_given
+from nbaccel.core.offload.limits import accelerators, memory_limits, num_bytes, place_name
 from nbaccel.core.offload.machine import Machine, measured
+from nbaccel.core.offload.matched import in_memory, match
 from nbaccel.core.offload.operations import count_operations
-from nbaccel.core.offload.parts import Part, parts_of, places_given
+from nbaccel.core.offload.parts import Part, listed, parts_of
 from nbaccel.core.offload.placing import Mode, plan_placement
 from nbaccel.core.offload.plan import Plan, executing, plan_given
 from nbaccel.core.offload.sources import for_model, open_checkpoint
-from nbaccel.core.save_model import byte_count
 from nbaccel.errors import ConfigError
 
 __all__ = [
@@ -67,9 +69,14 @@ def infer_auto_device_map(
     Raises:
         ConfigError: something fits nowhere; the message says what and by how much.
     """
+    _check_model(model)
+    _check_types(dtype, *(special_dtypes or {}).values())
+    unknown = (special_dtypes or {}).keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    if unknown:
+        raise ConfigError(f"special_dtypes names {listed(sorted(unknown))}, which this model does not have")
     parts = parts_of(model, no_split=no_split_module_classes, dtype=dtype, special_dtypes=special_dtypes)
     tokens = tokens if batch is None else count_operations(parts, model, batch)
-    return _auto(parts, max_memory, mode, tokens, kv_cache, offload_folder).device_map
+    return _auto(parts, max_memory, mode, tokens, kv_cache, _folder(offload_folder)).device_map
 
 
 def load_checkpoint_and_dispatch(
@@ -101,12 +108,14 @@ def load_checkpoint_and_dispatch(
         CheckpointError: a file is damaged, or tensors are missing or of another shape.
         ConfigError: the device map does not fit the model, or the model its limits.
     """
+    _check_model(model)
     _not_twice(model)
+    _check_types(dtype)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored = for_model(names | {name for name, _ in model.named_buffers()}, open_checkpoint(checkpoint))
     values = match(model, stored, str(checkpoint), strict=strict)
-    folder = None if offload_folder is None else Path(offload_folder)
-    source = Path(checkpoint)
+    folder = _folder(offload_folder)
+    source = Path(checkpoint).expanduser()
     plan = _planned(
         model,
         device_map,
@@ -144,14 +153,18 @@ def dispatch_model(
         CheckpointError: the offload folder cannot be written, or its disk is full.
         ConfigError: the device map does not fit the model, or the model its limits.
     """
+    _check_model(model)
     _not_twice(model)
     values = in_memory(model)
-    folder = None if offload_folder is None else Path(offload_folder)
+    folder = _folder(offload_folder)
     plan = _planned(
         model, device_map, max_memory, no_split_module_classes, None, tokens, batch, kv_cache, folder
     )
-    main = None if main_device is None else torch.device(place_name(main_device))
-    return install(model, plan, values, dtype=None, folder=folder, main_device=main)
+    main = None if main_device is None else place_name(main_device)
+    if main == "disk":
+        raise ConfigError("nothing runs on the disk: name the accelerator, or 'cpu'")
+    main_device = None if main is None else torch.device(main)
+    return install(model, plan, values, dtype=None, folder=folder, main_device=main_device)
 
 
 def cpu_offload(model: M, execution_device: int | str | torch.device | None = None) -> M:
@@ -172,6 +185,22 @@ def _execution(given: int | str | torch.device | None) -> int | str | torch.devi
     return next(iter(accelerators()), "cpu") if given is None else given
 
 
+def _folder(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given).expanduser()
+
+
+def _check_model(model: nn.Module) -> None:
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ConfigError(f"{listed(lazy)} have no shape yet: call the model once before it is placed")
+
+
+def _check_types(*dtypes: torch.dtype | None) -> None:
+    for dtype in dtypes:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"{dtype!r} is no type for weights; write one like torch.bfloat16")
+
+
 def _not_twice(model: nn.Module) -> None:
     if is_dispatched(model):
         raise ConfigError("this model, or a part of it, is dispatched already: remove_hooks(model) first")
@@ -189,13 +218,11 @@ def _planned(
     folder: Path | None,
 ) -> Plan:
     if isinstance(device_map, str):
-        if device_map not in ("auto", "balanced", "sequential"):
-            raise ConfigError(
-                f"device_map is {device_map!r}; write 'auto', 'balanced', 'sequential', or {{'': {device_map!r}}}"
-            )
         parts = parts_of(model, no_split=no_split, dtype=dtype)
         tokens = tokens if batch is None else count_operations(parts, model, batch)
         return _auto(parts, max_memory, device_map, tokens, kv_cache, folder)
+    if not isinstance(device_map, Mapping):
+        raise ConfigError(f"device_map is {device_map!r}; write 'auto', or the place of each module by name")
     if max_memory is not None:
         raise ConfigError(
             "max_memory limits what is placed by itself; the device map given places everything"
@@ -213,11 +240,18 @@ def _auto(
     mode: Mode,
     tokens: int,
     kv_cache: int | str,
-    folder: str | Path | None,
+    folder: Path | None,
 ) -> Plan:
+    if mode not in get_args(Mode):
+        named = ", ".join(map(repr, get_args(Mode)))
+        raise ConfigError(
+            f"{mode!r} is no way to place a model: write {named}, or a device map {{'': {mode!r}}}"
+        )
+    if type(tokens) is not int or tokens < 0:
+        raise ConfigError(f"tokens is {tokens!r}; write how many a forward pass has")
     limits = memory_limits(max_memory)
-    machine = _machine(executing(limits), None if folder is None else Path(folder))
-    reserved = kv_cache if isinstance(kv_cache, int) else byte_count(kv_cache, of="kv_cache")
+    machine = _machine(executing(limits), folder)
+    reserved = num_bytes(kv_cache, of="kv_cache")
     return plan_placement(parts, limits, machine, mode=mode, tokens=tokens, kv_cache=reserved)
 
 

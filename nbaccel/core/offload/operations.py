@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +57,8 @@ def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int
     for module in dict.fromkeys(part.module for part in parts):
         handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try:
-        _run(model, batch, counter)
+        with _as_it_was(model):
+            _run(model, batch, counter)
     except Exception as error:  # whatever the user's model does
         raise ConfigError(
             f"{type(model).__name__} cannot be run on the batch to count its operations: "
@@ -69,6 +72,24 @@ def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int
     for part in parts:
         part.cost = replace(part.cost, flops=spent.pop(part.module, 0) / max(1, tokens))
     return max(1, tokens)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules keep in their attributes, and in lists and dicts there: it has no numbers afterwards."""
+    before = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    held = [
+        (v, copy.copy(v)) for _, kept in before for v in kept.values() if isinstance(v, (dict, list, set))
+    ]
+    try:
+        yield
+    finally:
+        for now, kept in [*before, *held]:
+            now.clear()
+            if isinstance(now, list):
+                now.extend(kept)
+            else:
+                now.update(kept)
 
 
 def _run(model: nn.Module, batch: Any, counter: FlopCounterMode) -> None:
@@ -88,5 +109,10 @@ def _run(model: nn.Module, batch: Any, counter: FlopCounterMode) -> None:
         args: tuple[Any, ...] = (
             () if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
         )
-        with counter:
-            functional_call(model, state, args, dict(given) if isinstance(given, Mapping) else None)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know its fused layers
+        try:
+            with counter:
+                functional_call(model, state, args, dict(given) if isinstance(given, Mapping) else None)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nbaccel.core.model import composed
 from nbaccel.errors import ConfigError
 
-__all__ = ["Cost", "Part", "group_tied", "human", "listed", "parts_of", "places_given"]
+__all__ = ["Cost", "Part", "group_tied", "human", "listed", "parts_of"]
 
 # These use their children's weights without calling the children.
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -80,6 +81,13 @@ class Part:
             return (self.name,)
         return (*(full for _, _, full, _ in self.parameters), *(full for _, _, full, _ in self.buffers))
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """How much of it each of its keys has."""
+        sizes = {full: t.nbytes for tensors in (self.parameters, self.buffers) for _, _, full, t in tensors}
+        total = sum(sizes.values())
+        return {key: sizes[key] / total if self.own and total else 1 / len(self.keys) for key in self.keys}
+
 
 def parts_of(
     model: nn.Module,
@@ -99,7 +107,8 @@ def parts_of(
         divided: names of modules or tensors that a device map places by themselves: what is above them
             is divided whatever its class.
     """
-    classes = frozenset(_own_no_split(model) if no_split is None else no_split)
+    named = [no_split] if isinstance(no_split, str) else no_split
+    classes = frozenset(_own_no_split(model) if named is None else named)
     above = {name[:dot] for name in divided for dot, letter in enumerate(name) if letter == "."}
     return _Walk(classes, dtype, special_dtypes or {}, above).parts(model)
 
@@ -119,14 +128,21 @@ class _Class:
     table: bool
     positions: int
     """How often its weights are used per token."""
+    looks_ahead: bool
+    """Whether it looks at the weights of its first layer before it calls it."""
 
     @classmethod
     def of(cls, found: type[nn.Module]) -> _Class:
+        if issubclass(found, torch.jit.ScriptModule):
+            raise ConfigError("a ScriptModule cannot be placed: its weights are used where no hook sees it")
+        if issubclass(found, nn.modules.lazy.LazyModuleMixin):
+            raise ConfigError(f"a {found.__name__} has no shape yet: call the model once before it is placed")
         return cls(
             found.forward is not nn.Module.forward and not issubclass(found, _LISTS),
             issubclass(found, _WHOLE),
             issubclass(found, _TABLES),
             _POSITIONS if issubclass(found, _CONVOLUTIONS) else 1,
+            issubclass(found, nn.TransformerEncoder),
         )
 
 
@@ -192,9 +208,19 @@ class _Walk:
         if module._parameters or module._buffers:
             self._add(caller_name, True, caller, [(name, module)], ((name, module, kind),))
         prefix = f"{name}." if name else ""
+        if kind.looks_ahead:
+            self._add_first_layer(name, prefix, module)
         for key, child in children.items():
             if child is not None:
                 self._visit(prefix + key, child, caller_name, caller)
+
+    def _add_first_layer(self, name: str, prefix: str, encoder: nn.Module) -> None:
+        """That of a TransformerEncoder is there while the encoder runs: it chooses its kernels by its weights."""
+        first = next(iter(encoder.layers), None)  # type: ignore[arg-type]  # a ModuleList
+        if isinstance(first, nn.TransformerEncoderLayer) and id(first) not in self._modules:
+            below = list(_tensors(f"{prefix}layers.0", first))
+            self._add(name, True, encoder, below, [(path, one, self._kind(one)) for path, one in below])
+            self._modules.update(id(one) for _, one in below)
 
     def _kind(self, module: nn.Module) -> _Class:
         found = self._classes.get(type(module))
@@ -231,6 +257,8 @@ class _Walk:
                     self._ties.setdefault(identity, [last]).append(index)
                 elif special:
                     size = count * self._itemsize(f"{path}.{key}" if path else key, parameter.dtype)
+                elif type(parameter) is not nn.Parameter and composed.is_composed(parameter):
+                    size = sum(part.nbytes for _, part in composed.parts_of(parameter))
                 else:
                     size = count * itemsizes[parameter.dtype]
                 num_bytes += size
@@ -240,10 +268,12 @@ class _Walk:
                 always += size
                 if not rows and parameter.dim() > 1:
                     flops += 2 * count * kind.positions
-            for buffer in owner._buffers.values():
+            for key, buffer in owner._buffers.items():
                 if buffer is not None:
                     has_any = True
-                    buffer_bytes += buffer.numel() * buffer.element_size()
+                    converted = key not in owner._non_persistent_buffers_set
+                    itemsize = itemsizes[buffer.dtype] if converted else buffer.element_size()
+                    buffer_bytes += buffer.numel() * itemsize
         if has_any:
             numbers = (num_bytes, buffer_bytes, flops, rows, always, per_token)
             cost = self._costs.get(numbers)
@@ -282,48 +312,6 @@ def group_tied(parts: Sequence[Part]) -> Sequence[Sequence[int]]:
     for index, higher in enumerate(above):
         groups.setdefault(index if higher == index else find(index), []).append(index)
     return list(groups.values())
-
-
-def places_given(device_map: Mapping[str, str], parts: Sequence[Part], model: nn.Module) -> list[str]:
-    """The place of each part, by the nearest name at or above it in the map.
-
-    Raises:
-        ConfigError: a part has no place or several, or the map names what the model does not have.
-    """
-    places: list[str] = []
-    without: list[str] = []
-    for part in parts:
-        entries = {key: _nearest(key, device_map) for key in part.keys}
-        without += [key for key, entry in entries.items() if entry is None]
-        given = {device_map[entry] for entry in entries.values() if entry is not None}
-        if len(given) > 1:
-            raise ConfigError(
-                f"the tensors that {part.name or 'the model'} has of its own lie in one place, not in {given}"
-            )
-        places.extend(given or {""})
-    if without:
-        raise ConfigError(f"the device map gives no place to {listed(without)}; add them, or '' for the rest")
-    wrong = set(device_map) - {key for part in parts for key in _at_and_above(part)} - {""}
-    wrong -= {name for name, _ in model.named_modules(remove_duplicate=False)} if wrong else set()
-    if wrong:
-        raise ConfigError(f"the device map names {listed(sorted(wrong))}, which this model does not have")
-    return places
-
-
-def _at_and_above(part: Part) -> Iterator[str]:
-    for key in part.keys:
-        while key:
-            yield key
-            key = key.rpartition(".")[0]
-
-
-def _nearest(name: str, device_map: Mapping[str, str]) -> str | None:
-    while True:
-        if name in device_map:
-            return name
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -80,14 +80,14 @@ class Plan:
     def rows(self) -> list[Row]:
         """The device map with its reasons."""
         rows = []
-        for name, indices in self._entries().items():
-            said = list(dict.fromkeys(self.whys[index] for index in indices))
+        for name, shares in self._entries().items():
+            said = list(dict.fromkeys(self.whys[index] for index in shares))
             rows.append(
                 Row(
                     module=name,
-                    num_bytes=sum(_held(self.parts[i].cost) for i in indices),
-                    seconds=sum(self.seconds[i] for i in indices),
-                    place=self.places[indices[0]],
+                    num_bytes=round(sum(_held(self.parts[i].cost) * share for i, share in shares.items())),
+                    seconds=sum(self.seconds[i] * share for i, share in shares.items()),
+                    place=self.places[next(iter(shares))],
                     why=said[0] if len(said) == 1 else f"{said[0]}, …",
                 )
             )
@@ -106,15 +106,16 @@ class Plan:
             for a, b, c, d, e in lines
         )
 
-    def _entries(self) -> dict[str, list[int]]:
-        """The parts of each entry: the highest module below which everything lies in one place."""
+    def _entries(self) -> dict[str, dict[int, float]]:
+        """The parts of each entry, the highest module below which everything lies in one place; and how much of each
+        part it has, because a module's own tensors are one part and several entries.
+        """
         uniform = self._uniform()
-        entries: dict[str, list[int]] = {}
+        entries: dict[str, dict[int, float]] = {}
         for index, part in enumerate(self.parts):
-            for key in part.keys:
-                indices = entries.setdefault(_highest(key, uniform), [])
-                if not indices or indices[-1] != index:
-                    indices.append(index)
+            for key, share in part.shares.items():
+                shares = entries.setdefault(_highest(key, uniform), {})
+                shares[index] = shares.get(index, 0) + share
         return entries
 
     def _uniform(self) -> dict[str, str | None]:

@@ -56,7 +56,7 @@ def write_scratch(
             # Opened before it has its name, so that it is this file and not that of a model dispatched meanwhile.
             file = TensorFile(folder / partial)
             filesystem.rename(folder / partial, folder / name)
-        except OSError:
+        except BaseException:
             filesystem.remove(folder / partial)
             raise
     except OSError as error:

@@ -99,12 +99,13 @@ def _indexed(index: Path) -> dict[str, Stored]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
+        files_named = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of a checkpoint: {error!r}") from error
-    absent = [name for name in names if not (index.parent / name).is_file()]
+    absent = [name for name, file in zip(names, files_named, strict=True) if not file.is_file()]
     if absent:
         raise CheckpointError(f"{index} names files that are not there: {', '.join(absent[:6])}")
-    files = {name: _file(index.parent / name) for name in names}
+    files = {name: _file(file) for name, file in zip(names, files_named, strict=True)}
     without = [key for key, name in weight_map.items() if key not in files[name]]
     if without:
         raise CheckpointError(

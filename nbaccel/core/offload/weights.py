@@ -10,12 +10,14 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, final
 
 import torch
 
 from nbaccel.core.checkpoint.tensorfile import Entry, data_bytes, read_header
+from nbaccel.core.model.composed import is_composed
 from nbaccel.errors import CheckpointError
 
 __all__ = [
@@ -60,6 +62,10 @@ class Stored(Protocol):
     def mappable(self) -> bool:
         """Whether it can be viewed."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is its numbers one after the other: not sparse, not quantized, not made of other tensors."""
+
 
 @final
 class TensorFile:
@@ -78,7 +84,7 @@ class TensorFile:
                 _check(self.entries, size)
                 # Opened again here: the mapping and reads from several threads share one descriptor.
                 self.descriptor = os.dup(handle.fileno())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             said = f"unknown type {error}" if isinstance(error, KeyError) else error
             raise CheckpointError(f"{path} cannot be read as safetensors: {said}") from error
         self._size = size
@@ -163,6 +169,10 @@ class FileTensor:
     def mappable(self) -> bool:
         return self._entry.begin % self._entry.dtype.itemsize == 0
 
+    @property
+    def plain(self) -> bool:
+        return True
+
 
 @final
 class Loaded:
@@ -185,14 +195,20 @@ class Loaded:
         return self._tensor.detach().to("cpu", copy=True).contiguous()
 
     def view(self) -> torch.Tensor | None:
-        return self._tensor if self._tensor.device.type == "cpu" and self._tensor.is_contiguous() else None
+        here = self._tensor.device.type == "cpu" and (not self.plain or self._tensor.is_contiguous())
+        return self._tensor if here else None
 
     def position(self) -> tuple[str, int]:
-        return "", self._tensor.data_ptr()
+        return "", self._tensor.data_ptr() if self.plain else 0
 
     @property
     def mappable(self) -> bool:
         return self.view() is not None
+
+    @property
+    def plain(self) -> bool:
+        tensor = self._tensor
+        return tensor.layout is torch.strided and not tensor.is_quantized and not is_composed(tensor)
 
 
 @final
@@ -221,16 +237,25 @@ class ReadByCall:
     def mappable(self) -> bool:
         return False
 
+    @property
+    def plain(self) -> bool:
+        return True
+
 
 def _check(entries: dict[str, Entry], size: int) -> None:
     for name, entry in entries.items():
         wanted = torch.Size(entry.shape).numel() * entry.dtype.itemsize
         if entry.num_bytes != wanted:
             raise ValueError(f"{name} has {entry.num_bytes} bytes and its shape {entry.shape} takes {wanted}")
-    last = max(entries, key=lambda name: entries[name].begin + entries[name].num_bytes, default=None)
-    if last is not None and entries[last].begin + entries[last].num_bytes > size:
-        beyond = [n for n, e in entries.items() if e.begin + e.num_bytes > size]
-        missing = entries[last].begin + entries[last].num_bytes - size
+    for (name, entry), (other, later) in pairwise(
+        sorted(entries.items(), key=lambda e: (e[1].begin, e[1].end))
+    ):
+        if later.begin < entry.end:
+            raise ValueError(f"{other} begins inside {name}")
+    last = max(entries, key=lambda name: entries[name].end, default=None)
+    if last is not None and entries[last].end > size:
+        beyond = [n for n, e in entries.items() if e.end > size]
+        missing = entries[last].end - size
         raise ValueError(
             f"truncated: {missing} bytes are missing, of {len(beyond)} tensor(s) such as {beyond[0]}; copy it again"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,23 @@ from nbaccel.errors import ConfigError
 
 __all__ = [
     "clip_sharded_norm",
+    "clip_sharded_value",
     "combine_norms",
     "gather_state_dict",
     "point_optimizer",
+    "present",
+    "refuse_undivided",
     "require_same_model",
     "share_values",
 ]
 
 _Divided = tuple[DeviceMesh | None, tuple[int, ...]]
 """A mesh, and those of its dimensions over which a tensor is divided."""
+_UNDIVIDED = {
+    "LBFGS": "looks for one step along all parameters together",
+    "Adafactor": "keeps sums over whole rows and columns of each matrix",
+}
+"""Optimizers that are wrong, or fail, where a rank has parts of the parameters; and why."""
 
 
 def require_same_model(module: nn.Module, world: World) -> None:
@@ -76,6 +84,30 @@ def point_optimizer(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor]) -> 
         group["params"] = [replaced.get(p, p) for p in group["params"]]
 
 
+def refuse_undivided(optimizer: Optimizer, strategy: str, names: Iterable[str] = _UNDIVIDED) -> None:
+    """For strategies that give each rank's optimizer its parts only.
+
+    Args:
+        names: those of `_UNDIVIDED` that the strategy's parts are too little for.
+
+    Raises:
+        ConfigError: it needs whole parameters.
+    """
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    for name in names:
+        if name in kinds:
+            raise ConfigError(
+                f"{name} cannot go with strategy {strategy!r}: it {_UNDIVIDED[name]}, of which each rank has a part "
+                "here. Use strategy 'ddp', or an optimizer that treats each number by itself (AdamW, SGD, …)"
+            )
+
+
+def present(parameters: Iterable[Tensor], replaced: Mapping[Tensor, Tensor]) -> Iterator[Tensor]:
+    """The parameters that there are now for those that were listed before they were divided: only they have
+    gradients."""
+    return (replaced.get(parameter, parameter) for parameter in parameters)
+
+
 @torch.no_grad()
 def clip_sharded_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
     """Clips gradients, of which each rank holds a part, to a total norm; returns the norm before, 0-d.
@@ -107,10 +139,27 @@ def _part_of(grad: Tensor) -> tuple[Tensor, _Divided]:
     """This rank's part of a gradient, summed where it was left to be, and over what it is divided."""
     if not isinstance(grad, DTensor):
         return grad, (None, ())
-    if any(place.is_partial() for place in grad.placements):
-        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    grad = _summed(grad)
     dims = tuple(dim for dim, place in enumerate(grad.placements) if not place.is_replicate())
     return grad.to_local(), (grad.device_mesh, dims)
+
+
+def _summed(grad: DTensor) -> DTensor:
+    """The gradient, summed over the ranks where each has its own summand."""
+    if not any(place.is_partial() for place in grad.placements):
+        return grad
+    return grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+
+
+@torch.no_grad()
+def clip_sharded_value(parameters: Iterable[Tensor], clip_value: float) -> None:
+    """Clips each number of gradients of which each rank holds a part."""
+    for parameter in parameters:
+        if isinstance(parameter.grad, DTensor):
+            parameter.grad = _summed(parameter.grad)  # a summand may be large where the sum is not
+            parameter.grad.to_local().clamp_(-clip_value, clip_value)
+        elif parameter.grad is not None:
+            parameter.grad.clamp_(-clip_value, clip_value)
 
 
 def _norm_over_ranks(parts: Sequence[Tensor], norm_type: float, divided: _Divided) -> Tensor:

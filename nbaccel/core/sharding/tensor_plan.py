@@ -134,6 +134,13 @@ def _check_sizes(named: Mapping[str, nn.Module], found: Mapping[str, Any], size:
             raise ConfigError(
                 f"tensor_parallel: {name!r} is a {type(named[name]).__name__}, which has no matrix to divide"
             )
+        if not isinstance(named[name], (nn.Linear, nn.Embedding)) and not _transposed(named[name]):
+            kind = type(named[name])
+            raise ConfigError(
+                f"tensor_parallel: {name!r} is a {kind.__module__}.{kind.__name__} and no nn.Linear or nn.Embedding; "
+                "its forward may use more than its matrix, as adapters do. Name other layers in a plan, or use "
+                "strategy 'fsdp' or 'ddp'"
+            )
         length = weight.shape[_dimension(style, named[name])]
         if style in ("column", "row") and length % size:
             raise ConfigError(

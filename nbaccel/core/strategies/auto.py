@@ -111,6 +111,12 @@ class Auto(Strategy):
         self._adopted = self._adopted or self.plan is None
         return self._strategy.adopt(optimizer)
 
+    def forget(self) -> None:
+        self._strategy.forget()
+
+    def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
+        self._strategy.learns_otherwise(module, changed)
+
     def unwrap(self, module: nn.Module) -> nn.Module:
         return self._strategy.unwrap(module)
 
@@ -134,6 +140,9 @@ class Auto(Strategy):
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
         return self._strategy.clip_grad_norm(parameters, max_norm, norm_type)
+
+    def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
+        self._strategy.clip_grad_value(parameters, clip_value)
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self._strategy.full_state_dict(module, rank_zero_only=rank_zero_only)

@@ -97,6 +97,9 @@ class Strategy(ABC):
         """
         return optimizer
 
+    def forget(self) -> None:  # noqa: B027
+        """Lets go of every model and optimizer; what is wrapped next is the first again."""
+
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's module inside what `wrap` gave; any other module as it is."""
         return module
@@ -164,6 +167,10 @@ class Strategy(ABC):
     @abstractmethod
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clips gradients to a total norm over the whole model; returns the norm before clipping, 0-d."""
+
+    def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
+        """Clips each number of the gradients to at most `clip_value` either way."""
+        nn.utils.clip_grad_value_(parameters, clip_value)
 
     @abstractmethod
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:

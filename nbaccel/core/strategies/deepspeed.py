@@ -6,7 +6,6 @@ and where a window ends is told to it before each forward. DeepSpeed's own JSON 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -30,23 +29,19 @@ from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
 from nbaccel.core.zero import gradients
+from nbaccel.core.zero.fitness import refuse_unfit, unfit
 from nbaccel.core.zero.flat import part_of, write_part
 from nbaccel.core.zero.library import import_deepspeed
 from nbaccel.core.zero.nvme import claim_folder, places
 from nbaccel.core.zero.optimizer import ZeroOptimizerState
 from nbaccel.core.zero.settings import settings, with_stage_of_file
+from nbaccel.core.zero.step import ZeroStep
 from nbaccel.core.zero.swapping import is_on_disk
 from nbaccel.core.zero.weights import ZeroModelState, load_weights, whole_state_dict
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
 __all__ = ["Zero", "unfit"]
-
-_ELEMENTWISE = (
-    *("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"),
-    *("Lion", "FusedAdam", "DeepSpeedCPUAdam", "FusedLion", "DeepSpeedCPULion"),
-)
-"""Optimizers that treat each number by itself; ZeRO gives them flat pieces, not the parameters' shapes."""
 
 
 @final
@@ -78,6 +73,8 @@ class Zero(Strategy):
         self._engine: Any = None
         self._names: list[dict[str, nn.Parameter]] = []
         """The parameters of each group of the optimizer, by the names of the user's model."""
+        self._refusing: Any = None
+        """The hook on the model that refuses `load_state_dict`."""
 
     @property
     def data_axis(self) -> DataAxis:
@@ -114,11 +111,12 @@ class Zero(Strategy):
         self._engine.set_gradient_accumulation_boundary(True)
         if self._stage == 0:
             return self._engine, [optimizer]
+        self._refusing = module.register_load_state_dict_pre_hook(_refuse_loading)  # type: ignore[no-untyped-call]
         for name, part in exact.items():
             write_part(named[name], part, None)
         if self._precision.dtype is not None:
             _compute_in(self._engine, self._precision.dtype)
-        return self._engine, [_ZeroStep(optimizer, self._engine)]
+        return self._engine, [ZeroStep(optimizer, self._engine)]
 
     def _fill(
         self,
@@ -182,22 +180,7 @@ class Zero(Strategy):
             )
         if reason := unfit(optimizers, self._options):
             raise ConfigError(reason)
-        if names := [name for name, parameter in module.named_parameters() if not parameter.ndim]:
-            raise ConfigError(
-                f"{names[0]} is a parameter without a dimension, which DeepSpeed 0.19.8 cannot send to other ranks; "
-                "give it one, torch.ones(1), or use strategy 'ddp'"
-            )
-        for number, group in enumerate(optimizers[0].param_groups):
-            if self._stage and not any(parameter.requires_grad for parameter in group["params"]):
-                raise ConfigError(
-                    f"nothing in group {number} of the optimizer learns, which DeepSpeed 0.19.8 does not expect; leave "
-                    "the group out, or use strategy 'fsdp'"
-                )
-        if self._stage != 3 and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
-            raise ConfigError(
-                f"the model was built under zero.Init, in shards, which stage {self._stage} of ZeRO does not have; ask "
-                "for DeepSpeed(stage=3), or build it without"
-            )
+        refuse_unfit(module, optimizers[0], stage=self._stage, dtype=self._precision.dtype)
         return optimizers
 
     def _configured(self, module: nn.Module) -> dict[str, Any]:
@@ -217,7 +200,7 @@ class Zero(Strategy):
         return config
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
-        if isinstance(optimizer, _ZeroStep):
+        if isinstance(optimizer, ZeroStep):
             return optimizer
         held = {id(p) for named in self._names for p in named.values()}
         if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
@@ -225,6 +208,14 @@ class Zero(Strategy):
                 "strategy 'deepspeed' needs model and optimizer together: prepare(model, optimizer)"
             )
         return optimizer
+
+    def forget(self) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+        if self._refusing is not None:
+            self._refusing.remove()
+        self._engine = self._refusing = None
+        self._names = []
 
     def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
         if self._stage == 0 and module is self._engine:
@@ -294,9 +285,16 @@ class Zero(Strategy):
                 f"norm_type={norm_type} cannot go with ZeRO, which knows the 2-norm; leave it out"
             )
         norm = gradients.norm_for_step(zero)
-        zero.clip_grad = max_norm  # for the step that follows; _ZeroStep takes it back
+        zero.clip_grad = max_norm  # for the step that follows; ZeroStep takes it back
         before: Tensor = norm.float().cpu() / float(zero.loss_scale)
         return before
+
+    def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
+        zero = self._zero
+        if zero is None:
+            super().clip_grad_value(parameters, clip_value)
+        else:
+            gradients.clip_values(zero, clip_value)
 
     @property
     def _zero(self) -> Any:
@@ -323,85 +321,12 @@ class Zero(Strategy):
         return ModelState(inner) if zero is None or module is not self._engine else ZeroModelState(inner)
 
     def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
-        if isinstance(optimizer, _ZeroStep):
-            return ZeroOptimizerState(self._zero, self._names)
+        if isinstance(optimizer, ZeroStep):
+            # as `OptimizerState` names them, where there are other models, a teacher
+            prefix = f"{modules.index(self._engine)}." if len(modules) > 1 else ""
+            groups = [{prefix + name: p for name, p in named.items()} for named in self._names]
+            return ZeroOptimizerState(self._zero, groups)
         return OptimizerState(optimizer, [self.unwrap(module) for module in modules])
-
-
-@final
-class _ZeroStep(Optimizer):
-    """The user's optimizer, stepped by the engine."""
-
-    def __init__(self, optimizer: Optimizer, engine: Any) -> None:
-        # Not Optimizer.__init__: groups and state are the user's optimizer's.
-        self.optimizer, self._engine = optimizer, engine
-        # Its own: stage 3 steps the user's optimizer once for each sub-group.
-        self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
-        self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of the engine, which clears the gradients too."""
-        if closure is not None:
-            raise ConfigError("an optimizer's closure cannot go with strategy 'deepspeed'")
-        for hook in self._optimizer_step_pre_hooks.values():
-            hook(self, (), {})
-        self._engine.step()
-        self._engine.optimizer.clip_grad = 0.0
-        gradients.forget_norm(self._engine.optimizer)
-        for hook in self._optimizer_step_post_hooks.values():
-            hook(self, (), {})
-
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether fp16 gradients overflowed and DeepSpeed left the step out."""
-        return not self._engine.was_step_applied()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The engine has done it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise ConfigError("under ZeRO an optimizer's state is loaded by acc.load_state(folder)")
-
-    def __repr__(self) -> str:
-        return f"ZeRO({self.optimizer!r})"
-
-
-def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
-    """Why the optimizers that came with a model cannot go with ZeRO, and what to do; empty if they can."""
-    if len(optimizers) != 1:
-        return (
-            f"strategy 'deepspeed' needs the model with its one optimizer, prepare(model, optimizer); "
-            f"{len(optimizers)} came with it. A model that is not trained: prepare_model(model, "
-            "evaluation_mode=True)"
-        )
-    kind = type(optimizers[0]).__name__
-    if kind == "Adagrad" and options.offload_optimizer == "nvme":
-        return (
-            "Adagrad cannot be offloaded to 'nvme': DeepSpeed makes its sums while the parameters are on the disk, "
-            "where they have no size. Use offload_optimizer='cpu', or another optimizer"
-        )
-    if options.stage != 0 and kind not in _ELEMENTWISE and not options.untested_optimizer:
-        return (
-            f"{kind} cannot go with ZeRO, which gives an optimizer flat pieces of all parameters together: it may "
-            f"need their shapes. Use one that treats each number by itself ({', '.join(_ELEMENTWISE[:6])}…), "
-            "strategy 'fsdp', or DeepSpeed(untested_optimizer=True) if you know it does"
-        )
-    return ""
 
 
 def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
@@ -415,3 +340,10 @@ def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:
 
     engine.register_forward_pre_hook(narrow, with_kwargs=True)
     engine.register_forward_hook(widen)
+
+
+def _refuse_loading(module: nn.Module, *_: Any) -> None:
+    raise ConfigError(
+        "under ZeRO load_state_dict would not reach the float32 parameters that are stepped, nor those in shards: use "
+        "acc.load_model(model, folder), acc.load_state(folder), or load before prepare"
+    )

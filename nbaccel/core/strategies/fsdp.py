@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,24 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nbaccel.core.model.blocks import find_blocks, keep_ties_together
+from nbaccel.core.model.blocks import find_blocks, keep_ties_together, owners
 from nbaccel.core.model.composed import refuse_composed
 from nbaccel.core.model.materialise import give_back_memory, materialise
 from nbaccel.core.model.recompute import recompute_in_backward
 from nbaccel.core.sharding.context import context_ranks, make_context_mesh
 from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
+    clip_sharded_value,
     gather_state_dict,
     point_optimizer,
+    present,
+    refuse_undivided,
     require_same_model,
     share_values,
 )
@@ -71,6 +77,12 @@ class FullyShardedDataParallel(Strategy):
         self._policy = _policy(options, dtype)
         self._replaced = WeakTensorKeyDictionary()
         """The sharded parameter of each that the user's optimizers may still hold."""
+        self._parts: list[FSDPModule] = []
+        """What is gathered at a time, of all models."""
+        self._shards: list[Tensor] = []
+        """The sharded parameters of all models; a gathered module names whole ones in their place."""
+        self._watched: WeakSet[Optimizer] = WeakSet()
+        """Optimizers before whose steps nothing stays gathered."""
 
     @property
     def data_axis(self) -> DataAxis:
@@ -86,15 +98,21 @@ class FullyShardedDataParallel(Strategy):
                 "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
             )
         refuse_composed(module, self.name)
+        for optimizer in optimizers:
+            refuse_undivided(optimizer, self.name)
         require_same_model(module, self._world)
         styles: dict[nn.Module, ParallelStyle] = {}
         if self._tensor is not None and self._tensor_mesh is not None:
             styles = styles_of(module, self._tensor, self._tensor_mesh.size())
             draw_alike(self._tensor_mesh)
         blocks = self._blocks(module)
-        for part in [*reversed(blocks), *self._embeddings(module, blocks), module]:
+        parts = [*self._norms(module), *reversed(blocks), *self._embeddings(module, blocks), module]
+        parts = list(dict.fromkeys(parts))
+        _refuse_unfit(module, parts)
+        for part in parts:
             self._shard(part, module, styles, optimizers)
             give_back_memory()
+        self._follow(module, parts, optimizers)
         if self._options.activation_checkpointing:
             for block in blocks or [module]:
                 recompute_in_backward(block)
@@ -103,7 +121,44 @@ class FullyShardedDataParallel(Strategy):
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         point_optimizer(optimizer, self._replaced)
+        if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+            refuse_undivided(optimizer, self.name)
+            self._watch(optimizer)
         return optimizer
+
+    def forget(self) -> None:
+        self._replaced = WeakTensorKeyDictionary()
+        self._parts.clear()
+        self._shards.clear()
+
+    # What torch leaves gathered ----------------------------------------------------------------------
+
+    def _follow(self, module: nn.Module, parts: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """After a forward torch leaves the root gathered (every part, if `sharding` says so) for the backward that
+        follows. If none does, as in an evaluation, later forwards would compute with the weights of before a step,
+        and the module's parameters would be whole ones, which have no gradients."""
+        self._parts += [part for part in parts if isinstance(part, FSDPModule)]
+        self._shards += module.parameters()
+        module.register_forward_hook(self._after_forward)
+        for optimizer in optimizers:
+            self._watch(optimizer)
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._watched:
+            self._watched.add(optimizer)
+            optimizer.register_step_pre_hook(self._reshard)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, *_: Any) -> None:
+        # Where no gradients wait for a step, what is gathered stays right: `generate` need not gather it per token.
+        if not torch.is_grad_enabled() and any(shard.grad is not None for shard in self._shards):
+            self._reshard()
+
+    def _reshard(self, *_: Any) -> None:
+        for part in self._parts:
+            part.reshard()
+
+    # What is gathered together -----------------------------------------------------------------------
 
     def _blocks(self, module: nn.Module) -> list[nn.Module]:
         found = find_blocks(module, self._options.wrap)
@@ -128,6 +183,18 @@ class FullyShardedDataParallel(Strategy):
         fit = [one for one in found if one is not None and one not in inside and _size(one) >= least]
         return keep_ties_together(module, fit)
 
+    def _norms(self, module: nn.Module) -> list[nn.Module]:
+        """Batch norms, where the rest computes in less than float32: their statistics are float32, and torch's
+        kernels want parameters of that type with them."""
+        found = [one for one in module.modules() if isinstance(one, _BatchNorm)]
+        return keep_ties_together(module, found) if self._policy.param_dtype is not None else []
+
+    def _policy_of(self, part: nn.Module) -> MixedPrecisionPolicy:
+        if self._policy.param_dtype is None or not isinstance(part, _BatchNorm):
+            return self._policy
+        # what comes after it computes in the other type again
+        return MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=self._policy.param_dtype)
+
     def _shard(
         self,
         part: nn.Module,
@@ -149,7 +216,7 @@ class FullyShardedDataParallel(Strategy):
             part,
             mesh=self._mesh,
             reshard_after_forward=self._reshards(part, model),
-            mp_policy=self._policy,
+            mp_policy=self._policy_of(part),
             offload_policy=offload,
         )
         # Before the next part is made: an optimizer that holds the old parameters keeps their memory.
@@ -200,7 +267,14 @@ class FullyShardedDataParallel(Strategy):
         )
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
-        return clip_sharded_norm(parameters, max_norm, norm_type)
+        return clip_sharded_norm(self._present(parameters), max_norm, norm_type)
+
+    def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
+        clip_sharded_value(self._present(parameters), clip_value)
+
+    def _present(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+        self._reshard()  # a generator over the module's parameters begins to look at them now
+        return present(parameters, self._replaced)
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)
@@ -228,6 +302,29 @@ def _outside_shards(part: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module
     yield part
     for child in part.children():
         yield from _outside_shards(child, seen)
+
+
+def _refuse_unfit(module: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Says what torch would fail over, some of it in the first forward only.
+
+    Raises:
+        ConfigError: a parameter cannot be cut, or not together with others.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    first: dict[nn.Module, nn.Parameter] = {}
+    for parameter, part in owners(module, set(parts)):
+        if not parameter.ndim:
+            raise ConfigError(
+                f"{names[parameter]} is a parameter without a dimension, which strategy 'fsdp' cannot cut; give it "
+                "one, torch.ones(1), or use strategy 'ddp'"
+            )
+        other = first.setdefault(part, parameter) if parameter.requires_grad else parameter
+        if other.dtype != parameter.dtype:
+            raise ConfigError(
+                f"{names[other]} is {other.dtype} and {names[parameter]} is {parameter.dtype}, and strategy 'fsdp' "
+                "gathers them together: give them one type (model.float()), or choose blocks (wrap=) that hold one "
+                "type each, or use strategy 'ddp'"
+            )
 
 
 def _policy(options: FSDP, dtype: torch.dtype | None) -> MixedPrecisionPolicy:

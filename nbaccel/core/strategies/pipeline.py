@@ -28,7 +28,7 @@ from nbaccel.core.load_model import find_weights
 from nbaccel.core.model.composed import refuse_composed
 from nbaccel.core.model.materialise import materialise
 from nbaccel.core.model.tied import find_tied_parameters
-from nbaccel.core.sharding.dtensors import combine_norms, require_same_model, share_values
+from nbaccel.core.sharding.dtensors import combine_norms, refuse_undivided, require_same_model, share_values
 from nbaccel.core.sharding.stages import StagedModel, StagedOptimizer, divide_layers, gather_stages
 from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.world import World
@@ -120,7 +120,14 @@ class PipelineParallelism(Strategy):
         self._keep_own(optimizer)
         return optimizer
 
+    def forget(self) -> None:
+        self._schedules.clear()
+        self._shapes.clear()
+        self._dropped = WeakTensorKeyDictionary()
+        self.apart.clear()
+
     def _keep_own(self, optimizer: Optimizer) -> None:
+        refuse_undivided(optimizer, self.name, ["LBFGS"])  # a stage has whole matrices, and no more
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in self._dropped]
 
@@ -165,6 +172,7 @@ class PipelineParallelism(Strategy):
             # 1F1B needs as many microbatches as stages; a small last batch has fewer
             kind: Callable[..., Any] = Schedule1F1B if count >= self._size else ScheduleGPipe
             found = self._schedules[key] = kind(part, count, loss_fn=self._weighted_loss)
+            _infer_aside(found, stage)
         return found
 
     def _weighted_loss(self, outputs: Any, targets: Any) -> Tensor:
@@ -231,6 +239,22 @@ class PipelineParallelism(Strategy):
 
     def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
         return StagedOptimizer(optimizer, modules, self._world)
+
+
+def _infer_aside(schedule: Any, stage: nn.Module) -> None:
+    """Leaves buffers as they are where torch first sends a microbatch through to see its shapes: batch norms would
+    have seen one more than there was. Random state it restores itself."""
+    infer = schedule._initialize_stage
+
+    def restoring(*args: Any, **kwargs: Any) -> None:
+        del schedule._initialize_stage  # later calls look only whether this one was
+        before = [(buffer, buffer.clone()) for buffer in stage.buffers()]
+        infer(*args, **kwargs)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+    schedule._initialize_stage = restoring
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:

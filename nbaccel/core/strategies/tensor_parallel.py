@@ -17,8 +17,11 @@ from nbaccel.core.model.composed import refuse_composed
 from nbaccel.core.model.materialise import materialise
 from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
+    clip_sharded_value,
     gather_state_dict,
     point_optimizer,
+    present,
+    refuse_undivided,
     require_same_model,
     share_values,
 )
@@ -52,6 +55,8 @@ class TensorParallelism(Strategy):
         if any(isinstance(p, DTensor) for p in module.parameters()):
             return module, list(optimizers)
         refuse_composed(module, self.name)
+        for optimizer in optimizers:
+            refuse_undivided(optimizer, self.name)
         require_same_model(module, self._world)
         styles = styles_of(module, self._options, self._world.size)
         before = dict(module.named_parameters(remove_duplicate=False))
@@ -67,7 +72,12 @@ class TensorParallelism(Strategy):
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         point_optimizer(optimizer, self._replaced)
+        if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+            refuse_undivided(optimizer, self.name)
         return optimizer
+
+    def forget(self) -> None:
+        self._replaced = WeakTensorKeyDictionary()
 
     def set_sync(self, module: nn.Module, synchronize: bool) -> None:
         pass
@@ -82,7 +92,10 @@ class TensorParallelism(Strategy):
         return contextlib.nullcontext()
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
-        return clip_sharded_norm(parameters, max_norm, norm_type)
+        return clip_sharded_norm(present(parameters, self._replaced), max_norm, norm_type)
+
+    def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
+        clip_sharded_value(present(parameters, self._replaced), clip_value)
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_state_dict(module, keep=self._world.is_main or not rank_zero_only)

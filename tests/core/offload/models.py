@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+
+from nbaccel import init_empty_weights, load_checkpoint_and_dispatch
 
 Inputs = dict[str, Any]
 
@@ -93,6 +98,29 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     ),
     "recurrent": (Recurrent, {"x": torch.linspace(-1, 1, 48).view(2, 3, 8)}),
 }
+
+
+def saved(model: nn.Module, path: Path) -> Path:
+    """The model's tensors in a safetensors file, tied ones once."""
+    state = model.state_dict()
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    save_file({name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}, path)
+    return path
+
+
+def linears(count: int = 2) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+
+
+def both(make: Callable[[], nn.Module], folder: Path) -> tuple[Any, Any]:
+    """A model in memory, and the same one with every weight converted and brought when it is needed."""
+    torch.manual_seed(0)
+    plain = make().eval()
+    path = saved(plain, folder / f"{len(list(folder.iterdir()))}.safetensors")
+    with init_empty_weights():
+        empty = make().eval()
+    loaded = load_checkpoint_and_dispatch(empty, path, {"": "disk"}, dtype=torch.float64)
+    return copy.deepcopy(plain).double(), loaded
 
 
 def made(kind: str, seed: int = 0) -> tuple[nn.Module, Inputs, torch.Tensor]:

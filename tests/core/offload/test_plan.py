@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nbaccel import infer_auto_device_map, init_empty_weights
+from nbaccel.core.offload.given import places_given
 from nbaccel.core.offload.machine import Machine, Speed
 from nbaccel.core.offload.operations import count_operations
-from nbaccel.core.offload.parts import parts_of, places_given
+from nbaccel.core.offload.parts import parts_of
 from nbaccel.core.offload.placing import plan_placement
 from nbaccel.core.offload.plan import Plan, plan_given
 from nbaccel.errors import ConfigError
@@ -250,3 +251,20 @@ def test_convolution_when_its_computing_hides_the_copy_leaves_the_memory_to_othe
 
     assert places(large) == ["disk", "cpu"]
     assert places(small) == ["cpu", "disk"]
+
+
+def test_encoders_layers_are_placed_one_by_one_and_counted_alike() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3).eval()
+    parts = parts_of(encoder)
+    assert [part.name for part in parts] == ["", "layers.1", "layers.2"], (
+        "the first one is there all the time"
+    )
+    assert count_operations(parts, encoder, torch.ones(2, 5, 8)) == 2
+    assert {part.cost.flops for part in parts} == {5 * 2 * (4 * 8 * 8 + 2 * 8 * 16)}
+    places = places_given({"layers.0": "disk", "": "cpu"}, parts, encoder)
+    assert places == ["disk", "cpu", "cpu"]
+    assert plan_given(parts, places, MACHINE).device_map == {
+        "layers.0": "disk",
+        "layers.1": "cpu",
+        "layers.2": "cpu",
+    }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny import Job, Trained, difference, train
+from torch import nn
 
 from nbaccel import FSDP
 
@@ -72,3 +73,61 @@ def test_embeddings_when_not_small_beside_a_block_are_gathered_apart() -> None:
         assert tied == {"model.norm.weight", "model.embed_tokens.weight"}
         assert small == {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
         assert by_name == large
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    block = [nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(2)]
+    return nn.Sequential(*block, nn.BatchNorm1d(4, affine=False), nn.Flatten(), nn.Linear(20, 2))
+
+
+def normalised(strategy: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    from nbaccel.core import Accelerator
+
+    acc = Accelerator(cpu=True, strategy=strategy, mixed_precision="bf16")
+    net = convolutions()
+    model, optimizer = acc.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05))
+    inputs = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(2))
+    losses = []
+    for _ in range(3):
+        loss = model(inputs).float().square().mean()
+        acc.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, acc.get_state_dict(model)
+
+
+@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
+def test_batch_norms_when_the_rest_is_bf16_compute_in_float32() -> None:
+    ((losses, alone),) = run_ranks(normalised, "single", num_processes=1)
+    for theirs, state in run_ranks(normalised, "fsdp"):
+        assert theirs == pytest.approx(losses, abs=5e-3)
+        for name, value in alone.items():
+            assert state[name].dtype == value.dtype, name
+            assert (state[name] - value).abs().max() <= 2e-2, name
+
+
+def encoder(strategy: Any) -> list[float]:
+    """Losses of a model whose attention reads the parameters of a layer that it never calls."""
+    from nbaccel.core import Accelerator
+
+    acc = Accelerator(cpu=True, strategy=strategy)
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 2))
+    model, optimizer = acc.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    losses = []
+    for _ in range(2):
+        loss = model(torch.ones(3, 4, 8)).square().mean()
+        acc.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_blocks_by_size_when_attention_reads_its_layers_are_around_it() -> None:
+    (alone,) = run_ranks(encoder, "single", num_processes=1)
+    for losses in run_ranks(encoder, FSDP(wrap=50)):
+        assert losses == pytest.approx(alone, abs=1e-5)

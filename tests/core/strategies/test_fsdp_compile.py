@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ranks import run_ranks
-from tiny import VOCABULARY, TinyLM, difference
+from tiny import VOCABULARY, TinyLM
 
 from nbaccel import FSDP
 
@@ -38,6 +38,7 @@ def both_ways() -> dict[str, list[float]]:
 
 def test_training_when_compiled_has_the_losses_of_the_eager_model() -> None:
     for found in run_ranks(both_ways, deadline=250):
-        assert difference(found["compiled"], found["eager"]) <= 1e-5
+        # relative: losses begin at 40, and compiled kernels round otherwise in the seventh digit
+        assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
         assert found["eager graphs"] == [0]
         assert found["compiled graphs"][0] > 0

@@ -187,3 +187,30 @@ def check_refusals(said: list[str]) -> None:
     ]
     for text, word in zip(said, words, strict=True):
         assert word in text
+
+
+def counted(strategy: Any) -> dict[str, torch.Tensor]:
+    """The statistics of a batch norm after two batches."""
+    from nbaccel.core import Accelerator
+
+    acc = Accelerator(cpu=True, strategy=strategy)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 2))
+    net, optimizer = acc.prepare(layers, torch.optim.SGD(layers.parameters(), lr=0.1))
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(8, 4, generator=generator), torch.randn(8, 2, generator=generator)
+    for _ in range(2):
+        if isinstance(strategy, Pipeline):
+            acc.pipeline_step((inputs, targets))
+        else:
+            acc.backward(nn.functional.mse_loss(net(inputs), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value for name, value in acc.get_state_dict(net).items() if name.startswith("1.")}
+
+
+def test_batch_norm_in_a_pipeline_has_seen_the_batches_there_were() -> None:
+    (alone,) = run_ranks(counted, "single", num_processes=1)
+    for found in run_ranks(counted, Pipeline(loss=nn.functional.mse_loss, microbatches=1)):
+        for name, value in alone.items():
+            assert torch.allclose(found[name], value, atol=1e-5), name

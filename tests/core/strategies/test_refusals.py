@@ -1,0 +1,151 @@
+"""What a strategy cannot do is said before anything is trained, with the parameter or module and what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from nbaccel import FSDP, DeepSpeed, TensorParallel
+from nbaccel.core import Accelerator
+from nbaccel.errors import ConfigError
+from tests.conftest import needs
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def said(strategy: Any, model: nn.Module, optimizer: Any = torch.optim.AdamW, **options: Any) -> str:
+    acc = Accelerator(cpu=True, strategy=strategy, **options)
+    try:
+        acc.prepare(model, optimizer(model.parameters()))
+    except ConfigError as error:
+        return str(error)
+    return "was taken"
+
+
+def with_parameter(parameter: torch.Tensor) -> nn.Module:
+    made = nn.Sequential(nn.Linear(2, 2))
+    made.register_parameter("odd", nn.Parameter(parameter))
+    return made
+
+
+def two_types() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+
+
+class Adafactor(torch.optim.Adafactor):
+    """One of the user's own."""
+
+
+def sharded() -> dict[str, str]:
+    plan = TensorParallel(plan={"0": "column"})
+    late = Accelerator(cpu=True, strategy="fsdp")
+    model = late.prepare(nn.Linear(2, 2))
+    try:
+        late.prepare(torch.optim.LBFGS(model.parameters()))
+        alone = "was taken"
+    except ConfigError as error:
+        alone = str(error)
+    return {
+        "fsdp, LBFGS": said("fsdp", nn.Linear(2, 2), torch.optim.LBFGS),
+        "fsdp, LBFGS alone": alone,
+        "fsdp, Adafactor": said("fsdp", nn.Linear(2, 2), Adafactor),
+        "divided, Adafactor": said(plan, nn.Sequential(nn.Linear(2, 2)), torch.optim.Adafactor),
+        "fsdp, scalar": said("fsdp", with_parameter(torch.tensor(1.0))),
+        "fsdp, two types": said(FSDP(wrap="none"), two_types()),
+        "fsdp, two types apart": said(FSDP(wrap="Linear"), two_types()),
+        "fsdp, inside attention": said(
+            FSDP(wrap=lambda one: isinstance(one, nn.Linear)), nn.TransformerEncoderLayer(4, 2, 8)
+        ),
+    }
+
+
+def test_what_cannot_be_sharded_is_named() -> None:
+    for found in run_ranks(sharded):
+        assert "LBFGS cannot go with strategy 'fsdp'" in found["fsdp, LBFGS"]
+        assert found["fsdp, LBFGS alone"] == found["fsdp, LBFGS"]
+        assert "Adafactor cannot go with strategy 'fsdp'" in found["fsdp, Adafactor"]
+        assert "Use strategy 'ddp'" in found["fsdp, Adafactor"]
+        assert "Adafactor cannot go with strategy 'tensor_parallel'" in found["divided, Adafactor"]
+        assert "odd is a parameter without a dimension" in found["fsdp, scalar"]
+        assert (
+            "0.weight is torch.float32 and 1.weight is torch.float64, and strategy 'fsdp'"
+            in found["fsdp, two types"]
+        )
+        assert found["fsdp, two types apart"] == "was taken"
+        assert "NonDynamicallyQuantizableLinear, which is never called" in found["fsdp, inside attention"]
+
+
+def under_zero() -> dict[str, str]:
+    def caught(do: Callable[[], Any]) -> str:
+        try:
+            do()
+        except ConfigError as error:
+            return str(error)
+        return "was taken"
+
+    def of_two() -> None:
+        one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+        acc = Accelerator(cpu=True, strategy=DeepSpeed(stage=1))
+        acc.prepare(one, two, torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1))
+
+    def prepared(stage: int) -> Any:
+        net = nn.Linear(2, 2)
+        acc = Accelerator(cpu=True, strategy=DeepSpeed(stage=stage))
+        return acc.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+
+    norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model, optimizer = prepared(1)
+    return {
+        "two models": caught(of_two),
+        "group": caught(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
+        "weights": caught(lambda: model.load_state_dict(model.state_dict())),
+        "shards": caught(lambda: (lambda one: one.load_state_dict(one.state_dict()))(prepared(3)[0])),
+        "empty": said(DeepSpeed(stage=3), with_parameter(torch.empty(0))),
+        "two types": said(DeepSpeed(stage=3), two_types()),
+        "norm": said(DeepSpeed(stage=2), norm, mixed_precision="bf16"),
+        "compiled": said(DeepSpeed(stage=2), torch.compile(nn.Linear(2, 2), backend="eager")),  # type: ignore[arg-type]
+    }
+
+
+@needs("deepspeed")
+@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
+def test_what_zero_cannot_do_is_named() -> None:
+    for found in run_ranks(under_zero):
+        assert "group 0 of the optimizer has parameters that are not the model's" in found["two models"]
+        assert "add_param_group cannot go with ZeRO" in found["group"]
+        assert "acc.load_model(model, folder)" in found["weights"]
+        assert found["shards"] == found["weights"]
+        assert "odd is a parameter without elements" in found["empty"]
+        assert "0.bias is torch.float32 and 1.bias is torch.float64" in found["two types"]
+        assert "1 is a BatchNorm1d" in found["norm"]
+        assert "Accelerator(compile=True)" in found["compiled"]
+
+
+def adapted() -> str:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    warnings.simplefilter("ignore")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    base = transformers.LlamaForCausalLM(config)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    return said(TensorParallel(), model)
+
+
+@needs("peft")
+@needs("transformers")
+def test_adapters_when_the_plan_finds_them_are_named() -> None:
+    for found in run_ranks(adapted):
+        assert "q_proj' is a peft.tuners.lora.layer.Linear and no nn.Linear" in found
