@@ -267,6 +267,8 @@ class Preparing:
         self._stepped.clear()
         self._loop.strategy.forget()
         self._loop.forget()
+        if self._trust is not None:
+            self._trust.forget()
         for listed in (self._saving.optimizers, self._saving.schedulers, self._saving.loaders):
             listed.clear()
         if self._device.type == "cuda":

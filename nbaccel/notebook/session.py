@@ -28,7 +28,7 @@ from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.looking import look_at
 from nbaccel.session.relay import Relay
-from nbaccel.session.request import Configuration, make_folder, read_config
+from nbaccel.session.request import Configuration, make_folder, read_config, read_variables
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results, rank_ranges
@@ -111,7 +111,7 @@ class Session:
             raise ConfigError(f"output={output!r}: one of {', '.join(get_args(Mode))}")
         self.name = name
         self._config = _settings(asked, config)
-        self._env = _variables(env)
+        self._env = read_variables(env)
         self._output = output
         self._limits = Limits(
             start=duration_seconds(start_timeout, what="start_timeout"),
@@ -475,13 +475,6 @@ def _settings(asked: Mapping[str, Any], config: Configuration | None) -> RunConf
     given = {name: value for name, value in asked.items() if value is not None}
     layers = [RunConfig.from_mapping(given, place="the session")]
     return combine(*layers, *([] if config is None else [read_config(config)]))
-
-
-def _variables(env: Mapping[str, str] | None) -> dict[str, str]:
-    """The environment variables that were asked for."""
-    if env is not None and (not isinstance(env, Mapping) or None in env.values()):
-        raise ConfigError(f"env={env!r}: write it as {{'NAME': 'value'}}")
-    return {key: str(value) for key, value in (env or {}).items()}
 
 
 def _say(note: str) -> None:

@@ -20,7 +20,15 @@ from nbaccel.session.runs import default_root, new_folder, prune
 from nbaccel.session.session import Task, check_call
 from nbaccel.session.sinks.text import Mode
 
-__all__ = ["Configuration", "Request", "make_folder", "make_request", "make_task", "read_config"]
+__all__ = [
+    "Configuration",
+    "Request",
+    "make_folder",
+    "make_request",
+    "make_task",
+    "read_config",
+    "read_variables",
+]
 
 # For the nearest name, when one is misspelt.
 _OWN_NAMES = frozenset(
@@ -147,7 +155,7 @@ def make_request(
     if config is not None:
         layers.append(read_config(config))
     combined = combine(*layers)
-    for_ranks = _variables(env)
+    for_ranks = read_variables(env)
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -174,13 +182,13 @@ def make_request(
     )
 
 
-def _variables(env: Mapping[str, str] | None) -> dict[str, str]:
-    """What `env=` asks.
+def read_variables(env: Mapping[str, str] | None) -> dict[str, str]:
+    """What an `env=` argument asks.
 
     Raises:
         ConfigError: it is no mapping, or has what no environment can hold.
     """
-    if env is not None and not isinstance(env, Mapping):
+    if env is not None and (not isinstance(env, Mapping) or None in env.values()):
         raise ConfigError(f"env must be a mapping of variables, as {{'NAME': 'value'}}, not {env!r:.60}")
     found = {str(key): str(value) for key, value in (env or {}).items()}
     for name, value in found.items():

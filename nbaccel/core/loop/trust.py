@@ -80,6 +80,14 @@ class TrustChecks:
         """Notes whether it steps at all, and which of its parameters get gradients."""
         self._optimizers.append(_Watched(optimizer))
 
+    def forget(self) -> None:
+        """What was prepared; what comes after it is compared as at first only where no steps were made yet."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._before.clear()
+        self._optimizers.clear()
+
     def _note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not module.training or self._ticks >= _AFTER[-1] or self._loop.loader is not None:
             return

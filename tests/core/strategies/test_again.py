@@ -73,7 +73,7 @@ def in_turn(strategies: list[Any]) -> list[str]:
 
     found = []
     for strategy in strategies:
-        acc = Accelerator(cpu=True, strategy=strategy, verify=False)
+        acc = Accelerator(cpu=True, strategy=strategy, verify=strategy in ("ddp", "fsdp"))
         pipeline = isinstance(strategy, Pipeline)
         for seed in (0, 1):
             made = net(seed)
