@@ -15,7 +15,7 @@ FLOORS = {
 }  # fmt: skip
 # From the ground up; what stands on one line does not know its neighbours.
 CORE = """
-    nested precision refused tpu
+    inner_optimizer nested precision refused tpu
     world
     comm model trackers
     async_io checkpoint data logger memory processes rng xla

@@ -16,6 +16,7 @@ from nbaccel.notebook.front import Dashboard, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source, culprit
 from nbaccel.notebook.past import runs
 from nbaccel.notebook.session import Session
+from nbaccel.notebook.streams import Streams, say
 from nbaccel.parallel import StrategyLike
 from nbaccel.session.facts import run_facts
 from nbaccel.session.inplace import asked_here, only_rank
@@ -88,7 +89,7 @@ def notebook_launcher(
             lambda run: run.wait_done(presses),
             limit=limit,
             resumes=request.config.resume == "auto",
-            say=lambda note: print(f"nbaccel: {note}", file=sys.stderr, flush=True),
+            say=say,
             report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
         )
         presses.absorb()
@@ -211,22 +212,10 @@ def own_last_run() -> Run | None:
 def _start(request: Request) -> Run:
     """The run, with its sinks chosen by the front end."""
     environment, plan = request.environment, request.plan
-    # taken now: a later cell may have redirected them
-    streams = {"stdout": sys.stdout, "stderr": sys.stderr}
-
-    def write(text: str, stream: str) -> None:
-        if streams[stream] is not None:
-            streams[stream].write(text)
-
-    def say(note: str) -> None:
-        try:
-            write(f"nbaccel: {note}\n", "stderr")
-        except (OSError, ValueError):
-            pass  # the stream is closed: nobody is there to be told
-
+    streams = Streams()
     for note in plan.notes:
-        say(note)
-    folder = make_folder(request.task.name, request.folder, say)
+        streams.say(note)
+    folder = make_folder(request.task.name, request.folder, streams.say)
     made: list[Run] = []
     front = build_front(
         environment,
@@ -234,7 +223,7 @@ def _start(request: Request) -> Run:
         name=request.task.name,
         precision=request.config.mixed_precision,
         folder=folder,
-        write=write,
+        write=streams.write,
         mode=request.output,
         dashboard=request.dashboard,
         made=made,
@@ -245,7 +234,7 @@ def _start(request: Request) -> Run:
         task = request.task
         facts = run_facts(task.function, task.name, cell_source(), plan, environment)
         asked = json.loads(request.config.to_json())
-        sinks.append(FolderSink(folder, config=asked, run=facts, report=say))
+        sinks.append(FolderSink(folder, config=asked, run=facts, report=streams.say))
     run = start_run(
         request.task,
         config=request.config,
@@ -254,7 +243,7 @@ def _start(request: Request) -> Run:
         env=request.env,
         sinks=sinks,
         folder=folder,
-        say=say,
+        say=streams.say,
         label=cell_label,
         meanwhile=front.meanwhile,
         panel=front.panel,

@@ -16,6 +16,7 @@ from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
 from nbaccel.notebook.front import Dashboard, Front, LateFront, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
+from nbaccel.notebook.streams import Streams, say
 from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
 from nbaccel.rank.debugger import is_persons
@@ -36,7 +37,7 @@ from nbaccel.session.run import Run
 from nbaccel.session.session import Task, check_call, default_start_method, make_spec
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
-from nbaccel.session.sinks.text import Mode, TextSink, Write
+from nbaccel.session.sinks.text import Mode, TextSink
 from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RunState
 from nbaccel.wire import payload
@@ -127,7 +128,7 @@ class Session:
                 "this process already is a rank (RANK and WORLD_SIZE are set): a session starts its own"
             )
         for note in self._plan.notes:
-            _say(note)
+            say(note)
         self._latest: CallInFlight | None = None
         if replaces is not None:
             replaces.close()
@@ -317,7 +318,7 @@ class Session:
             spec,
             Delivery(parcel=parcel, fd=fd, returns="none"),
             start_limit=self._limits.start,
-            say=_say,
+            say=say,
             label=cell_label,
             idle_sink=self._idle_sink(),
             idle_stop=self._idle_stop,
@@ -345,7 +346,7 @@ class Session:
                 lambda run: run.wait_done(presses),
                 limit=limit,
                 resumes=self._config.resume == "auto",
-                say=_say,
+                say=say,
                 report=lambda error: print("\n".join(error.rendered), file=sys.stderr, flush=True),
             )
             presses.absorb()
@@ -367,7 +368,7 @@ class Session:
         parcel, fd = payload.pack((task.function, task.args, dict(task.kwargs)), outward=True)
         made: list[Run] = []
         # what is only shown, as a cell's text, is in the notebook already
-        folder = make_folder(task.name, None, _say) if dashboard is not False else None
+        folder = make_folder(task.name, None, say) if dashboard is not False else None
         plan = plan or self._plan
         build = functools.partial(self._front, task.name, plan, folder, dashboard, made)
         late = LateFront(build) if shown and dashboard is False else None  # a cell waits for it
@@ -381,7 +382,7 @@ class Session:
             num_ranks=self.num_processes,
             ranks=chosen,
             limits=self._limits,
-            say=_say,
+            say=say,
             label=cell_label,
             keep=True,
             folder=str(folder) if folder else None,
@@ -423,19 +424,11 @@ class Session:
             raise ConfigError(f"{what}: this session has ranks 0 to {self.num_processes - 1}")
         return tuple(chosen)
 
-    def _write(self) -> Write:
-        streams = {"stdout": sys.stdout, "stderr": sys.stderr}  # a later cell may have redirected them
-
-        def write(text: str, stream: str) -> None:
-            streams[stream].write(text)
-
-        return write
-
     def _idle_sink(self) -> TextSink:
         """Prints what ranks print between calls."""
         in_kernel = self._environment.kernel == "ipykernel"
         return TextSink(
-            self._write(),
+            Streams().write,
             num_ranks=self.num_processes,
             mode=self._output,
             label="short" if in_kernel else "long",
@@ -451,7 +444,7 @@ class Session:
             name=name,
             precision=self._config.mixed_precision,
             folder=folder,
-            write=self._write(),
+            write=Streams().write,
             mode=self._output,
             dashboard=dashboard,
             made=made,
@@ -460,7 +453,7 @@ class Session:
 
     def _folder_sink(self, folder: Path, task: Task, plan: Plan) -> FolderSink:
         facts = run_facts(task.function, task.name, cell_source(), plan, self._environment)
-        return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=_say)
+        return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=say)
 
 
 def _task(
@@ -475,11 +468,3 @@ def _settings(asked: Mapping[str, Any], config: Configuration | None) -> RunConf
     given = {name: value for name, value in asked.items() if value is not None}
     layers = [RunConfig.from_mapping(given, place="the session")]
     return combine(*layers, *([] if config is None else [read_config(config)]))
-
-
-def _say(note: str) -> None:
-    """One sentence to the person, in the cell that runs now."""
-    try:
-        sys.stderr.write(f"nbaccel: {note}\n")
-    except (OSError, ValueError):
-        pass  # the stream is closed: nobody is there to be told

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import inspect
 import io
@@ -19,7 +18,6 @@ import mmap
 import os
 import pickle
 import sys
-import tempfile
 import types
 import uuid
 import weakref
@@ -30,6 +28,7 @@ from typing import Any, NamedTuple, final
 import cloudpickle
 
 from nbaccel.errors import PayloadError
+from nbaccel.wire.content import INLINE, Content, Reader, seal, write_at
 from nbaccel.wire.unpicklable import explain
 
 __all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "unpack"]
@@ -37,9 +36,8 @@ __all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "unpack"]
 _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
 _PLAIN = (type(None), bool, int, float, str, bytes)
-_INLINE = 1 << 16  # contents up to this travel in the message itself, without a file
-# What every receiver has, and finds by name.
 _LruCache = type(functools.lru_cache(lambda: None))
+# What every receiver has, and finds by name.
 _EVERYWHERE = frozenset({cloudpickle.Pickler.__module__, __name__})
 
 
@@ -95,9 +93,9 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
     Raises:
         PayloadError: a part of it cannot be pickled; the message names it.
     """
-    if type(value) in _PLAIN and len(plain := pickle.dumps(value, protocol=5)) < _INLINE:
+    if type(value) in _PLAIN and len(plain := pickle.dumps(value, protocol=5)) < INLINE:
         return Parcel(len(plain), inline=plain), None
-    file = _Content()
+    file = Content()
     try:
         pickler = _Pickler(file, outward=outward)
         try:
@@ -114,7 +112,7 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
         for buffer in pickler.buffers:
             offset = -(-end // _ALIGN) * _ALIGN
             raw = buffer.raw()
-            _write_at(file.fileno(), raw, offset)  # a buffer alone is too large to go inline
+            write_at(file.fileno(), raw, offset)  # a buffer alone is too large to go inline
             buffers.append((offset, raw.nbytes))
             end = offset + raw.nbytes
         parcel = Parcel(
@@ -130,7 +128,7 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
         fd = os.dup(file.fileno())
     finally:
         file.close()
-    _seal(fd)
+    seal(fd)
     return parcel, fd
 
 
@@ -147,7 +145,7 @@ def unpack(parcel: Parcel, fd: int | None = None) -> tuple[Any, Sidecar]:
         assert fd is not None, "this parcel's content travels in a descriptor"
         content = memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
         buffers = [content[offset : offset + size] for offset, size in parcel.buffers]
-        file = _Reader(content[: parcel.pickled])
+        file = Reader(content[: parcel.pickled])
     unpickler = pickle.Unpickler(file, buffers=buffers)
     value = unpickler.load()
     sidecar = Sidecar(*unpickler.load()) if parcel.sidecar else Sidecar()
@@ -422,91 +420,3 @@ def _notebook_class(identity: str, name: str) -> type:
         raise pickle.UnpicklingError(
             f"the notebook's class {name} is gone: it was deleted or redefined"
         ) from None
-
-
-@final
-class _Content:
-    """What a pickler writes to: memory while it is small, then a memory file.
-
-    Attributes:
-        size: bytes written.
-    """
-
-    def __init__(self) -> None:
-        self._start = bytearray()
-        self._file: Any = None
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        self.size += size
-        if self._file is None and self.size <= _INLINE:
-            self._start += data
-        else:
-            self._on_file().write(data)
-        return size
-
-    @property
-    def small(self) -> bytes | None:
-        """All of it, when it is so small that no file was needed."""
-        return bytes(self._start) if self._file is None else None
-
-    def fileno(self) -> int:
-        """The file, with everything in it."""
-        file = self._on_file()
-        file.flush()
-        return int(file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _on_file(self) -> Any:
-        if self._file is None:
-            self._file = _memory_file()
-            self._file.write(self._start)
-        return self._file
-
-
-@final
-class _Reader:
-    """A file over a memoryview, which `io.BytesIO` would copy."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-        self._at = 0
-
-    def read(self, size: int) -> bytes:
-        start, self._at = self._at, min(self._at + size, len(self._view))
-        return bytes(self._view[start : self._at])
-
-    def readinto(self, target: Any) -> int:
-        chunk = self._view[self._at : self._at + len(target)]
-        target[: len(chunk)] = chunk
-        self._at += len(chunk)
-        return len(chunk)
-
-    def readline(self) -> bytes:
-        # only protocol 0 reads lines; the unpickler wants the method to exist
-        raise pickle.UnpicklingError("not a protocol 5 pickle")
-
-
-def _memory_file() -> Any:
-    """An unnamed file in memory; on disk where the platform has none."""
-    if hasattr(os, "memfd_create"):
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        return os.fdopen(os.memfd_create("nbaccel", flags), "w+b", buffering=1 << 20)
-    return tempfile.TemporaryFile(prefix="nbaccel-")
-
-
-def _write_at(fd: int, view: memoryview, offset: int) -> None:
-    while view.nbytes:
-        written = os.pwrite(fd, view[: 1 << 30], offset)
-        view, offset = view[written:], offset + written
-
-
-def _seal(fd: int) -> None:
-    """Forbid every change from now on: what several ranks map must not move under them."""
-    if hasattr(fcntl, "F_ADD_SEALS"):
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from nbaccel.core.inner_optimizer import InnerOptimizer
 from nbaccel.core.loop.loop import Loop
 from nbaccel.core.loop.step_times import DeviceClock, Stopwatch
 from nbaccel.core.model.float8 import compute_in_float8, restore_linears
@@ -129,14 +130,13 @@ _PATCHES = (ConvertedForward, TimedForward)
 
 
 @final
-class PreparedOptimizer(torch.optim.Optimizer):
+class PreparedOptimizer(InnerOptimizer):
     """The user's optimizer (`.optimizer`); it steps and zeroes only where the window ends.
 
     An Optimizer by type only, so that schedulers accept it; everything is the inner one's.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, loop: Loop, *, leads: bool) -> None:
-        # Not Optimizer.__init__: there is one set of parameter groups and state, and the inner one has it.
         self.optimizer = optimizer
         self._loop = loop
         # For what is called in every step: with __getattr__ below, each look-up of an attribute is slow.
@@ -149,18 +149,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def _note(self, *_: Any) -> None:
         self.ran = True
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
 
     @property
     def step_was_skipped(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from torch.optim import Optimizer
 
+from nbaccel.core.inner_optimizer import InnerOptimizer
 from nbaccel.core.zero import gradients
 from nbaccel.errors import ConfigError
 
@@ -14,27 +15,14 @@ __all__ = ["ZeroStep"]
 
 
 @final
-class ZeroStep(Optimizer):
+class ZeroStep(InnerOptimizer):
     """The user's optimizer, stepped by the engine."""
 
     def __init__(self, optimizer: Optimizer, engine: Any) -> None:
-        # Not Optimizer.__init__: groups and state are the user's optimizer's.
         self.optimizer, self._engine = optimizer, engine
         # Its own: stage 3 steps the user's optimizer once for each sub-group.
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of the engine, which clears the gradients too."""

@@ -48,6 +48,8 @@ def _html(model: str, models: Models, depth: int) -> str:
         return f"<div>{_description(state)}{state.get('value', '')}</div>"  # as `display(HTML(…))` shows it
     if kind == "ImageModel":
         return _image(state)
+    if kind == "OutputModel":
+        return f"<pre>{escape(text)}</pre>" if (text := _printed(state)) else ""
     name = "" if kind == "ButtonModel" else _description(state)
     return f"<div>{name}{_control(kind, state)}</div>"
 
@@ -107,9 +109,17 @@ def _words(model: str, models: Models, depth: int) -> Iterable[str]:
         for child in _children(state):
             yield from _words(child, models, depth + 1)
         return
+    if kind == "OutputModel":
+        yield _printed(state)
+        return
     name = str(state.get("description") or "")
     value = "" if kind in ("ButtonModel", "ImageModel") else _value(kind, state)
     yield f"{name}: {value}" if name and value else name or value
+
+
+def _printed(state: Mapping[str, Any]) -> str:
+    """What `Output.append_stdout` and its like put there; what was shown inside it stands in the cell."""
+    return "".join("".join(one.get("text", "")) for one in state.get("outputs") or ())
 
 
 def _children(state: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,11 @@ STATES: dict[str, dict[str, Any]] = {
     "text": {"_model_name": "TextModel", "value": "<script>alert(1)</script>"},
     "check": {"_model_name": "CheckboxModel", "value": True, "description": "sure"},
     "image": {"_model_name": "ImageModel", "value": b"abc", "format": "png"},
+    "output": {"_model_name": "OutputModel", "outputs": []},
+    "printed": {
+        "_model_name": "OutputModel",
+        "outputs": ({"output_type": "stream", "name": "stdout", "text": "<loss> 3\n"},),
+    },
     "nested": {"_model_name": "BoxModel", "children": ["IPY_MODEL_nested"]},
 }
 
@@ -34,6 +39,12 @@ def test_values_of_each_kind_are_shown() -> None:
     assert 'src="data:image/png;base64,YWJj"' in widget_html("image", STATES)
     assert widget_html("unknown", STATES) == ""
     assert widget_text("unknown", STATES) == ""
+
+
+def test_output_is_what_was_put_into_it() -> None:
+    assert (widget_html("output", STATES), widget_text("output", STATES)) == ("", "")
+    assert widget_html("printed", STATES) == "<pre>&lt;loss&gt; 3\n</pre>"
+    assert widget_text("printed", STATES) == "<loss> 3\n"
 
 
 def test_box_that_holds_itself_ends() -> None:

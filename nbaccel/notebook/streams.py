@@ -1,0 +1,33 @@
+"""Where a cell's text goes."""
+
+from __future__ import annotations
+
+import sys
+from typing import final
+
+__all__ = ["Streams", "say"]
+
+
+@final
+class Streams:
+    """Standard output and error as they are now: a later cell may have redirected them."""
+
+    def __init__(self) -> None:
+        self._now = {"stdout": sys.stdout, "stderr": sys.stderr}
+
+    def write(self, text: str, stream: str) -> None:
+        """`stream` is "stdout" or "stderr"; nothing happens where there is none, as under pythonw."""
+        if self._now[stream] is not None:
+            self._now[stream].write(text)
+
+    def say(self, note: str) -> None:
+        """One sentence of nbaccel's to the person."""
+        try:
+            self.write(f"nbaccel: {note}\n", "stderr")
+        except (OSError, ValueError):
+            pass  # the stream is closed: nobody is there to be told
+
+
+def say(note: str) -> None:
+    """One sentence of nbaccel's to the person, in the cell that runs now."""
+    Streams().say(note)
