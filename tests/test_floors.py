@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nbaccel"
 FLOORS = {
-    "errors": -2, "ownership": -2, "gloo": -2, "parallel": -1, "fp8": -1, "config": 0, "wire": 1, "core": 2, "rank": 2,
-    "engines": 3, "session": 4, "notebook": 5, "cli": 5, "compat": 6
+    "errors": -2, "ownership": -2, "gloo": -2, "whole": -2, "parallel": -1, "fp8": -1, "config": 0, "wire": 1,
+    "core": 2, "rank": 2, "engines": 3, "session": 4, "notebook": 5, "cli": 5, "compat": 6
 }  # fmt: skip
 # From the ground up; what stands on one line does not know its neighbours.
 CORE = """

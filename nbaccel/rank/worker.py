@@ -35,6 +35,7 @@ from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.port import Port
 from nbaccel.rank.process import call_here, call_process, die_with_parent
 from nbaccel.rank.reporter import Reporter
+from nbaccel.rank.returned import make_whole
 from nbaccel.rank.sharded import forget_broken_steps
 from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
 from nbaccel.rank.trainer import relay_trainer
@@ -274,6 +275,8 @@ class Server:
                 function, args, kwargs = self._open(call, fds)
                 debugger.forget_before(function)
                 value = call_here(function, args, kwargs)
+                if self._membership is None:  # a session's models live on, divided as they are
+                    value = make_whole(value, keep=call.returns)
                 display.show_figures()
                 _tell_of_peers()
                 events.call_ends(None if self._replica is None else threading.get_ident())

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, final
 import cloudpickle
 
 from nbaccel.errors import PayloadError
+from nbaccel.whole import is_divided
 from nbaccel.wire.content import INLINE, Content, Reader, seal, write_at
 from nbaccel.wire.unpicklable import explain
 
@@ -217,7 +218,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if not self._outward and isinstance(obj, torch.nn.Module) and _is_divided(obj):
                 raise PayloadError(
                     f"the parameters of this {type(obj).__name__} are divided among the ranks (FSDP, tensor "
-                    "parallel); return accelerator.get_state_dict(model), called on every rank, in its place"
+                    "parallel, DeepSpeed); send accelerator.get_state_dict(model), called on every rank, in its place"
                 )
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _exception, (type(obj), obj.args), obj.__dict__ or None
@@ -403,14 +404,14 @@ def _inner_module(module: Any) -> Any | None:
     torch = sys.modules["torch"]
     if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
         return module.module
-    if type(module).__name__ == "_FabricModule":
+    if type(module).__name__ in ("_FabricModule", "DeepSpeedEngine"):
         return module.module
     return getattr(module, "_orig_mod", None)  # what torch.compile keeps the original under
 
 
 def _is_divided(module: Any) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and any(isinstance(p, tensors.DTensor) for p in module.parameters())
+    # Where ZeRO divides the optimizer only, its place there hangs on each parameter.
+    return any(is_divided(p) or hasattr(p, "_hp_mapping") for p in module.parameters())
 
 
 def _notebook_class(identity: str, name: str) -> type:

@@ -206,7 +206,7 @@ def test_divided_module_is_refused_with_what_to_return() -> None:
     assert "PayloadError the parameters of this FSDPLinear are divided among the ranks" in done.stdout, (
         done.stderr
     )
-    assert "return accelerator.get_state_dict(model)" in done.stdout
+    assert "send accelerator.get_state_dict(model)" in done.stdout
 
 
 def test_decorated_definitions_of_a_notebook_travel(main: types.ModuleType) -> None:

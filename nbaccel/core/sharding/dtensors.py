@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.whole import whole
 
 __all__ = [
     "clip_sharded_norm",
@@ -200,8 +201,5 @@ def gather_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Any]:
         if tied_to != name and tied_to in state:
             state[name] = state[tied_to]
             continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if isinstance(whole, Tensor):
-            whole = whole.detach().cpu() if keep else None
-        state[name] = whole
+        state[name] = whole(value, keep=keep) if isinstance(value, Tensor) else value
     return state if keep else {}

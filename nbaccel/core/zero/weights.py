@@ -18,42 +18,26 @@ from nbaccel.core.load_model import find_weights, tied_names
 from nbaccel.core.zero.flat import part_of, whole_shape, write_part
 from nbaccel.core.zero.swapping import is_on_disk, rewrite
 from nbaccel.errors import CheckpointError
+from nbaccel.whole import whole
 
 __all__ = ["ZeroModelState", "load_weights", "whole_state_dict"]
 
 
 def whole_state_dict(module: nn.Module, *, keep: bool = True) -> dict[str, Any]:
-    """The module's state dict with whole tensors, tied ones the same object. Called by all ranks together.
+    """The module's state dict with whole tensors, in float32 where there is such a copy, tied ones the same object.
 
-    Ranks that do not `keep` it get an empty one.
+    Called by all ranks together. Ranks that do not `keep` it get an empty one.
     """
-    full: dict[int, Tensor] = {}
+    full: dict[int, Tensor | None] = {}
     found: dict[str, Any] = {}
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, nn.Parameter):
             if id(value) not in full:
-                full[id(value)] = _whole(value)
-                if not keep:
-                    full[id(value)] = torch.empty(0)
+                full[id(value)] = whole(value, keep=keep)
             found[name] = full[id(value)]
         else:
             found[name] = value.detach().clone() if isinstance(value, Tensor) else value
     return found if keep else {}
-
-
-def _whole(parameter: nn.Parameter) -> Tensor:
-    """The whole parameter on the CPU, in float32 where there is such a copy."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-    if full is not None:
-        return full.detach().cpu().clone()  # type: ignore[no-any-return]
-    if hasattr(parameter, "ds_tensor"):
-        import deepspeed  # its `zero` is no module to import from
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone()
-    return parameter.detach().cpu().clone()
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from nbaccel.core import Accelerator
 
 PAIRS = 24  # steps with the delays and without, taking turns: whatever else the machine does meets both
 WARM = 4
-# Five times the 5, 3 and 4 ms that should be told apart: waking a sleeper takes a busy machine up to 1 ms.
-DATA, FORWARD, COMMUNICATION = 0.025, 0.015, 0.020
+# Ten times the 5, 3 and 4 ms that should be told apart: waking a sleeper takes a busy machine up to 2 ms.
+DATA, FORWARD, COMMUNICATION = 0.05, 0.03, 0.04
 PARTS = ("data", "forward", "communication")
 
 
@@ -118,13 +118,11 @@ def _check(seen, slow_rank):
             lost = _difference(rows, lambda row: row[3]) - injected["data"] - injected["forward"]
             assert 0.95 * injected["communication"] < lost < 1.5 * injected["communication"]
             injected["communication"] = lost
-        for part, seconds in injected.items():
-            measured = _difference(rows, lambda row, part=part: row[0][part])
-            assert measured == pytest.approx(seconds, rel=0.1, abs=0.001), (rank, part)
         for part in rows[0][0]:
-            if not injected.get(part):
-                # A third of the least delay: less is the machine's, not another part's time in this one.
-                assert abs(_difference(rows, lambda row, part=part: row[0][part])) < 0.005, (rank, part)
+            measured = _difference(rows, lambda row, part=part: row[0][part])
+            # Without a delay a third of the least one: less is the machine's, not another part's time in this one.
+            seconds = injected.get(part) or 0.0
+            assert abs(measured - seconds) < (0.1 * seconds or FORWARD / 3), (rank, part, measured, seconds)
         wall = [row[2] for row in rows]
         parts = [sum(row[0].values()) for row in rows]
         assert statistics.median(parts) == pytest.approx(statistics.median(wall), rel=0.05)

@@ -1,0 +1,46 @@
+"""Tensors of which each rank holds a part (FSDP2, tensor parallelism, ZeRO), made whole."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["is_divided", "whole"]
+
+
+def is_divided(tensor: Any) -> bool:
+    """Whether this rank holds a part of it only."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return hasattr(tensor, "ds_tensor") or (tensors is not None and isinstance(tensor, tensors.DTensor))
+
+
+def whole(tensor: Tensor, *, keep: bool = True) -> Tensor | None:
+    """The whole tensor on the CPU, detached; where ZeRO keeps a float32 copy of a parameter, that one.
+
+    Called by all ranks together, in the same order; None for those that do not `keep` it.
+    """
+    full: Any = tensor
+    if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_tensor"):
+        full = _of_zero(tensor)
+    elif is_divided(tensor):
+        mesh = full.device_mesh
+        # Offloaded parts lie where the group of the mesh has no collectives.
+        full = (full if full.device.type == mesh.device_type else full.to(mesh.device_type)).full_tensor()
+    if not keep:
+        return None
+    full = full.detach()
+    return full.clone() if full.device.type == "cpu" else full.cpu()  # type: ignore[no-any-return]
+
+
+def _of_zero(parameter: Any) -> Any:
+    import deepspeed  # its `zero` is no module to import from
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if full is None and hasattr(parameter, "ds_tensor"):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter if full is None else full

@@ -1,0 +1,124 @@
+"""Models that a launch divided among its ranks come back plain and whole, as the user's own class."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nbaccel import FSDP, DeepSpeed, TensorParallel, notebook_launcher
+from nbaccel.errors import WorkerError
+
+PLAN = {"up": "column", "down": "row"}
+WAYS: dict[str, Any] = {
+    "ddp": "ddp",
+    "full shard": FSDP(wrap="Linear"),
+    "everything": FSDP(wrap="Linear", cpu_offload=True, activation_checkpointing=True),
+    "divided": TensorParallel(plan=PLAN),
+    "divided in shards": FSDP(tensor_parallel=TensorParallel(plan=PLAN, size=2)),
+}
+if importlib.util.find_spec("deepspeed"):
+    WAYS |= {f"zero-{stage}": DeepSpeed(stage=stage) for stage in (1, 2, 3)}
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.out = nn.Linear(4, 4, bias=False)
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.tied = self.out.weight
+        self.out.register_forward_hook(double)
+        self.reduce = torch.distributed.all_reduce  # an attribute of the user's own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.down(self.up(x).relu())) * self.scale
+
+
+def double(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def trained(strategy: Any, precision: str = "no") -> tuple[nn.Module, torch.Tensor]:
+    from nbaccel import Accelerator
+
+    acc = Accelerator(cpu=True, strategy=strategy, mixed_precision=precision)
+    torch.manual_seed(0)
+    model: Any = Net()
+    model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    for _ in range(2):
+        acc.step(model(X).float().pow(2).mean(), optimizer)
+    return model, model(X).detach().float()
+
+
+@pytest.fixture(scope="module")
+def returned() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    def train() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+        return OrderedDict((way, trained(one)) for way, one in WAYS.items())
+
+    return notebook_launcher(train, num_processes=2, device="cpu", returns="rank0")[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_divided_model_comes_back_plain_and_whole(
+    way: str, returned: dict[str, tuple[nn.Module, torch.Tensor]]
+) -> None:
+    model, output = returned[way]
+    assert type(model) is Net
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert {str(p.device) for p in model.parameters()} == {"cpu"}
+    assert model.tied is model.out.weight
+    assert not any(vars(p) for p in model.parameters())
+    assert (len(model.out._forward_hooks), len(model._forward_pre_hooks)) == (1, 0)
+    assert model.reduce is torch.distributed.all_reduce
+    assert vars(model).keys() - vars(Net()) <= {"forward"}
+    assert model.forward == types.MethodType(Net.forward, model)
+    torch.testing.assert_close(model(X), output, atol=1e-6, rtol=1e-6)
+    model(X).sum().backward()  # and it can be trained on
+    assert model.up.weight.grad is not None
+
+
+def test_every_rank_has_its_copy_of_what_torch_alone_divided() -> None:
+    def train() -> list[nn.Module]:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        torch.distributed.init_process_group("gloo")
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+        before = model(X).detach()
+        for layer in model:
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        fully_shard(model)
+        model(X)  # leaves its last layers gathered
+        return [model, before]
+
+    for model, before in notebook_launcher(train, num_processes=2, device="cpu"):
+        assert [type(part) for part in model] == [nn.Linear, nn.Linear]
+        torch.testing.assert_close(model(X), before)
+
+
+def test_ranks_that_return_no_such_model_are_named() -> None:
+    def train() -> Any:
+        model, _ = trained(FSDP(wrap="Linear"))
+        return model if torch.distributed.get_rank() == 0 else None
+
+    with pytest.raises(WorkerError, match=r"but rank 1 returns no such model. Return it on every rank"):
+        notebook_launcher(train, num_processes=2, device="cpu")
+    # nobody wants it: nobody waits
+    assert list(notebook_launcher(train, num_processes=2, device="cpu", returns="none")) == [None, None]
+
+
+def test_divided_model_that_outlives_its_group_is_refused_with_what_to_send() -> None:
+    def train() -> nn.Module:
+        model, _ = trained(FSDP(wrap="Linear"))
+        torch.distributed.destroy_process_group()
+        return model
+
+    with pytest.raises(WorkerError, match=r"send accelerator.get_state_dict"):
+        notebook_launcher(train, num_processes=2, device="cpu")
