@@ -198,8 +198,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, types.FunctionType)):
-            compiled = _compiled_of(obj)
-            return self._definition(obj) if compiled is None else compiled
+            made_anew = _compiled_of(obj) or _dispatching_of(obj)
+            return self._definition(obj) if made_anew is None else made_anew
         torch = sys.modules.get("torch")
         if torch is not None and hasattr(torch, "nn"):
             kind = type(obj)
@@ -397,6 +397,31 @@ def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     import torch
 
     return torch.compile(function, **options)
+
+
+def _dispatching_of(function: Any) -> tuple[Any, ...] | None:
+    """How to make anew what `functools.singledispatch` has made of functions of the notebook; else None."""
+    registry = vars(function).get("registry")
+    if not hasattr(function, "dispatch") or not isinstance(registry, types.MappingProxyType):
+        return None
+    if isinstance(function, type) or function.__module__ != "__main__":
+        return None
+    # Its functions may call it, so it is there before they are.
+    return _dispatching, (function.__qualname__,), dict(registry), None, None, _register
+
+
+def _dispatching(name: str) -> Any:
+    def nothing(*_: Any) -> None:
+        """Until its functions have come."""
+
+    nothing.__module__, nothing.__qualname__ = "__main__", name
+    return functools.singledispatch(nothing)
+
+
+def _register(function: Any, registry: Mapping[type, Callable[..., Any]]) -> None:
+    for kind, implementation in registry.items():
+        function.register(kind, implementation)
+    functools.update_wrapper(function, registry[object])
 
 
 def _inner_module(module: Any) -> Any | None:

@@ -220,11 +220,16 @@ def test_decorated_definitions_of_a_notebook_travel(main: types.ModuleType) -> N
         "    def width(self):\n        return 5\n"
         "@torch.compile(backend='eager', dynamic=True)\n"
         "def step(x):\n    return x + 1\n"
+        "@functools.singledispatch\n"
+        "def shown(x):\n    'Any.'\n    return 'any'\n"
+        "@shown.register\n"
+        "def _(x: list):\n    return [shown(one) for one in x]\n"
         "def train():\n"
-        "    return vocabulary(), vocabulary.cache_parameters()['maxsize'], Config().width, step(torch.ones(2))\n",
+        "    cached = vocabulary(), vocabulary.cache_parameters()['maxsize'], Config().width\n"
+        "    return cached, shown([1, []]), shown.__doc__, step(torch.ones(2))\n",
     )
     values = round_trip(main.train, outward=True)()
-    assert values[:3] == (3, 7, 5)
+    assert values[:3] == ((3, 7, 5), ["any", []], "Any.")
     assert values[3].tolist() == [2, 2]
 
 
