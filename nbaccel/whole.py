@@ -1,14 +1,19 @@
-"""Tensors of which each rank holds a part (FSDP2, tensor parallelism, ZeRO), made whole."""
+"""Tensors and models of which each rank holds a part (FSDP2, tensor parallelism, ZeRO, pipelines), made whole."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["is_divided", "whole"]
+__all__ = ["assembled_by", "is_divided", "whole"]
+
+assembled_by: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
+"""By a module that holds some of its model's layers only: what puts the others into it, on all ranks together."""
 
 
 def is_divided(tensor: Any) -> bool:

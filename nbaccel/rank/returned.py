@@ -1,6 +1,7 @@
 """Models of which each rank holds a part, as a launch's return value: whole and plain, as the user wrote them.
 
-FSDP2, tensor parallelism and DeepSpeed. All ranks gather together, so they first tell each other what they return.
+FSDP2, tensor parallelism, DeepSpeed and pipelines. All ranks gather together, so they first tell each other what they
+return.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from nbaccel.errors import PayloadError
-from nbaccel.whole import is_divided, whole
+from nbaccel.whole import assembled_by, is_divided, whole
 
 __all__ = ["make_whole"]
 
@@ -97,7 +98,8 @@ def _modules_in(value: Any) -> Iterator[Any]:
 
 def _is_divided(module: Any) -> bool:
     return (
-        any(_is_sharded(part) or _is_engine(part) for part in module.modules())
+        module in assembled_by
+        or any(_is_sharded(part) or _is_engine(part) for part in module.modules())
         or any(is_divided(parameter) for parameter in module.parameters())
         or any(is_divided(buffer) for buffer in module.buffers())
     )
@@ -119,6 +121,9 @@ def _is_engine(module: Any) -> bool:
 def _described(models: list[Any]) -> str:
     told = hashlib.sha256()
     for model in models:
+        if model in assembled_by:
+            told.update(b"layers\n")
+            continue
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             told.update(f"{name} {getattr(tensor, 'ds_shape', tensor.shape)} {is_divided(tensor)}\n".encode())
     return told.hexdigest()
@@ -126,6 +131,8 @@ def _described(models: list[Any]) -> str:
 
 def _gather(model: Any, *, keep: bool) -> None:
     """Whole tensors in place of the parts, and nothing left of what divided the model."""
+    if model in assembled_by:
+        assembled_by[model]()
     for part in model.modules():
         if _is_sharded(part):
             part.reshard()  # a forward without a backward has left it gathered

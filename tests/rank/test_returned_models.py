@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbaccel import FSDP, DeepSpeed, TensorParallel, notebook_launcher
+from nbaccel import FSDP, DeepSpeed, Pipeline, TensorParallel, notebook_launcher
 from nbaccel.errors import WorkerError
 
 PLAN = {"up": "column", "down": "row"}
@@ -101,6 +101,26 @@ def test_every_rank_has_its_copy_of_what_torch_alone_divided() -> None:
     for model, before in notebook_launcher(train, num_processes=2, device="cpu"):
         assert [type(part) for part in model] == [nn.Linear, nn.Linear]
         torch.testing.assert_close(model(X), before)
+
+
+def test_every_rank_has_the_whole_model_of_a_pipeline() -> None:
+    def train() -> tuple[nn.Module, torch.Tensor]:
+        from nbaccel import Accelerator
+
+        acc = Accelerator(cpu=True, strategy=Pipeline(loss=nn.functional.mse_loss))
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4), nn.Linear(4, 4))
+        model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        acc.pipeline_step((X.repeat(4, 1), X.repeat(4, 1)))
+        optimizer.step()
+        with torch.no_grad():
+            model.eval()
+            return model, acc.pipeline_step((X, X))
+
+    for model, loss in notebook_launcher(train, num_processes=2, device="cpu"):
+        assert [type(part) for part in model] == [nn.Linear, nn.BatchNorm1d, nn.Linear, nn.Linear]
+        assert not any(part.training for part in model.modules())
+        torch.testing.assert_close(nn.functional.mse_loss(model(X), X), loss, check_device=False)
 
 
 def test_ranks_that_return_no_such_model_are_named() -> None:

@@ -9,6 +9,7 @@ The schedule is torch.distributed.pipelining's; backward is a part of it, so the
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import Pipeline
+from nbaccel.whole import assembled_by
 
 __all__ = ["PipelineParallelism"]
 
@@ -114,7 +116,19 @@ class PipelineParallelism(Strategy):
         for optimizer in optimizers:
             self._keep_own(optimizer)
         self.apart.add(mine)
+        stage_of = weakref.ref(mine)
+        assembled_by[mine] = lambda: self._assemble(stage_of(), module)
         return mine, list(optimizers)
+
+    def _assemble(self, stage: nn.Module | None, module: nn.Module) -> None:
+        """Makes a stage the whole model, of the layers that `module` still names."""
+        assert stage is not None  # it asks for this
+        state = self.full_state_dict(stage, rank_zero_only=False)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name in state:
+                tensor.data = state[name]
+        stage._modules = module._modules
+        stage.train(stage.training)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         self._keep_own(optimizer)
