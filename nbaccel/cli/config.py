@@ -144,7 +144,7 @@ def import_(file: str | None, target: Path, force: bool) -> None:
     click.echo(f"{target} written from {source}:")
     click.echo(configfile.dump(_asked(found.config)), nl=False)
     for note in found.notes:
-        click.echo(f"left out: {note}")
+        click.echo(note)
 
 
 def _asked(config: RunConfig) -> dict[str, Any]:

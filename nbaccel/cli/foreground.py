@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -98,6 +100,8 @@ def start(request: Request, target: Target, host: HostPlace | None = None) -> Ru
         interrupt=lambda: made[0].interrupt(),
         can_ask=sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty(),
         num_ranks=plan.num_processes,
+        say=say,
+        aside=contextlib.nullcontext if panel is None else panel.aside,
     )
     sinks: list[Sink] = [*([] if panel is None else [panel]), text, prompts]
     if folder is not None:
@@ -138,10 +142,15 @@ class _Terminations:
 
     def __init__(self, grace: float) -> None:
         self.received: list[int] = []
-        self._grace = grace
+        self._grace, self._since = grace, 0.0
         self._run: Run | None = None
         self._timer: threading.Timer | None = None
         self._at_once = False
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the first SIGTERM is longer ago than the ranks may take."""
+        return bool(self.received) and time.monotonic() > self._since + self._grace
 
     def watch(self, run: Run) -> Run:
         """From now on this run is the one to be ended."""
@@ -160,6 +169,8 @@ class _Terminations:
             self._at_once = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self._since = time.monotonic()
         self.received.append(number)
         if self._at_once:
             sys.exit(128 + number)

@@ -17,6 +17,7 @@ from nbaccel.cli.options import config_options, configuration, environment_pairs
 from nbaccel.cli.runs import complete_run, find_run
 from nbaccel.cli.several import make_meeting, run_among_hosts
 from nbaccel.cli.target import find_target, read_run
+from nbaccel.errors import ConfigError
 from nbaccel.session.request import make_request
 
 __all__ = ["launch"]
@@ -96,6 +97,10 @@ def launch(
     nbaccel launch --from last --set seed=2
     """
     _leave_own_folder()
+    if no_folder and folder and earlier is None:
+        raise ConfigError(
+            "--folder says where the run folder goes, --no-folder that there is none: give one of them"
+        )
     before = None if earlier is None else read_run(find_run(earlier, Path(folder) if folder else None))
     if script is None and before is None:
         raise click.MissingParameter(param_hint="'SCRIPT'", param_type="argument")

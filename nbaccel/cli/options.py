@@ -40,9 +40,9 @@ def environment_pairs(ctx: click.Context, param: click.Parameter, value: Iterabl
 # The parameters' names are RunConfig's keys; what has none of its own here is asked with --set.
 _CONFIG = (
     click.option("-n", "--num-processes", type=int, help="Ranks; otherwise one per accelerator or core."),
-    click.option("--device", metavar="KIND", help="auto, cpu, cuda, xpu or mps."),
+    click.option("--device", metavar="KIND", help="auto, cpu, cuda, xpu, mps or tpu."),
     click.option("--devices", callback=read_devices, metavar="LIST", help="Accelerators: 4,5 or free."),
-    click.option("--mixed-precision", metavar="KIND", help="no, fp16, bf16 or auto."),
+    click.option("--mixed-precision", metavar="KIND", help="no, fp16, bf16, fp8 or auto."),
     click.option("--strategy", metavar="NAME", help="How the model is spread: ddp, fsdp, …"),
     click.option("--gradient-accumulation-steps", type=int, help="Micro-steps per optimizer step."),
     click.option("--seed", type=int, help="Seed of every generator."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -34,12 +35,18 @@ def make_meeting(
         ConfigError: something in it is wrong or missing.
     """
     low, _, high = nnodes.partition(":")
-    if not low.isdigit() or not (high or low).isdigit():
-        raise ConfigError(f"--nnodes is {nnodes!r}: write N or MIN:MAX")
+    if not low.isdigit() or not (high or low).isdigit() or int(low) < 1:
+        raise ConfigError(f"--nnodes is {nnodes!r}: write N or MIN:MAX, from 1")
     if endpoint is None:
-        if (high or low) == "1":
-            return None
-        raise ConfigError(f"--nnodes {nnodes} needs --rdzv-endpoint host:port, the same on every host")
+        if int(high or low) != 1:
+            raise ConfigError(f"--nnodes {nnodes} needs --rdzv-endpoint host:port, the same on every host")
+        useless = {"--rdzv-id": run_id, "--rdzv-conf": conf, "--interface": interface}
+        if asked := [option for option, value in useless.items() if value]:
+            raise ConfigError(
+                f"{asked[0]} is for hosts that meet, and without --rdzv-endpoint there is this one only: leave it out, "
+                "or give --rdzv-endpoint host:port"
+            )
+        return None
     given: dict[str, Any] = {"run_id": run_id} if run_id else {}
     for key, text in conf.items():
         if key not in _CONF:
@@ -82,15 +89,17 @@ def run_among_hosts(request: Request, target: Target, meeting: Meeting, *, stop_
                     again = replace(request, plan=attempt(request.plan, restarts, limit))
                     between = _Between(hosts, again, target, place)
                     ending.watch(between.run)
-                    found = between.wait(presses)
-                if ending.received:
-                    hosts.wait_all_done()
+                    found = between.wait(presses, lambda: ending.overdue or presses.pressed)
+                if ending.received or (found.trouble is None and not isinstance(found.error, WorkerError)):
+                    code = 128 + signal.SIGTERM if ending.received else exit_code(found.error)
+                    # ranks that stop at a step do so on every host; those that were interrupted are missed there
+                    if found.error is not None or ending.overdue:
+                        hosts.tell_stopped(code)
                     report(found.error)
-                    return 128 + signal.SIGTERM
-                if found.trouble is None and not isinstance(found.error, WorkerError):
-                    report(found.error)
-                    return exit_code(found.error)
+                    return code
                 _tell(hosts, place, request, found)
+                if hosts.stopped_with:
+                    return hosts.stopped_with
                 if found.trouble is None or found.trouble[0] != "joining":
                     restarts += 1
                     if restarts > limit:
@@ -126,12 +135,16 @@ class _Between:
         self._hosts = hosts
         self._trouble: list[tuple[Trouble, str]] = []
 
-    def wait(self, presses: Presses) -> _Round:
-        """Wait for its end here, and, when it went well, on the other hosts."""
+    def wait(self, presses: Presses, enough: Callable[[], bool]) -> _Round:
+        """Wait for its end here, and, when it went well, on the other hosts.
+
+        Args:
+            enough: whether the others are waited for no longer.
+        """
         with self._hosts.watching(self._on_trouble):
             self.run.wait_done(presses)
         error = self.run.exception()
-        if not self._trouble and error is None and (late := self._hosts.wait_all_done()):
+        if not self._trouble and error is None and (late := self._hosts.wait_all_done(enough)):
             self._trouble.append(late)
         return _Round(error, self._trouble[0] if self._trouble else None)
 

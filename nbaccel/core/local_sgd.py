@@ -52,7 +52,7 @@ class LocalSGD:
     ) -> None:
         if isinstance(local_sgd_steps, bool) or not isinstance(local_sgd_steps, int) or local_sgd_steps < 1:
             raise ConfigError(f"local_sgd_steps is {local_sgd_steps!r}; it must be an int of at least 1")
-        if enabled and not accelerator.strategy.replicates:
+        if enabled and accelerator.use_distributed and not accelerator.strategy.replicates:
             raise ConfigError(
                 f"LocalSGD cannot go with strategy {accelerator.strategy.name!r}: ranks that hold parts of one model "
                 "cannot train apart; use strategy 'ddp'"

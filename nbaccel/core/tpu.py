@@ -44,14 +44,8 @@ def as_this_replica(environment: Environment) -> Environment:
     xla = sys.modules.get("torch_xla")
     if xla is None or not xla._XLAC._xla_runtime_is_initialized():
         return environment
-    runtime = _runtime()
-    replicas = runtime.addressable_device_count()
-    if replicas < 2 or environment.size < 2:
+    runtime: Any = importlib.import_module("torch_xla.runtime")
+    if runtime.addressable_device_count() < 2 or environment.size < 2:
         return environment
-    rank = runtime.global_ordinal()
-    local = environment.local_rank + rank % replicas
-    return replace(environment, rank=rank, local_rank=local)
-
-
-def _runtime() -> Any:
-    return importlib.import_module("torch_xla.runtime")
+    index = xla.device().index  # the variables are the first one's, which has the first device
+    return replace(environment, rank=environment.rank + index, local_rank=environment.local_rank + index)

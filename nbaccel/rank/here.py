@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
-__all__ = ["belong", "index", "let_threads_follow"]
+__all__ = ["belong", "index", "index_of", "let_threads_follow"]
 
 _thread = threading.local()
+_owners: weakref.WeakKeyDictionary[threading.Thread, int] = weakref.WeakKeyDictionary()
 
 
 def index() -> int:
@@ -14,9 +16,14 @@ def index() -> int:
     return getattr(_thread, "index", 0)
 
 
+def index_of(thread: threading.Thread | None) -> int:
+    """The same for another thread; None is one that C code has started."""
+    return 0 if thread is None else _owners.get(thread, 0)
+
+
 def belong(index: int) -> None:
     """Let the calling thread be of this rank."""
-    _thread.index = index
+    _thread.index = _owners[threading.current_thread()] = index
 
 
 def let_threads_follow() -> None:

@@ -7,13 +7,14 @@
 Each speaks to the notebook over its own channel and has its own `__main__`, in which its functions and cells are at
 home. A thread belongs to the rank that started it. What Python prints is written to the pipe of the rank whose thread
 prints it; what C code prints goes to the first rank's. The ranks share imported modules, random generators and
-environment variables (RANK is the first one's): ask `nbaccel.Accelerator` or torch_xla for the rank. Their process
-groups are apart by torch's own thread-local world, which torch's tests use (`multi_threaded_pg`).
+environment variables (RANK is the first one's): ask `nbaccel.Accelerator` or torch.distributed for the rank. Their
+process groups are apart by torch's own thread-local world, which torch's tests use (`multi_threaded_pg`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import io
 import os
@@ -21,9 +22,10 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
+from urllib.parse import parse_qsl, urlsplit
 
 from nbaccel.rank import capture, here, rendezvous, shell, tpu, worker
 from nbaccel.rank.failure import describe
@@ -52,7 +54,7 @@ def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
         os.environ.update(rank_environ(spec, places[0].rank, places[0].port))
         worker.set_up(spec)
         here.let_threads_follow()
-        _separate_process_groups()
+        _separate_process_groups(spec, places[0].rank)
         devices = tpu.set_up(spec, places[0].rank // spec.replicas)
         worker.serve_libraries(spec, places[0].rank, _ThreadsPort(ports))
         code = _run(spec, places, ports, devices, shared)
@@ -131,11 +133,11 @@ class _Rank:
         here.belong(self._index)
         spec, place, port = self._spec, self._place, self._port
         try:
-            tpu.use(self._device, place.rank)
+            tpu.use(self._device)
             with self.alone:
                 renew = rendezvous.install(Channel.from_fd(place.fds[3]), spec, place.rank, here=self.is_here)
                 call = None if spec.keep else worker.open_call(place)
-                reporter = Reporter(place.rank, thread=self.thread)
+                reporter = Reporter(place.rank, moves=port.moves, thread=self.thread)
             membership = worker.join_session(spec, place, renew, self) if spec.keep else None
             port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
             reporter.start()
@@ -193,13 +195,42 @@ def _main_by_thread(mains: Sequence[types.ModuleType]) -> types.ModuleType:
     return Main("__main__")
 
 
-def _separate_process_groups() -> None:
-    """Give each thread its own default process group and its own registry of groups."""
+def _separate_process_groups(spec: RunSpec, first: int) -> None:
+    """Give each thread its own default process group, which it joins as its own rank, and its own registry of groups.
+
+    Args:
+        first: the rank of the process's first thread.
+    """
     c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
     threaded: Any = importlib.import_module("torch.testing._internal.distributed.multi_threaded_pg")
     native: Any = importlib.import_module("torch._C._distributed_c10d")
     c10d._world = threaded.ThreadLocalWorld()
     native._set_thread_isolation_mode(True)
+    # torch.distributed.rendezvous as an attribute is the function of that name, not the module
+    handlers: Any = importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
+    offset = 0 if spec.host is None else spec.host.first_rank
+    handlers["env"] = functools.partial(_join_as_thread, handlers["env"], offset + first, spec)
+
+
+def _join_as_thread(
+    original: Callable[..., Any], first: int, spec: RunSpec, url: str, *args: Any, **kwargs: Any
+) -> Any:
+    """torch's own meeting of env://, with the thread's rank where it would read the process's.
+
+    Raises:
+        RuntimeError: the thread names the rank of another, which is what RANK gives it.
+    """
+    asked = dict(parse_qsl(urlsplit(url).query))
+    rank = first + here.index()
+    everyone = spec.num_processes if spec.host is None else spec.host.world_size
+    if "rank" not in asked:
+        url += f"{'&' if asked else '?'}rank={rank}"
+    elif int(asked["rank"]) == first != rank and int(asked.get("world_size", everyone)) == everyone:
+        raise RuntimeError(
+            f"init_process_group on rank {rank} was given rank {first}, which is another thread of this process: the "
+            "variable RANK is the first one's here. Leave rank and world_size out, or let Accelerator make the group."
+        )
+    return original(url, *args, **kwargs)
 
 
 @final

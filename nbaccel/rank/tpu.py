@@ -8,11 +8,13 @@ torchrun's; a rank's chip is device 0 to it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from nbaccel.config import RunConfig
 from nbaccel.rank.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def set_up(spec: RunSpec, process: int) -> list[torch.device]:
         process: the number of this process on its host.
 
     Raises:
-        RuntimeError: the runtime has another number of devices than were planned, or numbers them otherwise.
+        RuntimeError: the runtime has another number of devices than were planned, here or altogether.
     """
     processes = spec.num_processes // spec.replicas
     if spec.runtime == "torch_tpu":
@@ -37,40 +39,83 @@ def set_up(spec: RunSpec, process: int) -> list[torch.device]:
     if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":  # the CPU's programs cannot be read back
         os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", _cache_folder(process, processes))
     pjrt = importlib.import_module("torch_xla._internal.pjrt")
-    if os.environ.get("XLA_USE_SPMD") == "1":
+    if RunConfig.from_json(spec.config).xla_spmd:
         return [current_device()]
     if spec.num_processes == 1:
         pjrt.initialize_singleprocess()
     else:
         pjrt.initialize_multiprocess(process, processes)
+    _refuse_process_groups()
     model = importlib.import_module("torch_xla.core.xla_model")
     devices = list(model.get_xla_supported_devices())
-    if len(devices) < spec.replicas:
+    if len(devices) != spec.replicas:
         raise RuntimeError(
             f"process {process} was to have {spec.replicas} XLA devices, but the runtime gives it {len(devices)} "
             f"({', '.join(devices)}). Variables of an earlier start may still be set: restart the kernel."
         )
-    return [_device(name) for name in devices[: spec.replicas]]
+    ranks = spec.num_processes if spec.host is None else spec.host.world_size
+    computing = importlib.import_module("torch_xla.runtime").global_device_count()
+    if computing != ranks:
+        raise RuntimeError(
+            f"the launch has {ranks} ranks, but the runtime of process {process} computes on {computing} devices "
+            "together. Gradients are averaged over a runtime's own devices, so they must be the same: use a slice of "
+            "one host (v5litepod-8, v4-8, v3-8 …) and launch from there."
+        )
+    return [_device(name) for name in devices]
 
 
-def use(device: torch.device, rank: int) -> None:
-    """Let the calling thread, which is this rank, compute on this device.
+# The operations of `torch.distributed` that take tensors. Its barriers take none.
+_COLLECTIVES = (
+    "_allgather_base_",
+    "_reduce_scatter_base_",
+    "allgather_",
+    "allgather_coalesced_",
+    "allgather_into_tensor_coalesced_",
+    "allreduce_",
+    "allreduce_coalesced_",
+    "alltoall_",
+    "alltoall_base_",
+    "broadcast_",
+    "gather_",
+    "recv_",
+    "recv_any_source_",
+    "reduce_",
+    "reduce_scatter_",
+    "reduce_scatter_tensor_coalesced_",
+    "scatter_",
+    "send",
+)
+_kept: list[Any] = []
+"""What torch would take back with its last reference."""
 
-    Raises:
-        RuntimeError: the runtime calls it another rank.
+
+def _refuse_process_groups() -> None:
+    """Let gloo refuse XLA tensors: as they are, torch_xla gives it copies of them, and what it computes is lost.
+    torch_xla's own process group ("xla") does not come by here."""
+    library = importlib.import_module("torch.library").Library("c10d", "IMPL", "XLA")
+    for name in _COLLECTIVES:
+        library.impl(name, functools.partial(_refuse, name.strip("_")))
+    _kept.append(library)
+
+
+def _refuse(operation: str, *_: Any) -> None:
+    raise RuntimeError(
+        f"torch.distributed ({operation}) got a tensor on an XLA device, which its gloo process group cannot move. Use "
+        "gather, reduce or broadcast of the Accelerator, or give it tensor.cpu()."
+    )
+
+
+def use(device: torch.device) -> None:
+    """Let the calling thread compute on this device.
+
+    The runtime's number of it (`torch_xla.runtime.global_ordinal`) may be another than the rank: torch_xla promises no
+    order, and what ranks do together on chips is a sum over all of them.
     """
     if device.type != "xla":
         return  # TorchTPU's chip is bound by the variables
     xla: Any = importlib.import_module("torch_xla")
-    runtime = importlib.import_module("torch_xla.runtime")
     xla._XLAC._xla_set_default_device(str(device))
-    runtime._init_world_size_ordinal()
-    found = runtime.global_ordinal()
-    if found != rank:
-        raise RuntimeError(
-            f"the runtime calls this device number {found}, but it was to be rank {rank}: this host's chips are not "
-            "in the order that was expected. Please report it with the output of `nbaccel env`."
-        )
+    importlib.import_module("torch_xla.runtime")._init_world_size_ordinal()
 
 
 def current_device() -> torch.device:

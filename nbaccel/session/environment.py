@@ -57,6 +57,8 @@ _VARIABLES = frozenset(
         "TPU_VISIBLE_DEVICES",
         "TPU_WORKER_HOSTNAMES",
         "TPU_WORKER_ID",
+        "XLA_AUTO_SPMD",
+        "XLA_USE_SPMD",
         "ZE_AFFINITY_MASK",
     }
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import ipaddress
 import os
+import signal
 import socket
 import struct
 import sys
@@ -34,9 +35,13 @@ _LOOK = 0.5
 # torch compares the hosts' clocks for this: they must agree to within these seconds
 _KEEP_ALIVE = 1
 _KEEP_ALIVE_MISSED = 6
+# seconds for an answer of the store
+_PATIENCE = 60.0
 
-Trouble = Literal["lost", "failed", "joining"]
+Trouble = Literal["lost", "failed", "joining", "stopped"]
 """Why a run under way must end here although nothing is wrong with it here."""
+_STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+"""What stopped a host, by the exit code of its command."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +73,16 @@ class Meeting:
         host, colon, port = self.endpoint.rpartition(":")
         if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"--rdzv-endpoint is {self.endpoint!r}: write host:port, as in 10.0.0.1:29400")
+        if ":" in host:
+            raise ConfigError(
+                f"--rdzv-endpoint is {self.endpoint!r}: hosts meet over IPv4; write an IPv4 address, or a name that "
+                "has one"
+            )
 
     @property
     def host(self) -> str:
         """The endpoint's host."""
-        return self.endpoint.rpartition(":")[0].strip("[]")
+        return self.endpoint.rpartition(":")[0]
 
     @property
     def port(self) -> int:
@@ -88,17 +98,18 @@ class Hosts:
         say: tells the person one sentence.
 
     Raises:
-        LaunchError: nobody serves the store at the endpoint.
+        LaunchError: nobody serves the store at the endpoint, or there is no such host.
     """
 
     def __init__(self, meeting: Meeting, say: Callable[[str], None]) -> None:
         # torch's own servers would listen on every interface
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        import torch.distributed as dist
+        with _quiet_torch():
+            import torch.distributed as dist
         from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
 
         self._meeting, self._say = meeting, say
-        self._address = socket.gethostbyname(meeting.host)
+        self._address = _address_of(meeting)
         self._local = _local_address(self._address, meeting.port)
         self._interface = meeting.interface or _interface_of(self._local)
         self._store, self.serves = _open_store(dist, self._address, meeting)
@@ -117,6 +128,8 @@ class Hosts:
         )
         self._round: Any = None
         self._place: HostPlace | None = None
+        self.stopped_with = 0
+        """The exit code of another host that was stopped."""
 
     def meet(self, num_ranks: int) -> HostPlace:
         """Wait for the other hosts and agree on everybody's ranks.
@@ -139,8 +152,7 @@ class Hosts:
             number = int(store.get("meeting"))
         except (RendezvousError, RuntimeError) as error:
             raise LaunchError(
-                f"the hosts did not meet at {self._meeting.endpoint}: {type(error).__name__}: {error}. Is the host of "
-                f"the endpoint up, and is the same command running on at least {self._meeting.min_hosts} host(s)?"
+                f"the hosts did not meet at {self._meeting.endpoint}: {self._said(error)}"
             ) from error
         self._round = store
         self._place = HostPlace(
@@ -154,6 +166,23 @@ class Hosts:
             meeting=number,
         )
         return self._place
+
+    def _said(self, error: Exception) -> str:
+        """Why they did not meet, and what to do. Of torch's own errors the first line is for people."""
+        from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+
+        least = self._meeting.min_hosts
+        if isinstance(error, RendezvousClosedError):
+            return "the run has ended on another host. Start it again on all of them"
+        if isinstance(error, RendezvousTimeoutError):
+            return (
+                f"fewer than {least} came within {self._meeting.join_timeout:g} s. Is the same command running on at "
+                f"least {least} host(s)?"
+            )
+        return (
+            f"{_first_line(error)}. Is the host of the endpoint up, and is the same command running on at least "
+            f"{least} host(s)?"
+        )
 
     @contextmanager
     def watching(self, on_trouble: Callable[[Trouble, str], None]) -> Iterator[None]:
@@ -199,6 +228,10 @@ class Hosts:
             store.set("regroup", "1")
             return ("joining", "a host joins")
         for host in others:
+            if store.check([f"stopped/{host}"]):
+                self.stopped_with = int(store.get(f"stopped/{host}"))
+                how = _STOPS.get(self.stopped_with, f"exit code {self.stopped_with}")
+                return ("stopped", f"host {host} was stopped ({how}): the run ends here too")
             if store.check([f"done/{host}"]):
                 continue
             beat = int(store.get(f"beat/{host}")) if store.check([f"beat/{host}"]) else -1
@@ -214,15 +247,30 @@ class Hosts:
         if place is not None:
             self._quietly(lambda: self._round.set("failed", f"{place.index} {ranks}"))
 
-    def wait_all_done(self) -> tuple[Trouble, str] | None:
-        """This host's ranks have ended well: wait for the others'; what came between, if anything did."""
+    def tell_stopped(self, code: int) -> None:
+        """Let the other hosts know that the run was ended here: by a person, a scheduler, or a limit of the run's.
+
+        Args:
+            code: what this host's command leaves with.
+        """
+        place = self._place
+        if place is not None:
+            self._quietly(lambda: self._round.set(f"stopped/{place.index}", str(code)))
+
+    def wait_all_done(self, enough: Callable[[], bool]) -> tuple[Trouble, str] | None:
+        """This host's ranks have ended well: wait for the others'; what came between, if anything did.
+
+        Args:
+            enough: whether to wait no longer, asked now and then.
+        """
         place, store = self._place, self._round
         assert place is not None
         found: list[tuple[Trouble, str]] = []
         try:
             store.set(f"done/{place.index}", "1")
             with self.watching(lambda trouble, why: found.append((trouble, why))):
-                while not found and not store.check([f"done/{host}" for host in range(place.count)]):
+                names = [f"done/{host}" for host in range(place.count)]
+                while not (found or enough() or store.check(names)):
                     time.sleep(_LOOK / 5)
         except RuntimeError:
             return None  # the store went with its host, which leaves last: all were done
@@ -253,9 +301,40 @@ class Hosts:
             self._say(f"the other hosts could not be told: {type(error).__name__}")
 
 
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """While torch is loaded here: what its C++ then takes for its own is the level of its log, in which a host that is
+    gone leaves pages of frames. The ranks' is as the person has it."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "ERROR"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _first_line(error: Exception) -> str:
+    """Without the frames of C++ that torch puts below."""
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _address_of(meeting: Meeting) -> str:
+    try:
+        return socket.gethostbyname(meeting.host)
+    except OSError as error:
+        raise LaunchError(
+            f"this host finds no IPv4 address for {meeting.host!r} of --rdzv-endpoint ({error}): give the address of "
+            "one of the hosts, or a name that all of them know"
+        ) from error
+
+
 def _open_store(dist: Any, address: str, meeting: Meeting) -> tuple[Any, bool]:
     """The store at the endpoint, and whether it is served here: by whoever has its address."""
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=_PATIENCE)
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -264,12 +343,15 @@ def _open_store(dist: Any, address: str, meeting: Meeting) -> tuple[Any, bool]:
     except OSError:  # another host's address, or another process here serves it
         listening.close()
         try:
-            return dist.TCPStore(address, meeting.port, is_master=False, timeout=timeout), False
+            joining = timedelta(seconds=meeting.join_timeout)
+            store = dist.TCPStore(address, meeting.port, is_master=False, timeout=joining)
         except RuntimeError as error:
             raise LaunchError(
-                f"nobody answers at {meeting.endpoint} (--rdzv-endpoint): start the command on the host whose "
-                f"address that is, and let that port through. ({type(error).__name__})"
+                f"nobody answered at {meeting.endpoint} (--rdzv-endpoint) within {meeting.join_timeout:g} s: start the "
+                f"command on the host whose address that is, and let that port through. ({type(error).__name__})"
             ) from error
+        store.set_timeout(timeout)
+        return store, False
     store = dist.TCPStore(
         address,
         meeting.port,

@@ -29,11 +29,11 @@ _OF_ONE_PROCESS = (
     "TPU_VISIBLE_CHIPS",
     "TPU_VISIBLE_DEVICES",
 )
+# What `torch_xla.runtime.use_spmd` leaves in a kernel; ranks are in that mode where the launch asks for it.
+_SPMD = "XLA_USE_SPMD"
+_AUTO_SPMD = "XLA_AUTO_SPMD"
 # What torch_xla sets beside TPU_VISIBLE_CHIPS for a process that has one chip to itself.
 _BOUNDS = ("TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS")
-
-# What `torch_xla.runtime.use_spmd` sets, and what it would come too late for in a process that was told of one chip.
-_SPMD = "XLA_USE_SPMD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def _on_torch_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
             "tpu_runtime='torch_xla'"
         )
     _require_number(config, there.tpu_chips, f"there are {said}, and TorchTPU's ranks take one each")
-    unset = tuple(name for name in (*_OF_ONE_PROCESS, *_BOUNDS) if name in environment.variables)
+    unset = (*_stale(environment.variables), *(name for name in _BOUNDS if name in environment.variables))
     return TpuPlan(
         runtime="torch_tpu",
         name=name,
@@ -156,11 +156,12 @@ def _on_all_chips(config: RunConfig, environment: Environment) -> TpuPlan:
     """SPMD: one process computes on every chip."""
     there = environment.accelerators
     _require_number(config, 1, "with xla_spmd one process computes on all devices")
-    kept, unset = _for_ranks(environment.variables)
+    kept, unset = _for_ranks(environment.variables, spmd=True)
     return TpuPlan(
         runtime="torch_xla",
         name=_name(there),
         processes=1,
+        # not left to `use_spmd`, which would come too late for a process that was told of one chip
         variables={**kept, _SPMD: "1"},
         unset=unset,
         why=f"ranks: one, whose arrays are sharded over all {there.tpu_chips} chips (xla_spmd)",
@@ -202,21 +203,27 @@ def _on_cpu(config: RunConfig, environment: Environment) -> TpuPlan:
         processes=1,
         replicas=replicas,
         variables=kept,
-        unset=tuple(name for name in _OF_ONE_PROCESS if name in variables),
+        unset=_stale(variables, spmd=bool(config.xla_spmd)),
         why=why,
     )
 
 
-def _for_ranks(variables: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _stale(variables: Mapping[str, str], *, spmd: bool = False) -> tuple[str, ...]:
+    """The kernel's own, which its ranks must not have."""
+    modes = (_AUTO_SPMD,) if spmd else (_SPMD, _AUTO_SPMD)
+    return tuple(name for name in (*_OF_ONE_PROCESS, *modes) if name in variables)
+
+
+def _for_ranks(variables: Mapping[str, str], *, spmd: bool = False) -> tuple[dict[str, str], tuple[str, ...]]:
     """What the ranks need beyond the kernel's variables, and which of those they must not have."""
-    unset = [name for name in _OF_ONE_PROCESS if name in variables]
+    unset = _stale(variables, spmd=spmd)
     if "TPU_VISIBLE_CHIPS" in variables:
-        unset += [name for name in _BOUNDS if name in variables]
+        unset += tuple(name for name in _BOUNDS if name in variables)
     kept = {"PJRT_DEVICE": "TPU"}
     if "TPU_WORKER_ID" not in variables and variables.get("TPU_SKIP_MDS_QUERY"):
         # where the metadata server is not asked, torch_xla reads the host's number from the task's
         kept["TPU_WORKER_ID"] = "0"
-    return kept, tuple(unset)
+    return kept, unset
 
 
 def _require_number(config: RunConfig, fits: int, why: str) -> None:

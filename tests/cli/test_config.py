@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import yaml
@@ -91,20 +92,86 @@ def test_import_takes_over_what_accelerate_wrote(nbaccel: Command):
     ("text", "words"),
     [
         (
-            "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n",
-            "theirs.yaml:2) is FSDP: FSDP2 is not",
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_NPU\n",
+            "is 'MULTI_NPU', which is not known",
         ),
-        ("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\n", "DeepSpeed is not built"),
+        ("compute_environment: LOCAL_MACHINE\ngpu_ids: all,1\n", "gpu_ids (from theirs.yaml:2) is 'all,1'"),
+        (
+            "compute_environment: LOCAL_MACHINE\ndynamo_config: inductor\n",
+            "theirs.yaml:2) is 'inductor'; accelerate",
+        ),
         ("compute_environment: AMAZON_SAGEMAKER\n", "only LOCAL_MACHINE"),
         ("seed: 1\n", "is no configuration file of accelerate's"),
     ],
 )
-def test_import_refuses_what_is_not_built(nbaccel: Command, text: str, words: str):
+def test_import_refuses_what_cannot_be_taken_over(nbaccel: Command, text: str, words: str):
     Path("theirs.yaml").write_text(text)
     done = nbaccel("config", "import", "theirs.yaml")
     assert done.code == 2
     assert words in done.err
     assert not Path("nbaccel.yaml").exists()
+
+
+IMPORTED: dict[str, tuple[str, dict[str, object], list[str]]] = {
+    "fsdp": (
+        """
+        distributed_type: FSDP
+        fsdp_config: {fsdp_version: 2, fsdp_reshard_after_forward: false, fsdp_offload_params: true,
+          fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_transformer_layer_cls_to_wrap: "A,B",
+          fsdp_state_dict_type: SHARDED_STATE_DICT, fsdp_min_num_params: 0, fsdp_unheard: 1}
+        num_processes: 2
+        main_process_port: null
+        """,
+        {"num_processes": 2, "strategy": "fsdp",
+         "fsdp": {"reshard_after_forward": False, "wrap": ["A", "B"], "cpu_offload": True}},
+        ["left out: fsdp_config.fsdp_unheard: 1 (theirs.yaml:3): there is nothing like it here"],
+    ),
+    "deepspeed": (
+        """
+        distributed_type: DEEPSPEED
+        deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none,
+          gradient_accumulation_steps: 4, gradient_clipping: auto, zero3_init_flag: true}
+        num_processes: 2
+        use_cpu: true
+        """,
+        {"num_processes": 2, "device": "cpu", "strategy": "deepspeed", "gradient_accumulation_steps": 4,
+         "deepspeed": {"stage": 3, "offload_optimizer": "cpu"}},
+        [],
+    ),
+    "megatron": (
+        "distributed_type: MEGATRON_LM\nmegatron_lm_config: {megatron_lm_tp_degree: 2, megatron_lm_pp_degree: 2}",
+        {"strategy": "megatron", "megatron": {"size": 2}},
+        ["left out: megatron_lm_config.megatron_lm_pp_degree: 2 (theirs.yaml:3): there is nothing like it here"],
+    ),
+    "tpu": (
+        "distributed_type: XLA\nnum_processes: 8",
+        {"device": "tpu"},
+        ["left out: num_processes: 8 (theirs.yaml:3): a TPU's runtime takes all chips of the host"],
+    ),
+    "several machines, float8": (
+        """
+        distributed_type: MULTI_GPU
+        num_machines: 2
+        num_processes: 16
+        mixed_precision: fp8
+        fp8_config: {backend: TE}
+        """,
+        {"num_processes": 8, "device": "cuda", "mixed_precision": "fp8", "fp8": {"backend": "transformer_engine"}},
+        ["num_processes: 16 of 2 machines together (theirs.yaml:4) are 8 on each",
+         "left out: num_machines: 2 (theirs.yaml:3): several machines: nbaccel launch --nnodes --rdzv-endpoint"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IMPORTED)
+def test_import_takes_over_strategies_and_devices(nbaccel: Command, what: str):
+    text, ours, notes = IMPORTED[what]
+    Path("theirs.yaml").write_text("compute_environment: LOCAL_MACHINE\n" + dedent(text).lstrip())
+    done = nbaccel("config", "import", "theirs.yaml")
+    assert done.code == 0, done.err
+    written = Path("nbaccel.yaml").read_text()
+    assert yaml.safe_load(written) == ours
+    assert done.out.partition(written)[2].splitlines() == notes
 
 
 TRAIN = """

@@ -227,6 +227,11 @@ def test_host_that_joins_is_taken_in_at_a_step_and_sigterm_stops_all(net: Net):
     [
         (["--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint"),
         (["--nnodes", "two", "--rdzv-endpoint", "a:1"], "write N or MIN:MAX"),
+        (["--nnodes", "0"], "--nnodes is '0': write N or MIN:MAX, from 1"),
+        (["--rdzv-conf", "silence=abc"], "--rdzv-conf is for hosts that meet"),
+        (["--rdzv-id", "mine"], "--rdzv-id is for hosts that meet"),
+        (["--interface", "eth0"], "--interface is for hosts that meet"),
+        (["--nnodes", "2", "--rdzv-endpoint", "[::1]:29400"], "hosts meet over IPv4"),
         (["--nnodes", "3:2", "--rdzv-endpoint", "127.0.0.1:1"], "--nnodes is 3:2"),
         (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1"], "write host:port"),
         (["--rdzv-endpoint", "127.0.0.1:1", "--rdzv-conf", "timeout=3"], "--rdzv-conf has no 'timeout'"),
@@ -240,6 +245,60 @@ def test_meeting_that_cannot_be_is_refused(nbaccel: Command, arguments: list[str
     assert words in done.err
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("no-such-host.invalid:29400", "finds no IPv4 address for 'no-such-host.invalid' of --rdzv-endpoint"),
+        # an address that no host has; where there is no network there is no way to it
+        (
+            "192.0.2.1:29400",
+            r"within 1 s: start the command on the host|there is no way from here to 192\.0\.2\.1",
+        ),
+    ],
+)
+def test_endpoint_where_nobody_is_ends_the_command(nbaccel: Command, endpoint: str, words: str):
+    Path("train.py").write_text("")
+    done = nbaccel("launch", "--device", "cpu", "-n", 1, "--nnodes", 2, "--rdzv-endpoint", endpoint,
+                   "--rdzv-conf", "join_timeout=1", "train.py")  # fmt: skip
+    assert done.code == 125, done.err
+    assert re.search(words, done.err)
+    assert len(done.err.splitlines()) == 1
+
+
+WAITS = """
+    import time, torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    print("rank", dist.get_rank(), "is there", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")], ids=["sigterm", "ctrl-c"]
+)
+def test_signal_to_one_host_ends_all_of_them(nbaccel: Command, tmp_path: Path, number: int, name: str):
+    Path("train.py").write_text(dedent(WAITS))
+    # a child of a shell without job control would ignore SIGINT
+    handled = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", handled + "runpy.run_module('nbaccel', run_name='__main__', alter_sys=True)",
+               "launch", "--device", "cpu", "-n", "1", "--nnodes", "2", "--no-folder", "--max-restarts", "1",
+               "--rdzv-endpoint", f"127.0.0.1:{_free_port()}", "train.py"]  # fmt: skip
+    hosts = [Launched(command, Path.cwd(), {**os.environ}) for _ in range(2)]
+    try:
+        for host in hosts:
+            host.wait_for("is there")
+        hosts[1].process.send_signal(number)
+        assert [host.end() for host in hosts] == [128 + number] * 2, hosts[0].output + hosts[1].output
+        assert re.search(
+            rf"nbaccel: host [01] was stopped \({name}\): the run ends here too", hosts[0].output
+        )
+        assert "restart" not in hosts[0].output
+    finally:
+        for host in hosts:
+            host.close()
+
+
 @pytest.mark.slow
 def test_hosts_that_do_not_come_end_the_wait(nbaccel: Command):
     Path("train.py").write_text("")
@@ -250,6 +309,7 @@ def test_hosts_that_do_not_come_end_the_wait(nbaccel: Command):
     )  # fmt: skip
     assert process.returncode == 125
     assert "the hosts did not meet at 127.0.0.1" in process.stderr
+    assert "fewer than 2 came within 1 s" in process.stderr
     assert "on at least 2 host(s)?" in process.stderr
 
 

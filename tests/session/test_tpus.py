@@ -26,6 +26,8 @@ USED = {
     "TPU_PROCESS_BOUNDS": "1,1,1",
 }
 STALE = frozenset(USED) - {"PJRT_DEVICE"}
+# And one that has used all of them (use_spmd).
+MODES = {"XLA_USE_SPMD": "1", "XLA_AUTO_SPMD": "1"}
 BOTH = (TORCH_TPU, XLA)
 SPMD = {"XLA_USE_SPMD": "1"}
 
@@ -77,6 +79,17 @@ MACHINES = {
         host(4, "v2/v3", tpu_runtimes=BOTH), 1, variables=SPMD, config=RunConfig(xla_spmd=True)
     ),
     "kernel that used a chip before": Case(host(4, "v4", USED), 4, unset=STALE),
+    "kernel in SPMD mode": Case(host(4, "v4", MODES), 4, unset=frozenset(MODES)),
+    "kernel in SPMD mode with TorchTPU": Case(
+        host(4, "v5e", MODES, tpu_runtimes=(TORCH_TPU,)), 4, runtime=TORCH_TPU, unset=frozenset(MODES)
+    ),
+    "kernel in SPMD mode, and so is the launch": Case(
+        host(4, "v4", MODES),
+        1,
+        unset=frozenset({"XLA_AUTO_SPMD"}),
+        variables=SPMD,
+        config=RunConfig(xla_spmd=True),
+    ),
     "the number that fits": Case(host(8, "v5e"), 8, config=RunConfig(num_processes=8)),
 }
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nbaccel import Accelerator, launch
+from nbaccel import Accelerator, LocalSGD, launch
 from tests.xla import one_at_a_time
 
 pytestmark = pytest.mark.slow
@@ -155,3 +156,79 @@ def test_collectives_of_replicas() -> None:
         assert one["mean"] == [5.0, 6.0]
         assert one["broadcast"] == [10.0, 11.0]
         assert one["padded"] == [[1.0, 1.0], [float(rank)] * 2]
+
+
+def few_steps(kind: str) -> list[float]:
+    """The weights after two steps with the gradients of one `kind` of backward, on a rank's own inputs."""
+    acc = Accelerator(verify=False)
+    with one_at_a_time.alone():
+        torch.manual_seed(0)
+        model: Any = nn.Linear(2, 1)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = acc.prepare(model, optimizer)
+    with LocalSGD(acc, model, 2, enabled=kind == "local") as local:
+        for step in range(2):
+            loss = rank_loss(model, step, acc.process_index, acc.device)
+            if kind == "weighted":
+                acc.backward(loss, weight=torch.tensor(3.0 + acc.process_index).to(acc.device))
+            elif kind == "local":
+                acc.backward(loss)
+            else:
+                loss.backward()
+            if kind == "clipped":
+                acc.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            local.step()
+    found: list[float] = model.weight.detach().cpu().flatten().tolist()
+    return found
+
+
+def rank_loss(model: Any, step: int, rank: int, device: Any = "cpu") -> torch.Tensor:
+    loss: torch.Tensor = model(torch.full((2, 2), 1.0 + step + rank).to(device)).pow(2).sum()
+    return loss
+
+
+def by_hand(kind: str) -> list[float]:
+    """The same in one process, which computes both ranks' losses."""
+    models: list[nn.Module] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.Linear(2, 1))
+    for step in range(2):
+        losses = [rank_loss(model, step, rank) for rank, model in enumerate(models)]
+        grads = [
+            torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, models, strict=True)
+        ]
+        shared = [sum(pair) / (7.0 if kind == "weighted" else 2.0) for pair in zip(*grads, strict=True)]
+        if kind == "clipped":
+            norm = torch.stack([grad.norm() for grad in shared]).norm()
+            shared = [grad * min(1.0, float(1.0 / (norm + 1e-6))) for grad in shared]
+        for model, own in zip(models, grads, strict=True):
+            for parameter, grad in zip(model.parameters(), own if kind == "local" else shared, strict=True):
+                parameter.data -= 0.1 * grad
+    return ((flat(models[0]) + flat(models[1])) / 2)[:2].tolist()
+
+
+KINDS = ("plain", "clipped", "weighted", "local")
+
+
+def each_kind() -> tuple[list[list[float]], str]:
+    """The weights for each; what `torch.distributed` says to a tensor of the device."""
+    one_at_a_time.install()
+    weights = [few_steps(kind) for kind in KINDS]
+    try:
+        dist.all_reduce(torch.ones(1, device=Accelerator(verify=False).device))
+    except RuntimeError as error:
+        return weights, str(error)
+    return weights, ""
+
+
+def test_replicas_step_with_the_gradients_of_all_ranks_whatever_the_backward() -> None:
+    for weights, refused in launch(each_kind, num_processes=2, device="tpu", stall_after=0).result(
+        timeout=240
+    ):
+        for kind, found in zip(KINDS, weights, strict=True):
+            assert found == pytest.approx(by_hand(kind), abs=1e-6), kind
+        assert "allreduce" in refused
+        assert "XLA" in refused

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -125,6 +126,12 @@ class Strategy(ABC):
         `options` are those of `Tensor.backward`.
         """
         loss.backward(**options)  # type: ignore[no-untyped-call]
+
+    def add_over_ranks(self, total: Tensor) -> dist.Work | None:
+        """Adds up a tensor of this rank's device or of the CPU over all ranks, in place; what to wait for, if
+        anything."""
+        work: dist.Work | None = dist.all_reduce(total, async_op=True)
+        return work
 
     def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:  # noqa: B027
         """Other parameters of a wrapped module want gradients than when it was wrapped, or than at the last call.

@@ -28,9 +28,14 @@ class Traced:
     A module's parameters move by being made anew: the user's are kept, so that optimizers made with them find the new
     ones. The graph is cut behind each optimizer step, and behind each step of an evaluation, which has none: it would
     grow with the number of batches. It is watched how often one is compiled.
+
+    From here on a backward is all of it in the thread that asks for it. Autograd's own threads hold what they computed
+    last a moment longer than the call: when the graph is cut, that would be one of its results on one rank and not on
+    another, whose graphs would differ then.
     """
 
     def __init__(self, device: torch.device) -> None:
+        torch.autograd.set_multithreading_enabled(False)
         self._device = device
         self._moved: dict[int, tuple[Tensor, nn.Parameter]] = {}
         """The user's parameters by id, which stays theirs as long as they live, with those on the device."""
@@ -86,12 +91,9 @@ class Traced:
         self._recompiles.stepped()
 
     def backward(self, loss: Tensor, options: Mapping[str, Any]) -> None:
-        """`loss.backward`, all of it in this thread. Autograd's own threads hold what they computed last a moment
-        longer than the call: when the graph is cut, that would be one of its results on one rank and not on another,
-        whose graphs would differ then."""
+        """`loss.backward`."""
         self._evaluated.clear()  # called in a step of training, as a teacher is: not the place for a cut
-        with torch.autograd.set_multithreading_enabled(False):
-            loss.backward(**options)  # type: ignore[no-untyped-call]
+        loss.backward(**options)  # type: ignore[no-untyped-call]
 
 
 def upload(
