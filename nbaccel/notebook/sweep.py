@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import reprlib
 import secrets
 import sys
 import time
@@ -25,7 +24,7 @@ from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
-from nbaccel.session.trials import Sweep, SweepResults, Trial, expand, places
+from nbaccel.session.trials import Sweep, SweepInterrupted, SweepResults, Trial, expand, places
 from nbaccel.wire.events import Request as RankRequest
 
 __all__ = ["map"]
@@ -72,7 +71,7 @@ def map(
 
     Raises:
         ConfigError: something asked cannot be done; nothing was started.
-        KeyboardInterrupt: it was interrupted (■).
+        KeyboardInterrupt: it was interrupted (■); its `results` are those of the trials that were done.
     """
     for option in _REFUSED:
         if option in options:
@@ -90,7 +89,7 @@ def map(
     source = cell_source()
 
     def start(trial: Trial, plan: Plan) -> Run:
-        return _start(replace(requests[trial.number], plan=plan), source, trial.arguments)
+        return _start(replace(requests[trial.number], plan=plan), source)
 
     sweep = Sweep(trials, plans, start)
     with Presses() as presses:
@@ -104,9 +103,10 @@ def map(
             sweep.close(presses)
             view.close()
         presses.absorb()
+    results = SweepResults(trials, called)
     if sweep.interrupted:
-        raise KeyboardInterrupt(f"{called} was interrupted; what its trials left is in their run folders")
-    return SweepResults(trials, called)
+        raise SweepInterrupted(results)
+    return results
 
 
 def _requests(
@@ -125,7 +125,7 @@ def _call(trial: Trial) -> tuple[tuple[Any, ...], Mapping[str, Any] | None]:
     return ((), given) if isinstance(given, Mapping) else ((given,), None)
 
 
-def _start(request: Request, source: str | None, arguments: Any) -> Run:
+def _start(request: Request, source: str | None) -> Run:
     made: list[Run] = []
     folder = make_folder(request.task.name, request.folder, _say)
 
@@ -133,14 +133,14 @@ def _start(request: Request, source: str | None, arguments: Any) -> Run:
         for run in made:
             run.tell(rank, RankRequest(kind="input", name=id, value=answer))
 
-    sinks: list[Sink] = [Prompts(refuse, interrupt=lambda: None, can_ask=False, num_ranks=1)]
+    sinks: list[Sink] = [Prompts(refuse, interrupt=lambda: None, can_ask=False, num_ranks=1, say=_say)]
     if folder is not None:
-        facts = run_facts(request.task.function, request.task.name, source, request.plan, request.environment)
-        asked = json.loads(request.config.to_json())
-        told = {name: _brief(value) for name, value in _named(arguments).items()}
-        sinks.append(
-            FolderSink(folder, config=asked, run=lambda: {**facts(), "arguments": told}, report=_say)
+        task = request.task
+        facts = run_facts(
+            task.function, task.name, source, request.plan, request.environment, task.args, task.kwargs
         )
+        asked = json.loads(request.config.to_json())
+        sinks.append(FolderSink(folder, config=asked, run=facts, report=_say))
     run = start_run(
         request.task,
         config=request.config,
@@ -155,15 +155,6 @@ def _start(request: Request, source: str | None, arguments: Any) -> Run:
     )
     made.append(run)
     return run
-
-
-def _named(arguments: Any) -> Mapping[str, Any]:
-    return arguments if isinstance(arguments, Mapping) else {"argument": arguments}
-
-
-def _brief(value: Any) -> Any:
-    """An argument for the run folder, by which `compare` tells trials apart."""
-    return value if isinstance(value, (bool, int, float, str)) else reprlib.repr(value)
 
 
 def _say(note: str) -> None:

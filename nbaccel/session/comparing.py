@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from nbaccel.session.panel import comparison
 from nbaccel.session.panel.comparison import Difference, Pair, Side
 from nbaccel.session.panel.reading import Chart, Heading, read, read_charts
 from nbaccel.session.reopen import find_run, load_state
+from nbaccel.session.runs import fate
 
 __all__ = ["Comparison", "RunLike", "compare"]
 
@@ -40,7 +40,7 @@ def compare(run_a: str | Path | RunLike, run_b: str | Path | RunLike) -> Compari
             lists them, or the beginning or end of one; "last" is the latest.
 
     Raises:
-        ConfigError: there is no such run, or it has no folder.
+        ConfigError: there is no such run, it has no folder, or is still starting.
     """
     return Comparison(_folder(run_a), _folder(run_b))
 
@@ -88,18 +88,24 @@ class _Run:
 
     def __init__(self, folder: Path) -> None:
         run, asked = _json(folder / "run.json"), _json(folder / "config.json")
+        if not run and fate(folder) == "running":
+            raise ConfigError(
+                f"{folder.name} is still starting: its folder does not say yet what it is. Compare it in a moment."
+            )
         plan: Any = run.get("plan")
         plan = plan if isinstance(plan, dict) else {}
         state = load_state(folder, int(plan.get("num_processes") or 1))
         heading = Heading(name=str(run.get("name") or folder.name), device=str(plan.get("device") or "cpu"))
         view = read(state, heading, time.time())
         self.source: str = str(run.get("cell") or run.get("source") or "")
-        self.asked = {
-            **_flat(run.get("arguments") or {}),
+        command: Any = run.get("command")
+        self.asked: dict[str, Any] = {
+            **_flat({"argument": run.get("arguments")}),
+            **_flat({"command line": command.get("arguments") if isinstance(command, dict) else None}),
             **_flat({name: plan[name] for name in _PLAN if name in plan}),
             **_flat({name: value for name, value in asked.items() if name != "sources"}),
             **state.options,
-            **{f"knob {name}": _words(knob.value) for name, knob in state.knobs.items()},
+            **{f"knob {name}": knob.value for name, knob in state.knobs.items()},
             **_flat({name: run[name] for name in _FACTS if run.get(name) is not None}),
         }
         charts: dict[str, Chart] = {chart.name: chart for chart in read_charts(state.ranks, _MOST_METRICS)}
@@ -113,16 +119,22 @@ def _folder(run: str | Path | RunLike) -> Path:
         raise ConfigError(f"compare takes runs, their names or folders, not {run!r}")
     folder = run.folder
     if folder is None:
-        raise ConfigError(f"{run!r} has no run folder (folder=False): there is nothing to compare it by")
+        raise ConfigError(
+            f"{run!r} has no run folder to compare it by: it has not begun, or was launched with folder=False"
+        )
     return folder
 
 
 def _differences(a: _Run, b: _Run) -> tuple[Difference, ...]:
-    return tuple(
-        Difference(name=name, a=a.asked.get(name), b=b.asked.get(name))
-        for name in dict.fromkeys([*a.asked, *b.asked])
-        if a.asked.get(name) != b.asked.get(name)
-    )
+    found = []
+    for name in dict.fromkeys([*a.asked, *b.asked]):
+        one, other = a.asked.get(name), b.asked.get(name)
+        if one != other or isinstance(one, bool) != isinstance(other, bool):
+            words = _words(one), _words(other)
+            if words[0] == words[1]:  # they differ in digits that a rounded number does not show
+                words = _words(one, exact=True), _words(other, exact=True)
+            found.append(Difference(name=name, a=words[0], b=words[1]))
+    return tuple(found)
 
 
 def _code(a: str, b: str) -> tuple[str, ...]:
@@ -130,23 +142,23 @@ def _code(a: str, b: str) -> tuple[str, ...]:
     return tuple(list(difflib.unified_diff(a.splitlines(), b.splitlines(), lineterm="", n=2))[2:])
 
 
-def _flat(values: Mapping[str, Any], within: str = "") -> dict[str, str]:
-    """Nested mappings as one of words, "fsdp.sharding"."""
-    found: dict[str, str] = {}
+def _flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Nested mappings as one, "fsdp.sharding"; without what is empty."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             found.update(_flat(value, f"{within}{name}."))
         elif value not in (None, [], ()):
-            found[f"{within}{name}"] = _words(value)
+            found[f"{within}{name}"] = value
     return found
 
 
-def _words(value: Any) -> str:
+def _words(value: Any, *, exact: bool = False) -> str | None:
+    if value is None:
+        return None
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_words, value))
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
-    return str(value)
+        return ", ".join(str(_words(one, exact=exact)) for one in value)
+    return f"{value:g}" if isinstance(value, float) and not exact else str(value)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import reprlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nbaccel.session.request import Request
 from nbaccel.session.resolve import Plan, resolve
 from nbaccel.session.run import Run
 
-__all__ = ["Sweep", "SweepResults", "Trial", "expand", "places"]
+__all__ = ["Sweep", "SweepInterrupted", "SweepResults", "Trial", "expand", "places"]
 
 TrialState = Literal["waiting", "running", "done", "failed", "stopped"]
 _HEADING = Heading(name="")
@@ -29,7 +30,7 @@ def expand(grid: Mapping[str, Iterable[Any]] | Iterable[Any]) -> list[Any]:
     varying fastest; of anything else its items.
 
     Raises:
-        ConfigError: there is none, or a name has no list of values.
+        ConfigError: there is none, a name has no list of values, or it is no mapping or list at all.
     """
     if isinstance(grid, Mapping):
         for name, values in grid.items():
@@ -41,6 +42,10 @@ def expand(grid: Mapping[str, Iterable[Any]] | Iterable[Any]) -> list[Any]:
         found: list[Any] = [dict(zip(axes, one, strict=True)) for one in itertools.product(*axes.values())]
         found = found if axes else []
     else:
+        if isinstance(grid, (str, bytes)) or not isinstance(grid, Iterable):
+            raise ConfigError(
+                f"the grid is {grid!r}; it must be {{name: [values, ...]}}, or a list of arguments: [{grid!r}]"
+            )
         found = list(grid)
     if not found:
         raise ConfigError("the grid has no trial: give {name: [values, ...]}, or a list of arguments")
@@ -154,6 +159,9 @@ class Trial:
         """How long it has taken so far."""
         return (self._ended or time.time()) - self._began if self._began else 0.0
 
+    def __repr__(self) -> str:
+        return f"<trial {self.number}, {self.state}, {reprlib.repr(self.arguments)}>"
+
     def line(self) -> Line:
         """What is shown of it."""
         row: Row | None = None
@@ -264,6 +272,10 @@ class Sweep:
         self._running.append((trial, run, plan))
 
 
+def _by_name(value: Any, name: str) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {name: value}
+
+
 @final
 class SweepResults(list[Any]):
     """What each trial returned, in the order of the grid; None for one that did not. Shows itself as a table."""
@@ -276,14 +288,23 @@ class SweepResults(list[Any]):
 
     def table(self) -> list[dict[str, Any]]:
         """A mapping for each trial, for `pandas.DataFrame`: its arguments, what it returned (by name if that is a
-        mapping), state and seconds."""
-        rows = []
-        for trial in self.trials:
-            given = trial.arguments if isinstance(trial.arguments, Mapping) else {"argument": trial.arguments}
-            value = trial.value
-            found = value if isinstance(value, Mapping) else {"value": value}
-            rows.append({**given, **found, "state": trial.state, "seconds": round(trial.seconds, 3)})
-        return rows
+        mapping), state and seconds. A name of both arguments and returned values stands for the argument; the other
+        is "returned.<name>", and `state` and `seconds` give way likewise, as "trial.state"."""
+        given = [_by_name(trial.arguments, "argument") for trial in self.trials]
+        found = [_by_name(trial.value, "value") for trial in self.trials]
+        arguments = {name for row in given for name in row}
+        values = {f"returned.{name}" if name in arguments else name for row in found for name in row}
+        taken = arguments | values
+        own = {name: f"trial.{name}" if name in taken else name for name in ("state", "seconds")}
+        return [
+            {
+                **one,
+                **{f"returned.{name}" if name in arguments else name: value for name, value in other.items()},
+                own["state"]: trial.state,
+                own["seconds"]: round(trial.seconds, 3),
+            }
+            for trial, one, other in zip(self.trials, given, found, strict=True)
+        ]
 
     def __repr__(self) -> str:
         return paint_text([trial.line() for trial in self.trials], self.name)
@@ -294,3 +315,16 @@ class SweepResults(list[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)
+
+
+@final
+class SweepInterrupted(KeyboardInterrupt):
+    """■ has ended a sweep."""
+
+    def __init__(self, results: SweepResults) -> None:
+        super().__init__(
+            f"{results.name} was interrupted; what came back before is in this exception's results, and what its "
+            "trials left in their run folders"
+        )
+        self.results = results
+        """What the trials that were done have returned; None for the others."""

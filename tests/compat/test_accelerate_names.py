@@ -56,6 +56,8 @@ def test_unknown_name_when_asked_for_says_what_there_is():
         (".tracking", "WandBTracker", "get_tracker"),
         (".utils.dataclasses", "BnbQuantizationConfig", "quantise"),
         (".utils.imports", "no_such_name", "docs/migration.md lists"),
+        (".utils.environment", "parse_flag_from_env", "read os.environ"),
+        (".checkpointing", "save_accelerator_state", "accelerator.save_state"),
     ],
 )
 def test_missing_name_when_imported_says_what_to_do(module, name, words):
@@ -116,6 +118,16 @@ def test_arguments_when_given_as_accelerates_objects():
     assert config.scheduler_steps == "per_rank"
     assert (made.even_batches, made.logging_dir, made.project_dir) == (False, "out", "out")
     assert made.prepare(DataLoader(TensorDataset(torch.arange(4)))).seed == 5
+
+
+def test_batches_when_asked_by_nbaccels_arguments_are_told_as_they_are():
+    made = accelerator(split_batches=True, even_batches=False, dispatch_batches=True)
+    assert (made.split_batches, made.even_batches, made.dispatch_batches) == (True, False, True)
+    with pytest.raises(ConfigError, match="even_batches=True is set, but False was asked"):
+        made.even_batches = True
+    made = accelerator()
+    made.even_batches = False
+    assert (made.even_batches, made.dispatch_batches) == (False, None)
 
 
 def test_plugins_when_given_become_strategies():
@@ -235,13 +247,18 @@ class Stream(IterableDataset):
 def test_loaders_when_prepared_are_arranged_as_scripts_expect():
     made = accelerator()
     assert made._loader_options(iterable=True) == {
-        "dispatch": True, "even_batches": True, "shard": "contiguous", "split_batches": False
+        "dispatch": True, "even_batches": False, "shard": "contiguous", "split_batches": False
     }  # fmt: skip
     assert made._loader_options(iterable=False)["dispatch"] is False
     loader = made.prepare(DataLoader(Stream(), batch_size=2))
+    later = made.skip_first_batches(loader, 1)
     with pytest.warns(UserWarning, match="read and dropped"):
-        later = made.skip_first_batches(loader, 1)
-    assert [batch.tolist() for batch in later] == [[2, 3], [4, 4]]
+        assert [batch.tolist() for batch in later] == [
+            [2, 3],
+            [4],
+        ]  # accelerate fills nothing on one rank either
+    with pytest.raises(ConfigError, match="at least 0, not -1"):
+        made.skip_first_batches(loader, -1)
 
 
 def test_checkpoints_when_named_automatically_lie_in_the_project(tmp_path):
@@ -289,6 +306,46 @@ def test_tracker_when_it_is_the_scripts_own():
     made.log({"loss": 2.0}, step=3)
     assert made.get_tracker("kept", unwrap=True) == ["start", {"lr": 0.1}, ({"loss": 2.0}, 3)]
     made.end_training()
+
+
+def test_trackers_when_scripts_use_them_take_accelerates_arguments(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = accelerator(log_with="tensorboard", project_dir=tmp_path)
+    assert made.trackers == []
+    made.init_trackers("p")
+    (tracker,) = made.trackers
+    assert tracker is made.get_tracker("tensorboard")
+    assert tracker.writer is made.get_tracker("tensorboard", unwrap=True)
+    tracker.log_images({"two": torch.rand(2, 3, 5, 6).numpy()}, step=1)
+    made.end_training()
+    events = EventAccumulator(str(tmp_path / "p"))
+    events.Reload()
+    sizes = [(one.width, one.height) for name in ("two/0", "two/1") for one in events.Images(name)]
+    assert sizes == [(6, 5), (6, 5)]
+
+
+def test_configuration_objects_when_asked_tell_what_is_not_as_by_default():
+    given = compat.DistributedDataParallelKwargs(bucket_cap_mb=50)
+    assert given.to_kwargs() == {"bucket_cap_mb": 50}
+    assert given.to_dict()["bucket_cap_mb"] == 50
+    assert compat.InitProcessGroupKwargs(timeout=timedelta(hours=1)).to_kwargs() == {
+        "timeout": timedelta(hours=1)
+    }
+    assert compat.utils.ComputeEnvironment.LOCAL_MACHINE == "LOCAL_MACHINE"
+    merged = compat.utils.merge_dicts({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}})
+    assert merged == {"a": {"b": 1, "d": 3}, "c": 2}
+    assert compat.utils.environment.str_to_bool("on", to_bool=True) is True
+
+
+def test_accumulation_when_asked_of_the_gradient_state():
+    made = accelerator(gradient_accumulation_steps=2)
+    state = made.gradient_state
+    assert (state.adjust_scheduler, state.plugin_kwargs) == (True, {"num_steps": 2})
+    loader = made.prepare(DataLoader(TensorDataset(torch.arange(4.0))))
+    seen = [state.dataloader_references for _ in loader]
+    assert seen == [[None, loader]] * 4
+    assert state.dataloader_references == [None]
 
 
 def test_operations_when_on_nested_structures():

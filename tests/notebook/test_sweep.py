@@ -13,7 +13,7 @@ import pytest
 
 import nbaccel
 from nbaccel.errors import ConfigError, WorkerError
-from nbaccel.session.trials import expand
+from nbaccel.session.trials import SweepInterrupted, SweepResults, Trial, expand
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -46,6 +46,9 @@ def test_grid_is_every_combination_or_the_items_themselves() -> None:
     for value in ("adam", 0.1):
         with pytest.raises(ConfigError, match="must be a list of values"):
             expand({"optimizer": value})
+    for grid in ("ab", 5, None):
+        with pytest.raises(ConfigError, match=r"the grid is .*; it must be \{name: \[values"):
+            expand(grid)  # type: ignore[arg-type]
 
 
 def test_trials_run_beside_each_other_and_a_failing_one_stops_nobody(
@@ -64,7 +67,7 @@ def test_trials_run_beside_each_other_and_a_failing_one_stops_nobody(
     run = found.trials[0].run
     assert run is not None
     assert "trained 0.1 1" in run.logs(0)
-    assert nbaccel.compare(found.trials[0], found.trials[2]).differences == {"lr": ("0.1", "0.2")}
+    assert nbaccel.compare(found.trials[0], found.trials[2]).differences == {"argument.lr": ("0.1", "0.2")}
     assert found.table()[1]["width"] == 2
     assert found.table()[3]["state"] == "failed"
     said = capsys.readouterr().out
@@ -74,6 +77,44 @@ def test_trials_run_beside_each_other_and_a_failing_one_stops_nobody(
     assert "4 trials: 3 done, 1 failed" in text
     assert "ValueError: too wide" in text
     assert "too wide" in found._repr_mimebundle_()["text/html"]
+
+
+class Returned:
+    """What a trial asks of a run that has ended."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def done(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Any]:
+        return [self.value]
+
+
+def test_table_keeps_arguments_and_values_of_one_name_apart() -> None:
+    trials = [Trial(0, {"lr": 0.1, "seconds": 5}), Trial(1, {"lr": 0.2, "seconds": 6}), Trial(2, 3)]
+    for trial, value in zip(trials, ({"lr": 0.01, "state": "good"}, 7, None), strict=True):
+        trial.begin(lambda value=value: Returned(value))  # type: ignore[misc]
+    first, second, third = SweepResults(trials, "named").table()
+    assert (first["lr"], first["returned.lr"], first["state"], first["trial.state"]) == (
+        0.1,
+        0.01,
+        "good",
+        "done",
+    )
+    assert (first["seconds"], second["value"], third["argument"]) == (5, 7, 3)
+    assert all(set(row) >= {"trial.state", "trial.seconds"} for row in (first, second, third))
+
+
+def test_trial_that_has_not_begun_says_so_when_it_is_compared() -> None:
+    waiting = Trial(3, {"lr": 0.1})
+    assert repr(waiting) == "<trial 3, waiting, {'lr': 0.1}>"
+    with pytest.raises(ConfigError, match=r"<trial 3, waiting, .* has no run folder .*: it has not begun"):
+        nbaccel.compare(waiting, waiting)
 
 
 def both(x: int) -> int:
@@ -125,9 +166,11 @@ def test_interrupt_ends_those_that_run_and_starts_no_more(tmp_path: Path) -> Non
     presser = threading.Thread(target=press)
     presser.start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt, match="sleep was interrupted"):
+    with pytest.raises(SweepInterrupted, match="sleep was interrupted") as caught:
         nbaccel.map(sleep, {"number": [0, 1, 2], "folder": [str(tmp_path)]}, parallel=2, device="cpu")
     presser.join()
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert [trial.state for trial in caught.value.results.trials] == ["stopped"] * 3
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]
     assert time.monotonic() - began < 100
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 from nbaccel.session.comparing import compare
 from nbaccel.session.curves import Curve, aligned
+from nbaccel.session.environment import probe
+from nbaccel.session.facts import run_facts
+from nbaccel.session.resolve import resolve
 from nbaccel.session.runs import new_folder
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.state import fold, new_state
@@ -18,10 +22,13 @@ from tests.session.panel.streams import returned, started
 from tests.session.panel.test_panel_html import HOSTILE, Tags
 
 
-def write(root: Path, name: str, losses: list[float], *, lr: str, seed: int, extra: str = "") -> Path:
+def write(
+    root: Path, name: str, losses: list[float], *, lr: str, seed: int, extra: str = "", **facts: Any
+) -> Path:
     """A run's folder as a launch leaves it."""
     folder = new_folder(root, name)
     run = {
+        **facts,
         "name": name,
         "cell": f"lr = {lr}\nlaunch(train)\n",
         "versions": {"torch": "2.13.0"},
@@ -88,6 +95,38 @@ def test_same_run_differs_in_nothing(pair: tuple[Path, Path]) -> None:
     found = compare(pair[0], str(pair[0]))
     assert found.differences == {}
     assert "nothing known about them differs" in repr(found)
+
+
+def test_arguments_are_told_apart_to_their_last_digit(tmp_path: Path) -> None:
+    def train(lr: float, net: dict[str, int], *sizes: int, **others: Any) -> None: ...
+
+    plan, environment = resolve(RunConfig(device="cpu", num_processes=1), here := probe()), here
+
+    def folder(name: str, *args: Any, **kwargs: Any) -> Path:
+        facts = run_facts(train, name, None, plan, environment, args, kwargs)()
+        return write(tmp_path, name, [1.0], lr="1", seed=1, arguments=facts["arguments"])
+
+    one = folder("one", 0.1234567, {"width": 8}, 1, device="x", on=True)
+    two = folder("two", 0.1234568, {"width": 9}, 1, 2, device="y", on=1, model=object())
+    assert compare(one, two).differences == {
+        "argument.lr": ("0.1234567", "0.1234568"),
+        "argument.net.width": ("8", "9"),
+        "argument.sizes": ("(1,)", "(1, 2)"),
+        "argument.others.device": ("x", "y"),
+        "argument.others.on": ("True", "1"),
+        "argument.others.model": (None, "<object object>"),
+    }
+    commands = [{"arguments": ["--lr", lr]} for lr in ("1", "2")]
+    one, two = (write(tmp_path, "cli", [1.0], lr="1", seed=1, command=command) for command in commands)
+    assert compare(one, two).differences == {"command line": ("--lr, 1", "--lr, 2")}
+
+
+def test_run_that_is_still_starting_says_so(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    class Starting:
+        folder = new_folder(tmp_path, "begun")
+
+    with pytest.raises(ConfigError, match="is still starting: its folder does not say yet"):
+        compare(pair[0], Starting())
 
 
 def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from nbaccel import core
-from nbaccel.compat.accelerate.data_loader import skip_first_batches
+from nbaccel.compat.accelerate.data_loader import LoadedLoader, SkippedLoader, skip_first_batches
 from nbaccel.compat.accelerate.parallelism_config import ParallelismConfig
 from nbaccel.compat.accelerate.state import AcceleratorState, GradientState, asked, remember, type_of
 from nbaccel.compat.accelerate.utils.dataclasses import (
@@ -34,6 +34,7 @@ from nbaccel.compat.accelerate.utils.dataclasses import (
     ProjectConfiguration,
     TERecipeKwargs,
 )
+from nbaccel.compat.accelerate.utils.operations import reduction_of
 from nbaccel.compat.accelerate.utils.other import save
 from nbaccel.compat.accelerate.utils.plugins import (
     DeepSpeedPlugin,
@@ -43,6 +44,8 @@ from nbaccel.compat.accelerate.utils.plugins import (
 )
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.nested import map_leaves
+from nbaccel.core.refused import refuse_parameters
+from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import join
 from nbaccel.errors import ConfigError
 
@@ -172,19 +175,47 @@ class Accelerator:
 
     @property
     def split_batches(self) -> bool:
-        return self.dataloader_config.split_batches
+        """Whether the loaders' batch size is that of all ranks together, by whoever asked for it."""
+        return bool(self._core.config.split_batches) or self.dataloader_config.split_batches
 
     @property
     def dispatch_batches(self) -> bool | None:
-        return self.dataloader_config.dispatch_batches
+        """Whether rank 0 reads for all ranks, by whoever asked for it; None: iterable data sets only."""
+        launched = self._core.config.dispatch_batches
+        return self.dataloader_config.dispatch_batches if launched is None else launched
 
     @property
     def even_batches(self) -> bool:
-        return self.dataloader_config.even_batches
+        """Whether last batches are filled with repeated samples on several ranks, by whoever asked for it."""
+        launched = self._core.config.even_batches
+        return self.dataloader_config.even_batches if launched is None else launched
 
     @even_batches.setter
     def even_batches(self, value: bool) -> None:
+        if self._core.config.even_batches not in (None, value):
+            raise ConfigError(
+                f"even_batches={value} is set, but {self._core.config.even_batches} was asked of this Accelerator or "
+                "its launch: ask for it in one place"
+            )
         self.dataloader_config.even_batches = value
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step. Set on all ranks, between two windows, it holds from the next one on."""
+        return self._core.gradient_accumulation_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, value: int) -> None:
+        self._core.gradient_accumulation_steps = value
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether this micro-step (or the last one) ends its window."""
+        return self._core.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        self._core.sync_gradients = value
 
     @property
     def use_seedable_sampler(self) -> bool:
@@ -193,8 +224,8 @@ class Accelerator:
 
     @property
     def use_stateful_dataloader(self) -> bool:
-        """Always: every prepared loader has `state_dict`."""
-        return True
+        """Whether `load_state` lets loaders go on within their epoch; every prepared loader has `state_dict`."""
+        return self.dataloader_config.use_stateful_dataloader
 
     @property
     def non_blocking(self) -> bool:
@@ -205,6 +236,11 @@ class Accelerator:
     def logging_dir(self) -> str | None:
         """Where tracker files go: the project's folder."""
         return self._core.project_dir
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """The trackers that run, on the main process; on other ranks none."""
+        return self._core._log.trackers
 
     @property
     def save_iteration(self) -> int:
@@ -238,22 +274,23 @@ class Accelerator:
         return self._core.prepare_data_loader(data_loader, device_placement, **options)
 
     def _loader_options(self, iterable: bool) -> dict[str, Any]:
-        launched, here = self._core.config, self.dataloader_config
-        shard = launched.shard or "contiguous"
-        dispatch = here.dispatch_batches if launched.dispatch_batches is None else launched.dispatch_batches
+        shard, seed = self._core.config.shard or "contiguous", self.dataloader_config.data_seed
+        dispatch = self.dispatch_batches
+        readers = self._core.strategy.data_axis.size
         if dispatch is None:
-            ranks_differ = self._core.strategy.data_axis.size == self._core.num_processes
-            dispatch = iterable and shard != "none" and ranks_differ
+            dispatch = iterable and shard != "none" and readers == self._core.num_processes
         options: dict[str, Any] = {
             "dispatch": dispatch,
-            "even_batches": here.even_batches if launched.even_batches is None else launched.even_batches,
+            "even_batches": self.even_batches and readers > 1,
             "shard": shard,
-            "split_batches": bool(launched.split_batches) or here.split_batches,
+            "split_batches": self.split_batches,
         }
-        return options if here.data_seed is None else {**options, "seed": here.data_seed}
+        return options if seed is None else {**options, "seed": seed}
 
-    def skip_first_batches(self, dataloader: ShardedLoader, num_batches: int = 0) -> ShardedLoader:
-        """The prepared loader, whose next pass begins `num_batches` further on."""
+    def skip_first_batches(
+        self, dataloader: ShardedLoader | SkippedLoader, num_batches: int = 0
+    ) -> ShardedLoader | SkippedLoader:
+        """The prepared loader without the first `num_batches` of each epoch; passes over itself are whole."""
         return skip_first_batches(dataloader, num_batches)
 
     # The loop ----------------------------------------------------------------------------------------
@@ -272,6 +309,10 @@ class Accelerator:
         """Logs values to the trackers and the dashboard."""
         self._core.log(values, step, **({"log_kwargs": log_kwargs} if log_kwargs else {}))
 
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """The sum or mean over the ranks, times `scale`; "none" is the sum, as in accelerate."""
+        return self._core.reduce(tensor, reduction_of(reduction), scale)
+
     # Saving ------------------------------------------------------------------------------------------
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
@@ -289,11 +330,28 @@ class Accelerator:
         return path
 
     def load_state(
-        self, input_dir: Any = None, load_kwargs: Any = None, **load_model_func_kwargs: Any
+        self,
+        input_dir: Any = None,
+        load_kwargs: Any = None,
+        *,
+        strict: bool = True,
+        allow_pickle: bool = False,
+        **load_model_func_kwargs: Any,
     ) -> None:
-        """Loads a checkpoint, the project's newest complete one if no folder is given."""
+        """Loads a checkpoint, the project's newest complete one if no folder is given.
+
+        Loaders are put at the start of the epoch they were in (of the next one after its last batch), for the script
+        to skip what it has seen; with `use_stateful_dataloader` they go on within it.
+        """
         extra = {"load_kwargs": load_kwargs} if load_kwargs else {}
-        self._core.load_state(input_dir, **extra, **load_model_func_kwargs)
+        refuse_parameters("load_state", {**extra, **load_model_func_kwargs})
+        stateful = self.use_stateful_dataloader
+        self._core._saving.load(
+            input_dir,
+            strict=strict,
+            allow_pickle=allow_pickle,
+            filled=lambda loader: LoadedLoader(loader, stateful=stateful),
+        )
 
     def save_model(
         self,

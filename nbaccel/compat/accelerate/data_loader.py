@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -11,13 +11,17 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from nbaccel.compat.accelerate.names import look_up
 from nbaccel.core.data import ShardedLoader
+from nbaccel.core.data.plan import num_batches as batches_left
+from nbaccel.core.data.state import Position
 from nbaccel.core.world import join
 from nbaccel.errors import ConfigError
 
 __all__ = [
     "DataLoaderDispatcher",
     "DataLoaderShard",
+    "LoadedLoader",
     "SeedableRandomSampler",
+    "SkippedLoader",
     "prepare_data_loader",
     "skip_first_batches",
 ]
@@ -86,16 +90,88 @@ def prepare_data_loader(
     )
 
 
-def skip_first_batches(dataloader: ShardedLoader, num_batches: int = 0) -> ShardedLoader:
-    """The prepared loader, whose next pass begins `num_batches` further on; those after it are whole.
+def skip_first_batches(
+    dataloader: ShardedLoader | SkippedLoader, num_batches: int = 0
+) -> ShardedLoader | SkippedLoader:
+    """The prepared loader without the first `num_batches` of each epoch; passes over itself are whole.
 
     Raises:
-        ConfigError: it was not prepared.
+        ConfigError: it was not prepared, or this is no number of batches.
     """
+    if isinstance(dataloader, SkippedLoader):
+        return SkippedLoader(dataloader.loader, dataloader.skip_batches + num_batches)
     if not isinstance(dataloader, ShardedLoader):
         raise ConfigError("skip_first_batches takes a prepared loader; prepare it first")
-    dataloader.skip_batches(num_batches)
-    return dataloader
+    return SkippedLoader(dataloader, num_batches)
+
+
+@final
+class SkippedLoader:
+    """A prepared loader, each pass over which begins `skip_batches` after its epoch's first batch, wherever
+    `load_state` has put the loader; they are not read. Its other names are the loader's, and so are its epochs."""
+
+    def __init__(self, loader: ShardedLoader, skip_batches: int) -> None:
+        if isinstance(skip_batches, bool) or not isinstance(skip_batches, int) or skip_batches < 0:
+            raise ConfigError(
+                f"skip_first_batches takes a number of batches of at least 0, not {skip_batches!r}"
+            )
+        self.loader = loader
+        self.skip_batches = skip_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self.loader.skip_batches(0)  # of the pass to come, whether the last one was left early or not
+        _begin_epoch(self.loader, self.loader.state_dict())
+        self.loader.skip_batches(self.skip_batches)
+        yield from self.loader
+
+    def __len__(self) -> int:
+        return max(0, len(self.loader) - self.skip_batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+@final
+class LoadedLoader:
+    """A prepared loader as `load_state` fills it: a script counts epochs itself, so a pass always has batches.
+
+    Args:
+        stateful: the next pass goes on within the epoch; else the script skips what it has seen of it.
+    """
+
+    def __init__(self, loader: ShardedLoader, *, stateful: bool) -> None:
+        self._loader, self._stateful = loader, stateful
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Puts the loader there."""
+        if self._stateful and not _is_over(self._loader, Position.from_dict(state_dict)):
+            self._loader.load_state_dict(state_dict)
+        else:
+            _begin_epoch(self._loader, state_dict)
+
+
+def _begin_epoch(loader: ShardedLoader, state: Mapping[str, Any]) -> None:
+    """Let the next pass be the whole epoch of `state`; of one that is over, the next."""
+    position = Position.from_dict(state)
+    loader.load_state_dict(replace(position, samples=0, cursor=0, stream=None).to_dict())
+    if _is_over(loader, position):
+        loader.set_epoch(position.epoch + 1)
+
+
+def _is_over(loader: ShardedLoader, position: Position) -> bool:
+    """Whether no batch of the epoch is left."""
+    if position.stream is not None:
+        ended = position.stream["ended"]
+        return len(ended) == max(1, position.stream["workers"]) and all(ended.values())
+    if position.total is None or not position.cursor:
+        return False
+    return batches_left(loader._layout, position.total, position.cursor) == 0
 
 
 def __getattr__(name: str) -> Any:

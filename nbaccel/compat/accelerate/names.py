@@ -31,10 +31,10 @@ _NAMES = {
     f"{_HERE}.parallelism_config": "ParallelismConfig",
     f"{_HERE}.launchers": "debug_launcher notebook_launcher",
     f"{_HERE}.state": "AcceleratorState GradientState PartialState is_initialized",
-    f"{_HERE}.utils.dataclasses": "AORecipeKwargs AutocastKwargs DDPCommunicationHookType DataLoaderConfiguration "
-    "DistributedDataParallelKwargs DistributedType DynamoBackend FP8RecipeKwargs GradScalerKwargs "
-    "GradientAccumulationPlugin InitProcessGroupKwargs KwargsHandler LoggerType PrecisionType ProfileKwargs "
-    "ProjectConfiguration RNGType TERecipeKwargs",
+    f"{_HERE}.utils.dataclasses": "AORecipeKwargs AutocastKwargs ComputeEnvironment DDPCommunicationHookType "
+    "DataLoaderConfiguration DistributedDataParallelKwargs DistributedType DynamoBackend FP8RecipeKwargs "
+    "GradScalerKwargs GradientAccumulationPlugin InitProcessGroupKwargs KwargsHandler LoggerType PrecisionType "
+    "ProfileKwargs ProjectConfiguration RNGType TERecipeKwargs",
     f"{_HERE}.utils.constants": "FSDP_MODEL_NAME MODEL_NAME OPTIMIZER_NAME PROFILE_PATTERN_NAME RNG_STATE_NAME "
     "SAFE_MODEL_NAME SAFE_WEIGHTS_INDEX_NAME SAFE_WEIGHTS_NAME SAFE_WEIGHTS_PATTERN_NAME SAMPLER_NAME SCALER_NAME "
     "SCHEDULER_NAME WEIGHTS_INDEX_NAME WEIGHTS_NAME WEIGHTS_PATTERN_NAME",
@@ -49,8 +49,8 @@ _NAMES = {
     "convert_outputs_to_fp32 convert_to_fp32 copy_tensor_to_devices find_batch_size find_device gather "
     "gather_object honor_type is_namedtuple is_torch_tensor listify pad_across_processes recursively_apply reduce "
     "send_to_device slice_tensors",
-    f"{_HERE}.utils.other": "convert_bytes extract_model_from_parallel is_compiled_module patch_environment save "
-    "set_seed str_to_bool synchronize_rng_state synchronize_rng_states tqdm wait_for_everyone",
+    f"{_HERE}.utils.other": "convert_bytes extract_model_from_parallel is_compiled_module merge_dicts "
+    "patch_environment save set_seed str_to_bool synchronize_rng_state synchronize_rng_states tqdm wait_for_everyone",
     f"{_HERE}.utils.versions": "compare_versions is_torch_version",
     "nbaccel": "cpu_offload disk_offload dispatch_model find_executable_batch_size find_tied_parameters "
     "infer_auto_device_map init_empty_weights init_on_device load_checkpoint_and_dispatch retie_parameters",

@@ -59,5 +59,8 @@ _WHY = {
     "prepare_deepspeed_cmd_env prepare_multi_gpu_env prepare_simple_launcher_cmd_env prepare_tpu write_basic_config",
     "does not exist here: read os.environ": "get_int_from_env parse_choice_from_env parse_flag_from_env",
     "is torch.load": "load",
+    "does not exist here: accelerator.save_state and load_state do it; your own objects join in by "
+    "accelerator.register_for_checkpointing": "load_accelerator_state load_custom_state save_accelerator_state "
+    "save_custom_state",
 }
 REFUSED: Mapping[str, str] = {name: why for why, names in _WHY.items() for name in names.split()}

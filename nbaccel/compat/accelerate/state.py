@@ -190,6 +190,21 @@ class GradientState:
         return self._loop is None or self._loop.window.sync
 
     @property
+    def adjust_scheduler(self) -> bool:
+        """Always: schedulers step with the optimizer."""
+        return True
+
+    @property
+    def plugin_kwargs(self) -> dict[str, int]:
+        """What a GradientAccumulationPlugin would say."""
+        return {"num_steps": self.num_steps}
+
+    @property
+    def dataloader_references(self) -> list[ShardedLoader | None]:
+        """The loaders that are being iterated, within each other, after a None."""
+        return [None, *([] if self._loop is None else self._loop.loaders)]
+
+    @property
     def active_dataloader(self) -> ShardedLoader | None:
         """The loader whose batch is in hand."""
         return None if self._loop is None else self._loop.loader

@@ -6,7 +6,7 @@ A tracker written for Hugging Face Accelerate (`GeneralTracker`) has these metho
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -85,6 +85,9 @@ class Trackers:
 
     def __len__(self) -> int:
         return len(self._trackers)
+
+    def __iter__(self) -> Iterator[Tracker]:
+        return iter(self._trackers.values())
 
     def get(self, name: str) -> Tracker:
         """The tracker of that name; where it was asked for and does not run, one that keeps nothing.

@@ -14,11 +14,17 @@ from nbaccel.core.trackers.shapes import flat
 
 __all__ = ["CometTracker"]
 
+_open: set[str] = set()
+"""Experiments of this process's trackers."""
+
 
 @final
 class CometTracker:
     """An experiment of `project`. `options` are those of `comet_ml.start`; `online=False` keeps it as an archive
-    in the project's folder for `comet upload`. Comet samples the machine's utilisation itself."""
+    in the project's folder for `comet upload`. Comet samples the machine's utilisation itself.
+
+    An experiment that the script has begun itself is gone on with, as `comet_ml.start` does; that of another tracker is
+    ended, for Comet has one at a time in a process."""
 
     name = "comet_ml"
 
@@ -29,7 +35,10 @@ class CometTracker:
             folder.mkdir(parents=True, exist_ok=True)
             # also where it falls back to when the network is gone
             options["experiment_config"] = comet_ml.ExperimentConfig(offline_directory=str(folder))
-        self._experiment: Any = comet_ml.start(**{"project_name": project, **options})
+        beside = {"mode": "create"} if _open else {}
+        self._experiment: Any = comet_ml.start(**{"project_name": project, **beside, **options})
+        self._id = self._experiment.get_key()
+        _open.add(self._id)
 
     @property
     def tracker(self) -> Any:
@@ -64,6 +73,7 @@ class CometTracker:
             self._experiment.log_asset(str(file), file_name=str(PurePath(name, within)), copy_to_tmp=True)
 
     def finish(self) -> None:
+        _open.discard(self._id)
         self._experiment.end()
 
     def _keep(self, step: int | None, name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ class Logbook:
         folder: where those by name write.
         reduce: (tensors, "mean" or "sum", 1.0) -> the same over the ranks.
         step: the present optimizer step.
+        led: whether an optimizer counts the steps; else the script alone knows them.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class Logbook:
         folder: str | None,
         reduce: Callable[[Any, Any, float], Any],
         step: Callable[[], int],
+        led: Callable[[], bool],
     ) -> None:
         self._world, self._wanted, self._folder, self._reduce = world, wanted, folder, reduce
+        self._step, self._led = step, led
         self._log = MetricLog(Trackers(), world=world)
-        self._started = self._told = False
+        self._started = self._ended = False
+        self._told: set[str] = set()
         self.timings = Timings(
             active=world.is_main, log=lambda values, at: self._log.log(values, step=at), step=step
         )
@@ -67,6 +72,8 @@ class Logbook:
         if not self._wanted:
             raise ConfigError("init_trackers needs Accelerator(log_with='jsonl' or 'wandb' or 'all', ...)")
         self._log.close()
+        if self._world.is_main:
+            gc.collect()  # an Accelerator of this cell's last time, whose runs end with it: before the new ones begin
         trackers = open_trackers(
             self._wanted,
             folder=None if self._folder is None else Path(self._folder),
@@ -75,7 +82,7 @@ class Logbook:
             config=config,
             options=options,
         )
-        self._started = True
+        self._started, self._ended = True, False
         if self._world.is_main:
             # the run folder has them too, so that nbaccel.compare can tell how two runs differ
             for name, value in list(flat(config or {}).items())[:_MOST_TOLD]:
@@ -99,15 +106,20 @@ class Logbook:
             raise ConfigError(f"get_tracker({name!r}): no tracker runs yet; call init_trackers first")
         return self._log.trackers.get(name)
 
+    @property
+    def trackers(self) -> list[Tracker]:
+        """Those that run on this rank."""
+        return list(self._log.trackers)
+
     def log(self, values: Mapping[str, Any], *, step: int, reduction: Literal["mean", "sum"] | None) -> None:
         """Takes values of this rank; with `reduction` those of all ranks, which then all call it."""
         if reduction not in (None, "mean", "sum"):
             raise ConfigError(f"log(reduce={reduction!r}): it must be 'mean', 'sum' or None")
         self._tell_missed()
-        self.timings.flush(before=step)
+        self.timings.flush(before=self._step() if self._led() else step)
         if reduction is not None and self._world.size > 1:
             numbers = {
-                name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+                name: _wide(value)
                 for name, value in ((name, simple(value)) for name, value in values.items())
                 if isinstance(value, (Tensor, int, float))
             }
@@ -147,13 +159,17 @@ class Logbook:
             self._log.trackers.log_file(source, str(called))
 
     def _tell_missed(self) -> None:
-        """Says once that trackers were asked for and are not there yet."""
-        if self._wanted and not (self._started or self._told) and self._world.is_main:
-            self._told = True
-            _logger.warning(
-                "log_with asks for trackers, and init_trackers was not called before the first log: they keep "
-                "nothing of it"
-            )
+        """Says once that trackers were asked for and are not there yet, or not any more."""
+        if not self._wanted or not self._world.is_main or (self._started and not self._ended):
+            return
+        why = (
+            "end_training has ended them"
+            if self._ended
+            else "init_trackers was not called before the first log"
+        )
+        if why not in self._told:
+            self._told.add(why)
+            _logger.warning("log_with asks for trackers, and %s: they keep nothing of it", why)
 
     def flush(self) -> None:
         """Hands on what is held back."""
@@ -169,6 +185,15 @@ class Logbook:
         """Hands on the last values and ends the trackers; may be called twice."""
         self.timings.flush()
         self._log.close()
+        self._ended = self._started
+
+
+def _wide(value: Tensor | float) -> Tensor:
+    """A number in which a sum over ranks is exact: float64, where the device has it. Of one type whatever it was, for
+    a rank may log 1 where another logs 1.5."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    return value.detach().to(torch.float64 if value.device.type in ("cpu", "cuda") else torch.float32)
 
 
 def _leave(finalizer: weakref.finalize[..., Any], log: MetricLog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -11,13 +12,19 @@ from typing import Any, final
 
 from nbaccel.core.trackers.behind import Behind
 from nbaccel.core.trackers.beside import copy, file_name, write_images
+from nbaccel.core.trackers.each import keep_each
+from nbaccel.core.trackers.place import alone
 from nbaccel.core.trackers.shapes import NOT_FINITE, flat
 
 __all__ = ["MlflowTracker"]
 
 _LONGEST_PARAMETER = 6000
-_MOST_PARAMETERS = 100
+_LONGEST_NAME = 250
+_MOST_PARAMETERS, _MOST_METRICS = 100, 1000
+"""Of a call."""
 _RETRIES = "3"
+_open: set[str] = set()
+"""Runs of this process's trackers."""
 
 
 @final
@@ -26,8 +33,8 @@ class MlflowTracker:
     `<folder>/mlflow.db`, which `mlflow ui --backend-store-uri sqlite:///…` opens. `options` are those of
     `mlflow.start_run`; `experiment_name` takes the place of `project`.
 
-    What is logged travels in a thread of its own: a slow server does not slow the loop. Names get "_" for what
-    MLflow does not allow in them; values that are no numbers are left out.
+    The newest tracker's run is the one that MLflow's own functions act on. What is logged travels in a thread of its
+    own: a slow server does not slow the loop. Names get "_" for what MLflow does not allow in them.
     """
 
     name = "mlflow"
@@ -45,31 +52,45 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _RETRIES)
         import mlflow
 
+        self._mlflow: Any = mlflow
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         self._folder = folder
         self._artifacts: str | None = None
-        if uri is None and folder is not None:
+        own = uri is None and folder is not None
+        _step_aside(mlflow)
+        if own:
+            assert folder is not None
             folder.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{(folder / 'mlflow.db').absolute()}"
             self._artifacts = (folder / "artifacts").absolute().as_uri()
         if uri is not None:
             mlflow.set_tracking_uri(uri)
-        self._mlflow: Any = mlflow
-        self._client: Any = mlflow.MlflowClient()
-        mlflow.set_experiment(experiment_id=self._experiment(experiment_name or project))
-        self._run: Any = mlflow.start_run(**options)
+        # Trials of a sweep come at the same time, and two processes cannot make the tables of one database.
+        with alone(folder, ".mlflow.lock") if own and folder is not None else contextlib.nullcontext():
+            self._client: Any = mlflow.MlflowClient()
+            mlflow.set_experiment(experiment_id=self._experiment(experiment_name or project))
+        self._run: Any = mlflow.start_run(**{"nested": mlflow.active_run() is not None, **options})
         self._id = self._run.info.run_id
+        _open.add(self._id)
         self._behind = Behind("mlflow")
 
     @property
     def tracker(self) -> Any:
-        """The active run."""
+        """The run."""
         return self._run
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        known = [(_key(name), str(value)[:_LONGEST_PARAMETER]) for name, value in flat(values).items()]
-        for start in range(0, len(known), _MOST_PARAMETERS):
-            self._mlflow.log_params(dict(known[start : start + _MOST_PARAMETERS]), run_id=self._id)
+        from mlflow.entities import Param
+
+        known: list[Any] = []
+        try:
+            keep_each(
+                flat(values),
+                lambda name, value: known.append(Param(_key(name), str(value)[:_LONGEST_PARAMETER])),
+            )
+        finally:
+            for start in range(0, len(known), _MOST_PARAMETERS):
+                self._client.log_batch(self._id, params=known[start : start + _MOST_PARAMETERS])
 
     def store_system(self, facts: dict[str, Any]) -> None:
         for name, value in flat(facts, "system.").items():
@@ -121,27 +142,72 @@ class MlflowTracker:
         try:
             self._behind.close()
         finally:
-            self._mlflow.end_run(status)
+            _open.discard(self._id)
+            if _is_active(self._mlflow, self._id):
+                self._mlflow.end_run(status)
+            else:
+                self._client.set_terminated(self._id, status)
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment of that name, made if there is none."""
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        return str(self._client.create_experiment(name, artifact_location=self._artifacts))
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=self._artifacts))
+            except MlflowException:
+                # a run elsewhere may have made it meanwhile, on a server that no lock is for
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
     def _send(self, values: dict[str, Any], step: int, at: float) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(_key(name), float(value), int(at * 1000), step)
-            for name, value in flat(values).items()
-            if isinstance(value, (bool, int, float)) or value in NOT_FINITE
-        ]
-        if metrics:
-            self._behind.put(partial(self._client.log_batch, self._id, metrics=metrics))
+        metrics: list[Any] = []
+        moment = int(at * 1000)
+        try:
+            keep_each(
+                flat(values),
+                lambda name, value: metrics.append(Metric(_key(name), _number(value), moment, step)),
+            )
+        finally:
+            for start in range(0, len(metrics), _MOST_METRICS):
+                part = metrics[start : start + _MOST_METRICS]
+                self._behind.put(partial(self._client.log_batch, self._id, metrics=part))
+
+
+def _step_aside(mlflow: Any) -> None:
+    """A run of an older tracker of ours goes on, but is not the one that MLflow's own functions act on: as long as
+    it is, MLflow starts no other."""
+    for run in list(_open):
+        if _is_active(mlflow, run):
+            client = mlflow.MlflowClient()
+            mlflow.end_run()
+            client.update_run(run, "RUNNING")
+
+
+def _is_active(mlflow: Any, run: str) -> bool:
+    active = mlflow.active_run()
+    return active is not None and active.info.run_id == run
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (bool, int, float)) or value in NOT_FINITE:
+        return float(value)
+    raise TypeError(f"its metrics are numbers, and this is {str(value)!r:.40}")
 
 
 def _key(name: str) -> str:
-    """A name that MLflow takes: letters, digits, and "_-. :/"."""
-    return "".join(letter if letter.isalnum() or letter in "_-. :/" else "_" for letter in name)
+    """A name that MLflow takes: at most 250 letters, digits, and "_-. :/", and a path that says where it leads.
+
+    Raises:
+        ValueError: it is longer, or nothing is left of it.
+    """
+    clean = "".join(letter if letter.isalnum() or letter in "_-. :/" else "_" for letter in name)
+    path = "/".join(part for part in clean.split("/") if part not in ("", ".", ".."))
+    if not 0 < len(path) <= _LONGEST_NAME:
+        raise ValueError(f"its names have 1 to {_LONGEST_NAME} characters")
+    return path

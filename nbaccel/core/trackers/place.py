@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO, final
 
-__all__ = ["Place", "below"]
+__all__ = ["Place", "alone", "below"]
 
 _logger = logging.getLogger("nbaccel")
 _MOST = 1000
+_WAIT_SECONDS = 120.0
+_POLL_SECONDS = 0.05
 
 
 def below(root: Path, project: str) -> Path:
@@ -50,11 +55,32 @@ class Place:
             self._held = None
 
 
-def _hold(path: Path) -> IO[str]:
+@contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """A context that one process is in at a time, by a lock file `name` in `folder`; others wait.
+
+    Raises:
+        TimeoutError: another process has been in it for two minutes.
+        OSError: the folder cannot be written, or has no locks.
+    """
+    end = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            file = _hold(folder, name)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise TimeoutError(f"another process has held {folder / name} for two minutes") from None
+            time.sleep(_POLL_SECONDS)
+    with file:
+        yield
+
+
+def _hold(path: Path, name: str = ".lock") -> IO[str]:
     """The folder's lock; BlockingIOError when another process has it. This process has it as often as it likes: a
     cell that is run again makes new trackers before the old ones are gone."""
     path.mkdir(parents=True, exist_ok=True)
-    file = open(path / ".lock", "w")  # noqa: SIM115  # it is open as long as the folder is held
+    file = open(path / name, "w")  # noqa: SIM115  # it is open as long as the folder is held
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

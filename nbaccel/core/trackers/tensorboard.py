@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 
 from nbaccel.core.trackers.each import keep_each
-from nbaccel.core.trackers.shapes import leaves, plain
+from nbaccel.core.trackers.shapes import leaves, pictures, plain
 
 __all__ = ["TensorBoardTracker"]
 
@@ -25,12 +25,13 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, *, project: str = "", **options: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), **options)
+        self.writer: Any = SummaryWriter(str(folder), **options)
+        """What `tracker` gives."""
 
     @property
     def tracker(self) -> Any:
         """The SummaryWriter."""
-        return self._writer
+        return self.writer
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -38,54 +39,60 @@ class TensorBoardTracker:
         known = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
         # Not SummaryWriter.add_hparams, which opens a second writer in a folder of its own.
         for summary in hparams(known, {}):  # type: ignore[no-untyped-call]
-            self._writer.file_writer.add_summary(summary)
-        self._writer.flush()
+            self.writer.file_writer.add_summary(summary)
+        self.writer.flush()
 
     def store_system(self, facts: dict[str, Any]) -> None:
         text = json.dumps(plain(facts), indent=2)
-        self._writer.add_text("system", "\n".join(f"    {line}" for line in text.splitlines()))
+        self.writer.add_text("system", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         keep_each(values, partial(self._keep, step))
 
     def log_system(self, values: dict[str, float], step: int, time: float) -> None:
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step, walltime=time)
+            self.writer.add_scalar(key, value, step, walltime=time)
 
     def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
-        for key, pictures in values.items():
-            for at, pixels in enumerate(pictures):
-                name = key if len(pictures) == 1 else f"{key}/{at}"
-                self._writer.add_image(name, pixels, step, dataformats="HWC")
+        for key, value in values.items():
+            shown = pictures(value)  # scripts also call this themselves, with arrays as accelerate takes them
+            for at, pixels in enumerate(shown):
+                name = key if len(shown) == 1 else f"{key}/{at}"
+                self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def log_table(
         self, table_name: str, columns: list[str], data: list[list[Any]], step: int | None = None
     ) -> None:
         lines = [columns, ["---"] * len(columns), *data]
-        self._writer.add_text(
-            table_name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step
+        self.writer.add_text(
+            table_name, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines), step
         )
 
     def finish(self) -> None:
-        self._writer.close()
+        self.writer.close()
 
     def _keep(self, step: int | None, key: str, value: Any) -> None:
         if isinstance(value, (bool, int, float)):
-            self._writer.add_scalar(key, value, step)
+            self.writer.add_scalar(key, value, step)
         elif isinstance(value, dict):
             self._keep_group(step, key, leaves(value))
         elif isinstance(value, torch.Tensor):
-            self._writer.add_histogram(key, value, step)
+            self.writer.add_histogram(key, value, step)
         else:
-            self._writer.add_text(key, str(value), step)
+            self.writer.add_text(key, str(value), step)
 
     def _keep_group(self, step: int | None, key: str, group: dict[str, Any]) -> None:
         """Its numbers in one chart, anything else by itself."""
         numbers = {name: value for name, value in group.items() if _is_number(value)}
         if numbers:
-            self._writer.add_scalars(key, numbers, step)
+            self.writer.add_scalars(key, numbers, step)
         others = {f"{key}/{name}": value for name, value in group.items() if name not in numbers}
         keep_each(others, partial(self._keep, step))
+
+
+def _cell(value: Any) -> str:
+    """As it stands in a table of Markdown, where "|" and the end of a line would end it."""
+    return "<br>".join(str(value).replace("|", "\\|").splitlines())
 
 
 def _is_number(value: Any) -> bool:

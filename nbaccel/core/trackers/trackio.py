@@ -22,28 +22,28 @@ class TrackioTracker:
         import trackio
 
         self._trackio: Any = trackio
-        self._run: Any = trackio.init(**{"project": project, **options})
+        self.run: Any = trackio.init(**{"project": project, **options})
 
     @property
     def tracker(self) -> Any:
         """The run."""
-        return self._run
+        return self.run
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        self._run.config.update({key: plain(value) for key, value in values.items()})
+        self.run.config.update({key: plain(value) for key, value in values.items()})
 
     def store_system(self, facts: dict[str, Any]) -> None:
-        self._run.config.update({"system": plain(facts)})
+        self.run.config.update({"system": plain(facts)})
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        self._run.log({key: plain(value) for key, value in values.items()}, step=step)
+        self.run.log({key: plain(value) for key, value in values.items()}, step=step)
 
     def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
         for name, pictures in values.items():
             for at, pixels in enumerate(pictures):
                 shown = name if len(pictures) == 1 else f"{name}/{at}"
                 grey = pixels.shape[-1] == 1
-                self._run.log({shown: self._trackio.Image(pixels[:, :, 0] if grey else pixels)}, step=step)
+                self.run.log({shown: self._trackio.Image(pixels[:, :, 0] if grey else pixels)}, step=step)
 
     def log_table(
         self, table_name: str, columns: list[str], data: list[list[Any]], step: int | None = None
@@ -51,10 +51,10 @@ class TrackioTracker:
         import pandas  # type: ignore[import-untyped, unused-ignore]
 
         table = self._trackio.Table(dataframe=pandas.DataFrame(data, columns=columns))
-        self._run.log({table_name: table}, step=step)
+        self.run.log({table_name: table}, step=step)
 
     def log_file(self, path: Path, name: str) -> None:
-        self._run.log_artifact(str(path), name=file_name(name, None, ""))
+        self.run.log_artifact(str(path), name=file_name(name, None, ""))
 
     def finish(self) -> None:
-        self._run.finish()
+        self.run.finish()

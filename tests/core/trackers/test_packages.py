@@ -3,9 +3,11 @@ own reader. MLflow once more through a real server on 127.0.0.1."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 
+import nbaccel
 from nbaccel import Accelerator, launch, notebook_launcher
 from nbaccel.errors import WorkerError
 from tests.conftest import wait_until
@@ -316,6 +319,7 @@ def log_oddly(folder: str) -> dict[str, list[float]]:
         {"none": None, "empty": torch.tensor([]), "net": {"a": {"b": 1.0}, "s": "x"}, "loss": 2.0}, step=0
     )
     acc.log({"none": None, "loss": 1.0}, step=1)
+    acc.log({"/rooted": 3.0, "x" * 260: 4.0, **{f"many/{number}": 1.0 for number in range(1200)}}, step=2)
     acc.log_table("mixed", ["a", "b"], [[1, None], ["x", 2.5]], step=1)
     with tempfile.TemporaryDirectory() as place:
         file, model = Path(place) / "now.txt", Path(place) / "model"
@@ -329,7 +333,19 @@ def log_oddly(folder: str) -> dict[str, list[float]]:
     acc.end_training()
     for stream in (sys.stdout, sys.stderr):  # several trackers had wrapped them
         print("still printed", file=stream)
-    return read_odd_aim(folder) if AIM else {}
+    return {**read_odd_mlflow(), **(read_odd_aim(folder) if AIM else {})}
+
+
+def read_odd_mlflow() -> dict[str, list[float]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("odd")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    found = run.data.metrics
+    many = [value for name, value in found.items() if name.startswith("many/")]
+    return {"mlflow": [found["net.a.b"], found["loss"], found["rooted"], float(len(many))]}
 
 
 def read_odd_aim(folder: str) -> dict[str, list[float]]:
@@ -357,7 +373,8 @@ def odd(warm: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
         stall_after=0,
     )
     (found,) = run.result(200)
-    assert found == ({"loss": [2.0, 1.0], "net/a/b": [1.0]} if AIM else {})  # beside what Aim does not take
+    assert found.pop("mlflow") == [1.0, 1.0, 3.0, 1200.0]  # beside what a package does not take
+    assert found == ({"loss": [2.0, 1.0], "net/a/b": [1.0]} if AIM else {})
     return folder / "odd", run.logs(0)
 
 
@@ -372,6 +389,8 @@ def test_value_a_package_does_not_take_is_named_once_and_the_others_are_kept(odd
     folder, said = odd
     assert said.count("tracker 'tensorboard' does not take 'empty'") == 1
     assert said.count("tracker 'aim' does not take 'none'") == len(AIM)
+    assert said.count("tracker 'mlflow' does not take 'none' (TypeError: its metrics are numbers") == 1
+    assert said.count("its names have 1 to 250 characters") == 1
     assert "failed (" not in said  # no package as a whole
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -413,6 +432,90 @@ def test_comet_files_are_those_of_the_call_under_their_names(odd: tuple[Path, st
 def test_wandb_takes_a_table_with_a_column_of_several_types(odd: tuple[Path, str]) -> None:
     (file,) = (odd[0] / "wandb").glob("offline-run-*/files/media/table/mixed_*.table.json")
     assert json.loads(file.read_text())["data"] == [[1, None], ["x", 2.5]]
+
+
+def begin_again(folder: str) -> dict[str, list[Any]]:
+    """What a cell does that is run three times: the Accelerator of its first time is gone, that of the second is still
+    there. Then what the runs hold."""
+    import comet_ml
+    import mlflow
+
+    kept, runs = [], []
+    for time_ in range(3):
+        acc = Accelerator(cpu=True, project_dir=folder, log_with=["wandb", "mlflow", "comet_ml"])
+        acc.init_trackers("again", init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}})
+        names = [acc.get_tracker(name, unwrap=True) for name in ("wandb", "mlflow", "comet_ml")]
+        runs.append((names[0].id, names[1].info.run_id, names[2].get_key()))
+        assert mlflow.active_run().info.run_id == runs[-1][1]
+        assert comet_ml.get_running_experiment().get_key() == runs[-1][2]
+        acc.log({"loss": float(time_)}, step=time_)
+        if time_ == 1:
+            kept.append(acc)
+        del acc, names
+    kept[0].log({"loss": 9.0}, step=9)
+    kept[0].end_training()
+    kept.clear()
+    gc.collect()
+    client = mlflow.MlflowClient()
+    held = [
+        ([one.value for one in client.get_metric_history(run, "loss")], client.get_run(run).info.status)
+        for _, run, _ in runs
+    ]
+    return {"runs": runs, "mlflow": held}
+
+
+def test_run_that_is_begun_again_in_one_process_has_a_history_of_its_own(warm: None, tmp_path: Path) -> None:
+    run = launch(begin_again, str(tmp_path), num_processes=1, env=VARIABLES, stall_after=0)
+    (found,) = run.result(200)
+    assert "could not be started" not in run.logs(0)
+    assert found["mlflow"] == [([0.0], "FINISHED"), ([1.0, 9.0], "FINISHED"), ([2.0], "FINISHED")]
+    for kind in zip(*found["runs"], strict=True):
+        assert len(set(kind)) == 3
+    kept = [
+        float(one["loss"])
+        for name, _, _ in found["runs"]
+        for file in (tmp_path / "again" / "wandb").glob(f"offline-run-*-{name}/run-*.wandb")
+        for one in read_wandb(file)[0]
+        if "loss" in one
+    ]
+    assert kept == [0.0, 1.0, 9.0, 2.0]
+    assert len(list((tmp_path / "again").glob("*.zip"))) == 3
+
+
+def log_at_once(folder: str, number: int) -> str:
+    """A trial that starts MLflow when the other does."""
+    import mlflow  # the slow part
+
+    met = Path(folder, "met")
+    met.mkdir(exist_ok=True)
+    (met / str(number)).touch()
+    wait_until(lambda: len(list(met.iterdir())) == 2, 60, "the other trial")
+    acc = Accelerator(cpu=True, project_dir=folder, log_with="mlflow")
+    acc.init_trackers("sweep")
+    acc.log({"number": number}, step=1)
+    acc.end_training()
+    return str(mlflow.get_tracking_uri())
+
+
+def test_trials_that_begin_at_once_are_all_in_the_database(warm: None, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    results = nbaccel.map(
+        log_at_once,
+        [{"folder": folder, "number": number} for number in range(2)],
+        device="cpu",
+        parallel=2,
+        env=VARIABLES,
+        dashboard=False,
+    )
+    assert [trial.state for trial in results.trials] == ["done", "done"]
+    logs = [trial.run.logs(0) for trial in results.trials if trial.run is not None]
+    assert "could not be started" not in "".join(logs)
+    with sqlite3.connect(results[0].removeprefix("sqlite:///")) as database:
+        held = database.execute(
+            "select value from latest_metrics where key = 'number' order by value"
+        ).fetchall()
+    database.close()
+    assert held == [(0.0,), (1.0,)]
 
 
 class Told:

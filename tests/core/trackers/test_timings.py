@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from nbaccel import Accelerator
@@ -184,3 +185,25 @@ def test_block_of_an_earlier_step_is_logged_before_what_is_logged_now(tmp_path: 
     acc.end_training()
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "eval/count" in line) for line in found] == [(0, False), (0, True), (1, False)]
+
+
+def test_blocks_of_one_optimizer_step_are_logged_together_whatever_steps_the_script_counts(
+    tmp_path: Path,
+) -> None:
+    acc = Accelerator(cpu=True, project_dir=tmp_path, log_with="jsonl", gradient_accumulation_steps=4)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    acc.init_trackers("run")
+    for micro_step in range(8):
+        with acc.accumulate(model):
+            with acc.track("forward"):
+                loss = model(torch.ones(1, 1)).sum()
+            acc.backward(loss)
+            optimizer.step()
+        acc.log({"loss": loss}, step=micro_step)
+    acc.end_training()
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["forward/count"]) for line in found if "forward/count" in line] == [
+        (0, 4),
+        (1, 4),
+    ]

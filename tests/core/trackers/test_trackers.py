@@ -107,6 +107,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     )
     for step in range(3):
         trackers.log({"loss": step / 2, "note": "hello", "weights": torch.randn(8)}, step)
+    trackers.log_table("table", ["a|b", "c"], [["x\ny", 1], ["p|q", ""]], 0)
     assert type(trackers.get("tensorboard").tracker).__name__ == "SummaryWriter"
     trackers.finish()
     found = EventAccumulator(str(tmp_path / "p"))
@@ -115,6 +116,13 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     assert found.Tags()["histograms"] == ["weights"]
     assert "note/text_summary" in found.Tags()["tensors"]
     assert "_hparams_/session_start_info" in found.summary_metadata
+    (table,) = found.Tensors("table/text_summary")
+    assert table.tensor_proto.string_val[0].decode().splitlines() == [
+        r"| a\|b | c |",
+        "| --- | --- |",
+        "| x<br>y | 1 |",
+        r"| p\|q |  |",
+    ]
 
 
 def test_trackers_are_imported_only_when_asked_for() -> None:
@@ -494,6 +502,19 @@ def test_logging_before_the_start_is_said_once_and_odd_files_are_refused(
     with pytest.raises(ConfigError, match="no pixel"):
         acc.log_images({"empty": torch.zeros(3, 0, 4)})
     acc.end_training()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "nbaccel"):
+        acc.log({"loss": 1.0}, step=4)
+        acc.log_images({"late": torch.zeros(3, 4, 4)})
+    (record,) = caplog.records
+    assert (
+        record.getMessage()
+        == "log_with asks for trackers, and end_training has ended them: they keep nothing of it"
+    )
+    acc.init_trackers("again")
+    acc.log({"loss": 2.0}, step=5)
+    acc.end_training()
+    assert [line["loss"] for line in lines(tmp_path / "again" / "metrics.jsonl")] == [2.0]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -601,3 +622,24 @@ def test_many_values_not_taken_are_named_in_one_warning(caplog: pytest.LogCaptur
     assert "'memory' does not take 'a' (ValueError" in record.getMessage()
     assert record.getMessage().endswith("and 2 more; it keeps the other values")
     assert numbers.lines == [("loss", 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("/loss", "loss"),
+        ("a//b/../c", "a/b/c"),
+        ("lr (1)", "lr _1_"),
+        ("x" * 250, "x" * 250),
+        ("x" * 251, None),
+        ("..", None),
+    ],
+)
+def test_name_for_mlflow_is_one_it_takes_or_refused_by_itself(name: str, key: str | None) -> None:
+    from nbaccel.core.trackers.mlflow import _key
+
+    if key is None:
+        with pytest.raises(ValueError, match="1 to 250 characters"):
+            _key(name)
+    else:
+        assert _key(name) == key

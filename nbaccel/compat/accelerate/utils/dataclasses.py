@@ -5,8 +5,9 @@ What each asks is done by `nbaccel.compat.accelerate.accelerator`; what cannot b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -20,6 +21,7 @@ from nbaccel.fp8 import FP8Options
 __all__ = [
     "AORecipeKwargs",
     "AutocastKwargs",
+    "ComputeEnvironment",
     "DDPCommunicationHookType",
     "DataLoaderConfiguration",
     "DistributedDataParallelKwargs",
@@ -56,6 +58,24 @@ class DistributedType(str, Enum):
     FSDP = "FSDP"
     XLA = "XLA"
     MEGATRON_LM = "MEGATRON_LM"
+
+
+class ComputeEnvironment(str, Enum):
+    """Where scripts run."""
+
+    LOCAL_MACHINE = "LOCAL_MACHINE"
+    AMAZON_SAGEMAKER = "AMAZON_SAGEMAKER"
+
+
+def _to_dict(self: Any) -> dict[str, Any]:
+    """Its fields, copied."""
+    return {one.name: copy.deepcopy(getattr(self, one.name)) for one in fields(self)}
+
+
+def _to_kwargs(self: Any) -> dict[str, Any]:
+    """Its fields that are not as by default, copied."""
+    usual = _to_dict(type(self)())
+    return {name: value for name, value in _to_dict(self).items() if value != usual[name]}
 
 
 class PrecisionType(str, Enum):
@@ -137,7 +157,7 @@ class DataLoaderConfiguration:
     non_blocking: bool = False
     """Always so here."""
     use_stateful_dataloader: bool = False
-    """Always so here."""
+    """`load_state` lets loaders go on within their epoch; without it the script skips what it has seen."""
 
 
 @dataclass
@@ -165,6 +185,8 @@ class ProjectConfiguration:
 class GradientAccumulationPlugin:
     """Micro-steps per optimizer step, and what the schedulers make of them."""
 
+    to_dict, to_kwargs = _to_dict, _to_kwargs
+
     num_steps: int | None = None
     adjust_scheduler: bool = True
     """Schedulers step with the optimizer only."""
@@ -191,6 +213,8 @@ class GradientAccumulationPlugin:
 class AutocastKwargs:
     """What `autocast` is entered with."""
 
+    to_dict, to_kwargs = _to_dict, _to_kwargs
+
     enabled: bool = True
     cache_enabled: bool | None = None
 
@@ -198,6 +222,8 @@ class AutocastKwargs:
 @dataclass
 class GradScalerKwargs:
     """The gradient scaler of fp16."""
+
+    to_dict, to_kwargs = _to_dict, _to_kwargs
 
     init_scale: float = 65536.0
     growth_factor: float = 2.0
@@ -221,6 +247,8 @@ class GradScalerKwargs:
 class InitProcessGroupKwargs:
     """What the process group is made with; its backend follows from the device."""
 
+    to_dict, to_kwargs = _to_dict, _to_kwargs
+
     backend: str | None = "nccl"
     init_method: str | None = None
     timeout: timedelta | None = None
@@ -235,6 +263,8 @@ class InitProcessGroupKwargs:
 @dataclass
 class ProfileKwargs:
     """What `profile` is entered with."""
+
+    to_dict, to_kwargs = _to_dict, _to_kwargs
 
     activities: list[str] | None = None
     schedule_option: dict[str, int] | None = None
@@ -264,6 +294,8 @@ class ProfileKwargs:
 @dataclass
 class DistributedDataParallelKwargs:
     """DistributedDataParallel's options."""
+
+    to_dict, to_kwargs = _to_dict, _to_kwargs
 
     dim: int = 0
     broadcast_buffers: bool = True
@@ -305,6 +337,8 @@ class DistributedDataParallelKwargs:
 class AORecipeKwargs:
     """Float8 by torchao; details are given by `fp8=FP8Options(recipe=..., skip=[...])`."""
 
+    to_dict, to_kwargs = _to_dict, _to_kwargs
+
     config: Any = None
     module_filter_func: Callable[..., bool] | None = None
     pad_inner_dim: bool | None = None
@@ -319,6 +353,8 @@ class AORecipeKwargs:
 @dataclass
 class TERecipeKwargs:
     """Float8 by transformer-engine; its recipe is that package's default here."""
+
+    to_dict, to_kwargs = _to_dict, _to_kwargs
 
     use_autocast_during_eval: bool | None = None
     margin: int | None = None
@@ -338,6 +374,8 @@ class TERecipeKwargs:
 @dataclass
 class FP8RecipeKwargs:
     """Float8 by the backend named: "AO" or "TE"."""
+
+    to_dict, to_kwargs = _to_dict, _to_kwargs
 
     backend: str | None = None
     opt_level: str | None = None

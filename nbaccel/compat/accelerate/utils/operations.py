@@ -32,6 +32,7 @@ __all__ = [
     "pad_across_processes",
     "recursively_apply",
     "reduce",
+    "reduction_of",
     "send_to_device",
     "slice_tensors",
 ]
@@ -62,9 +63,14 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
     return collectives.broadcast_object_list(object_list, world=join(), source=from_process)
 
 
-def reduce(tensor: Any, reduction: collectives.Reduction = "mean", scale: float = 1.0) -> Any:
-    """The mean, sum, max or min over the ranks."""
-    return collectives.reduce(tensor, world=join(), reduction=reduction, scale=scale)
+def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
+    """The mean, sum, max or min over the ranks, times `scale`; "none" is the sum, as in accelerate."""
+    return collectives.reduce(tensor, world=join(), reduction=reduction_of(reduction), scale=scale)
+
+
+def reduction_of(name: str) -> Any:
+    """nbaccel's word for accelerate's: there "none" adds up and does not divide."""
+    return "sum" if name == "none" else name
 
 
 def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:

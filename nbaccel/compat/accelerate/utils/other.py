@@ -21,6 +21,7 @@ __all__ = [
     "convert_bytes",
     "extract_model_from_parallel",
     "is_compiled_module",
+    "merge_dicts",
     "patch_environment",
     "save",
     "set_seed",
@@ -94,6 +95,16 @@ def is_compiled_module(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules
 
 
+def merge_dicts(source: dict[Any, Any], destination: dict[Any, Any]) -> dict[Any, Any]:
+    """`destination`, with what `source` has put into it, level by level."""
+    for key, value in source.items():
+        if isinstance(value, dict):
+            merge_dicts(value, destination.setdefault(key, {}))
+        else:
+            destination[key] = value
+    return destination
+
+
 def convert_bytes(size: float) -> str:
     """ "1.5 GB" for 1.5 * 1024 ** 3 bytes, and the like."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
@@ -112,16 +123,16 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
     return bar(*args, **kwargs)
 
 
-def str_to_bool(value: str) -> int:
-    """1 for y, yes, t, true, on, 1; 0 for n, no, f, false, off, 0.
+def str_to_bool(value: str, to_bool: bool = False) -> int | bool:
+    """1 for y, yes, t, true, on, 1; 0 for n, no, f, false, off, 0; or as a bool.
 
     Raises:
         ValueError: neither.
     """
     if value.lower() in ("y", "yes", "t", "true", "on", "1"):
-        return 1
+        return True if to_bool else 1
     if value.lower() in ("n", "no", "f", "false", "off", "0"):
-        return 0
+        return False if to_bool else 0
     raise ValueError(f"{value!r} is neither true nor false")
 
 
