@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 from nbaccel.notebook.cell import Bundle, Cell
 from nbaccel.notebook.tap import Ear, listen
@@ -13,10 +13,27 @@ from nbaccel.session.panel import html
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Knob
 
-__all__ = ["Actions", "Controls"]
+__all__ = ["Actions", "Controls", "Stopped"]
 
 _LIVE_LINES = 200
 _MOST_KNOBS = 6
+_ROUNDING = 1e-9
+
+
+Stopped = Literal["", "asked", "interrupted", "killed"]
+"""How the ranks of a run have been told to end; the empty word: not at all."""
+
+_STOP: Mapping[Stopped, tuple[str, str, str]] = {
+    "": ("Stop", "End all ranks", ""),
+    "asked": (
+        "Interrupt",
+        "Raise KeyboardInterrupt in all ranks without waiting for a step",
+        "all ranks stop at their next optimizer step",
+    ),
+    "interrupted": ("Stop at once", "Kill all ranks without waiting for them", "all ranks are interrupted"),
+    "killed": ("Stop at once", "Kill all ranks without waiting for them", ""),
+}
+"""Of the button, what it says and what it tells one does next; then what stands beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +41,24 @@ class Actions:
     """What the controls do; called from any thread."""
 
     stop: Callable[[], None]
-    """Ask all ranks to end; a second time, kill them."""
+    """End all ranks, each time it is called less gently."""
+    stopped: Callable[[], Stopped]
+    """What `stop` has done so far, called from whichever panel of the run."""
     save: Callable[[], None]
     """Ask for a checkpoint at the next step; there only while something in the ranks listens."""
     turn: Callable[[str, Any], None]
     """Set a knob on all ranks."""
+
+
+@dataclass(slots=True)
+class _Turned:
+    """A knob's widget."""
+
+    widget: Any
+    said: Any
+    """What the ranks use."""
+    asked: Any
+    """What was asked of them last, or they have said since."""
 
 
 @final
@@ -38,9 +68,7 @@ class Controls:
     As many for a thousand ranks as for one; a knob adds one.
     """
 
-    def __init__(
-        self, widgets: Any, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
-    ) -> None:
+    def __init__(self, widgets: Any, actions: Actions, state: RunState, repaint: Callable[[], None]) -> None:
         self._actions = actions
         row = widgets.Layout(flex_flow="row wrap", align_items="center", width="100%")
         small = widgets.Layout(width="auto", height="26px")
@@ -53,13 +81,14 @@ class Controls:
         self._whose = widgets.Dropdown(options=options, value=-1, layout=widgets.Layout(width="120px"))
         self._output = widgets.HTML(layout=widgets.Layout(width="100%"))
         self._shown: tuple[int, bytes] | None = None
-        line = widgets.HBox([self._stop, self._save, self._whose], layout=row)
+        self._stops = widgets.Label()
+        line = widgets.HBox([self._stop, self._save, self._whose, self._stops], layout=row)
         self._knobs = widgets.HBox([], layout=row)
-        self._turned: dict[str, Any] = {}
+        self._turned: dict[str, _Turned] = {}
         self._box = widgets.VBox([line, self._knobs, self._output], layout=widgets.Layout(width="100%"))
         self._widgets = widgets
         self._parts = [self._box, line, self._knobs, self._stop, self._save, self._whose]
-        self._parts.append(self._output)
+        self._parts += [self._stops, self._output]
         self._ids = frozenset(widget.comm.comm_id for widget in self._parts)
         self.ear: Ear
         self._whose.observe(lambda _: repaint(), names="value")
@@ -73,7 +102,7 @@ class Controls:
             import ipywidgets
         except ImportError:
             return None
-        made = cls(ipywidgets, cell, actions, state, repaint)
+        made = cls(ipywidgets, actions, state, repaint)
         ear = listen(cell, lambda: made._ids)
         if ear is None:
             made._box.close()
@@ -87,29 +116,35 @@ class Controls:
         return {"application/vnd.jupyter.widget-view+json": view, "text/html": "", "text/plain": ""}
 
     def paint(self, state: RunState) -> None:
-        """Bring the open output and the knobs up to date."""
+        """Bring the open output, the knobs and what Stop says up to date."""
+        self._paint_stop()
         self._save.layout.display = "inline-block" if state.options else "none"
         for knob in list(state.knobs.values())[:_MOST_KNOBS]:
             self._paint_knob(knob)
         self.paint_output(state)
 
     def _paint_knob(self, knob: Knob) -> None:
-        """A slider for a new knob; for a known one the value the ranks use, if it is not what was asked last."""
-        widget = self._turned.get(knob.name)
-        if widget is None:
-            widget = self._turned[knob.name] = _knob_widget(self._widgets, knob)
+        """A slider for a new knob; for a known one the value the ranks use, once they have taken another."""
+        turned = self._turned.get(knob.name)
+        if turned is None:
+            widget = _knob_widget(self._widgets, knob)
+            turned = self._turned[knob.name] = _Turned(widget, said=knob.value, asked=knob.value)
             self._parts.append(widget)
             self._ids |= {widget.comm.comm_id}
             self._knobs.children = (*self._knobs.children, widget)
-            widget.nbaccel_said = knob.value
-            widget.observe(lambda change: self._on_turn(knob.name, widget, change["new"]), names="value")
-        elif knob.value != widget.nbaccel_said:
-            widget.nbaccel_said = knob.value
-            widget.value = knob.value
+            widget.observe(lambda change: self._on_turn(knob, change["new"]), names="value")
+        elif knob.value != turned.said:
+            turned.said = turned.asked = knob.value
+            turned.widget.value = knob.value
 
-    def _on_turn(self, name: str, widget: Any, value: Any) -> None:
-        if value != widget.nbaccel_said:
-            self._actions.turn(name, value)
+    def _on_turn(self, knob: Knob, value: Any) -> None:
+        """Ask for a value, also for the one the ranks still use while another has been asked for."""
+        if isinstance(value, float) and knob.low is not None and knob.high is not None:
+            value = min(max(value, knob.low), knob.high)  # a logarithmic slider's ends lie beside them
+        turned = self._turned[knob.name]
+        if value != turned.asked:
+            turned.asked = value
+            self._actions.turn(knob.name, value)
 
     def paint_output(self, state: RunState) -> None:
         """Show what the chosen rank printed last; of a failed run, the first failure's rank by itself."""
@@ -132,10 +167,13 @@ class Controls:
             widget.close()
 
     def _on_stop(self, _: object) -> None:
-        self._stop.description = "Stop at once"
-        self._stop.tooltip = "Kill all ranks without waiting for them"
-        self._stop.button_style = "danger"
         self._actions.stop()
+        self._paint_stop()
+
+    def _paint_stop(self) -> None:
+        stopped = self._actions.stopped()
+        self._stop.description, self._stop.tooltip, self._stops.value = _STOP[stopped]
+        self._stop.button_style = "danger" if stopped else ""
 
 
 def _knob_widget(widgets: Any, knob: Knob) -> Any:
@@ -146,13 +184,13 @@ def _knob_widget(widgets: Any, knob: Knob) -> Any:
     if isinstance(knob.value, str):
         return widgets.Text(**given)
     low, high = knob.low, knob.high
-    if low is None or high is None:
+    if low is None or high is None or math.isinf(high - low):
         kind = widgets.IntText if isinstance(knob.value, int) else widgets.FloatText
         return kind(**given)
     if isinstance(knob.value, int):
-        return widgets.IntSlider(min=int(low), max=int(high), **given)
+        return widgets.IntSlider(min=math.ceil(low), max=math.floor(high), **given)
     if low > 0 and high / low >= 50:
-        return widgets.FloatLogSlider(
-            min=math.log10(low), max=math.log10(high), step=0.02, readout_format=".2g", **given
-        )
+        # an end that is rounded inwards would keep the slider from a value that is on it
+        ends = {"min": math.log10(low) - _ROUNDING, "max": math.log10(high) + _ROUNDING}
+        return widgets.FloatLogSlider(step=0.02, readout_format=".2g", **ends, **given)
     return widgets.FloatSlider(min=low, max=high, step=(high - low) / 100, readout_format=".3g", **given)

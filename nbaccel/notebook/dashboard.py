@@ -121,7 +121,7 @@ class Panel:
             self._closed, self._state = True, state
             if any(rank.paces for rank in state.ranks):
                 self._compare()
-            # the cell's own error follows right below, traceback and all
+            # the cell's own error follows right below, traceback and all, unless it is caught
             header, error, body = _final(state, self._heading, self._label, brief=self._cell.running)
             self._cell.show(header, name=self._header, update=True)
             self._cell.show(error, name=self._middle, update=True)
@@ -185,10 +185,9 @@ def show(
 
 
 def _final(state: RunState, heading: Heading, label: CellLabel, *, brief: bool) -> tuple[Bundle, ...]:
-    """The panel's three outputs in their last form; `brief`: the failure in one line."""
+    """The panel's three outputs in their last form; `brief`: the failure in one line, its traceback folded."""
     view = read(state, heading, time.time())
-    said = headline(state, label)
-    error = html.failure([said] if brief and said else error_lines(state, label))
+    error = html.failure(error_lines(state, label), headline=headline(state, label) if brief else "")
     plain = paint_text(view, error=error_lines(state, label, colour=False), hints=_hints(view))
     body = html.body(view) + html.outputs_folded(last_outputs(state, view)) + html.folder(view)
     return _bundle(html.header(view), plain), _bundle(error, ""), _bundle(body, "")

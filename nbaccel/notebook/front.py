@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
 from nbaccel.notebook.cell import Cell
-from nbaccel.notebook.controls import Actions
+from nbaccel.notebook.controls import Actions, Stopped
 from nbaccel.notebook.dashboard import Panel, show
 from nbaccel.notebook.displays import Displays
 from nbaccel.notebook.widgets import RankWidgets
@@ -107,6 +109,7 @@ def build_front(
     # a console takes input too, and cannot repaint
     live = (environment.live and environment.front_end != "none") or dashboard is True
     panel: Panel | TerminalPanel | None = None
+    aside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     limit: Limit | None = None
     if wanted and cell is not None and live:
         state = new_state(num_ranks, time.time())
@@ -114,7 +117,7 @@ def build_front(
         limit = Limit(write)
     elif wanted and cell is None and environment.is_tty:
         panel = TerminalPanel(heading)
-        write = panel.write
+        write, aside = panel.write, panel.aside
     text = TextSink(
         limit or write,
         num_ranks=num_ranks,
@@ -123,11 +126,18 @@ def build_front(
         transient=environment.live or environment.is_tty,
         displays=cell is None and mode != "none",
     )
+
+    def interrupt() -> None:
+        for run in made:
+            run.interrupt()
+
     prompts = Prompts(
         lambda rank, id, answer: tell(rank, Request(kind="input", name=id, value=answer)),
-        interrupt=actions.stop,
+        interrupt=interrupt,
         can_ask=environment.allow_stdin if kernel is not None else _keyboard(),
         num_ranks=num_ranks,
+        say=lambda note: write(f"nbaccel: {note}\n", "stderr"),
+        aside=aside,
     )
     sinks: list[Sink] = [*([panel] if panel is not None else []), text]
     widgets: RankWidgets | None = None
@@ -159,17 +169,16 @@ def build_front(
 
 def _controls(made: Sequence[Run]) -> tuple[Actions, Callable[[int, Request], None]]:
     """What the panel's controls do to the run, and how one rank is told something."""
-    asked: list[str] = []
+    stopped: Stopped = ""  # by whichever panel of the run
 
     def stop() -> None:
+        nonlocal stopped
+        if not stopped and any(run.state.options for run in made):
+            stopped = "asked"  # an Accelerator listens: all ranks end at the same step, if one comes
+        else:
+            stopped = "interrupted" if stopped in ("", "asked") else "killed"
         for run in made:
-            if asked:
-                run.kill()
-            elif run.state.options:
-                run.stop()  # an Accelerator listens: all ranks end at the same step
-            else:
-                run.interrupt()
-        asked.append("stop")
+            {"asked": run.stop, "interrupted": run.interrupt, "killed": run.kill}[stopped]()
 
     def save() -> None:
         for run in made:
@@ -184,7 +193,7 @@ def _controls(made: Sequence[Run]) -> tuple[Actions, Callable[[int, Request], No
         for run in made:
             run.tell(rank, request)
 
-    return Actions(stop=stop, save=save, turn=turn), tell
+    return Actions(stop=stop, stopped=lambda: stopped, save=save, turn=turn), tell
 
 
 def _with_tilde(folder: Path) -> str:

@@ -40,7 +40,7 @@ def culprit() -> Culprit | None:
 
 def _cell_name() -> str:
     """The cell that runs, or has just run: the counter is one ahead by then."""
-    return f"Cell In[{max(1, len(getattr(_shell(), 'user_ns', {}).get('In', ())) - 1)}]"
+    return f"Cell In[{max(1, len(_cells()) - 1)}]"
 
 
 def _follow(*_: Any) -> None:
@@ -74,6 +74,11 @@ def running_cell() -> tuple[str, int] | None:
 
 def cell_source() -> str | None:
     """The text of the cell that runs now."""
-    shell = _shell()
-    history = getattr(shell, "user_ns", {}).get("In") if shell is not None else None
-    return str(history[-1]) if history else None
+    cells = _cells()
+    return str(cells[-1]) if cells else None
+
+
+def _cells() -> list[Any]:
+    """IPython's list of cells, and not its name `In` in the notebook, which is the user's to take."""
+    cells = getattr(getattr(_shell(), "history_manager", None), "input_hist_parsed", None)
+    return cells if isinstance(cells, list) else []

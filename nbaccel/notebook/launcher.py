@@ -232,7 +232,7 @@ def _start(request: Request) -> Run:
     sinks: list[Sink] = [*front.sinks]
     if folder is not None:
         task = request.task
-        facts = run_facts(task.function, task.name, cell_source(), plan, environment)
+        facts = run_facts(task.function, task.name, cell_source(), plan, environment, task.args, task.kwargs)
         asked = json.loads(request.config.to_json())
         sinks.append(FolderSink(folder, config=asked, run=facts, report=streams.say))
     run = start_run(

@@ -452,7 +452,9 @@ class Session:
         )
 
     def _folder_sink(self, folder: Path, task: Task, plan: Plan) -> FolderSink:
-        facts = run_facts(task.function, task.name, cell_source(), plan, self._environment)
+        facts = run_facts(
+            task.function, task.name, cell_source(), plan, self._environment, task.args, task.kwargs
+        )
         return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=say)
 
 

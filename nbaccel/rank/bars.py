@@ -18,6 +18,7 @@ from nbaccel.wire.events import Progress
 __all__ = ["relay_bars"]
 
 _EVERY = 0.1
+_MOST_OF_NOTE = 200  # characters
 
 
 def relay_bars(*, quiet: bool) -> None:
@@ -70,15 +71,28 @@ def _tell(bar: Any) -> None:
         return
     state["_nbaccel_told"] = now
     name = (bar.desc or "").strip().rstrip(":").strip()
+    depth = abs(bar.pos)
+    has_prefixes = bar.unit_scale in (True, 1)
+    scale = bar.unit_scale if bar.unit_scale and not has_prefixes else 1  # as tqdm does
     events.emit(
         Progress(
-            name=name or ("loop" if not bar.pos else f"loop {abs(bar.pos) + 1}"),
-            step=int(bar.n),
-            total=int(bar.total) if bar.total else None,
+            name=name or (f"loop {depth + 1}" if depth else "loop"),
+            step=_figure(bar.n * scale),
+            total=_figure(bar.total * scale) if bar.total else None,
             unit=str(bar.unit).strip() or "it",
-            note=str(bar.postfix or ""),
+            note=str(bar.postfix or "")[:_MOST_OF_NOTE],
+            depth=depth,
+            ended=bool(bar.disable),  # what is disabled from its beginning does not come here
+            divisor=int(bar.unit_divisor) if has_prefixes else None,
         )
     )
+
+
+def _figure(count: Any) -> float:
+    """A count with its fraction, if it has one, in few digits."""
+    exact = float(count)
+    short = exact if exact.is_integer() else float(f"{exact:.6g}")
+    return int(short) if short.is_integer() else short
 
 
 def _make_plain(own: str, module: Any) -> None:

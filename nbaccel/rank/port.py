@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import select
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, TypeVar, final
 
 from nbaccel.rank.spec import Call, Exit, Join
 from nbaccel.wire.channel import Channel, ChannelClosed
-from nbaccel.wire.events import Event, Request
+from nbaccel.wire.events import Event, Metric, Progress, Request
 
 __all__ = ["Port"]
 
@@ -20,10 +20,15 @@ _Found = TypeVar("_Found")
 
 @final
 class Port:
-    """The rank's end of the channel: `wire.events` speaks through it."""
+    """The rank's end of the channel: `wire.events` speaks through it.
+
+    Attributes:
+        moves: how often each thread, by its ident, has told of progress in a loop.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self.moves: Counter[int] = Counter()
         self._commands: deque[tuple[_Command, list[int]]] = deque()
         self._replies: dict[str, Any] = {}
         self._requests: list[Request] = []
@@ -34,6 +39,8 @@ class Port:
         self._poll.register(channel, select.POLLIN)
 
     def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
+        if isinstance(event, (Progress, Metric)):
+            self.moves[threading.get_ident()] += 1
         self._channel.send(event, fds)
 
     def requests(self) -> list[Request]:

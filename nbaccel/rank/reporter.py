@@ -15,10 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any, final
 
+from nbaccel.rank import here
 from nbaccel.rank.free import close_connections
 from nbaccel.rank.spec import Free
 from nbaccel.rank.vitals import Gauge
@@ -48,11 +49,15 @@ class Reporter:
 
     Args:
         local_rank: the index of this rank's accelerator.
+        moves: how often each thread, by its ident, has told of progress in a loop.
         thread: the one that runs user code; None is the main thread.
     """
 
-    def __init__(self, local_rank: int, *, thread: threading.Thread | None = None) -> None:
+    def __init__(
+        self, local_rank: int, *, moves: Mapping[int, int], thread: threading.Thread | None = None
+    ) -> None:
         self._thread = thread or threading.main_thread()
+        self._moves = moves
         ours, theirs = pair()
         self._channel = Channel(ours)
         self._theirs = theirs
@@ -74,7 +79,7 @@ class Reporter:
         try:
             while True:
                 ask, _ = self._channel.recv()
-                place = place or _Place(self._thread)
+                place = place or _Place(self._thread, self._moves)
                 if isinstance(ask, Free):
                     close_connections(ask.pids)
                 else:
@@ -131,7 +136,8 @@ class _Place:
     when, as far as it was looked at.
 
     A frame seen twice is the same one only if the thread did not work in between: a frame's address is
-    used again by the next call. So nothing is said of a thread that computes or wakes up often.
+    used again by the next call. So nothing is said of a thread that computes, wakes up often or tells of progress.
+    That it computes does not make it move: a wait for a GPU does so too, in one place.
 
     Whoever holds a frame keeps its variables alive after it has returned. On XLA a tensor that lives a moment longer
     is one more result of the graph that is cut in this moment, on this rank alone: another graph than its peers',
@@ -139,30 +145,32 @@ class _Place:
     a thread that traces graphs are read only while it stands still.
     """
 
-    def __init__(self, thread: threading.Thread) -> None:
-        self.thread = thread
+    def __init__(self, thread: threading.Thread, moves: Mapping[int, int]) -> None:
+        self.thread, self._moves = thread, moves
         self.codes: tuple[CodeType, ...] = ()
         """What it was in when it was last looked at, the innermost first."""
         self._seen: dict[tuple[int, int, int], float] = {}
         self._now: tuple[tuple[int, int, int], ...] = ()
         self._since = self._looked = time.monotonic()
-        self._used = _usage(self.thread)
+        self._used, self._told = _usage(thread), self._moves.get(thread.ident or 0, 0)
 
     def look(self) -> float:
         """Look again; for how many seconds it has not moved."""
         now, used = time.monotonic(), _usage(self.thread)
+        told = self._moves.get(self.thread.ident or 0, 0)
         elapsed = max(now - self._looked, 1e-3)
         cpu, wakes = used[0] - self._used[0], used[1] - self._used[1]
-        worked = cpu > 0.1 * elapsed + 0.02 or wakes > _WAKES * elapsed + 2 or elapsed > _APART
+        moved = wakes > _WAKES * elapsed + 2 or told != self._told or elapsed > _APART
+        worked = moved or cpu > 0.1 * elapsed + 0.02
         steps = () if worked and "torch_xla" in sys.modules else _steps(self.thread)
         self.codes = tuple(code for _, code, _ in steps)
         keys = tuple((frame, id(code), lineno) for frame, code, lineno in steps)
         if worked:
             self._seen = {}
-        if worked or keys != self._now:
+        if moved or not keys or keys != self._now:
             self._since = now
         self._seen = {key: self._seen.get(key, now) for key in keys}
-        self._now, self._looked, self._used = keys, now, used
+        self._now, self._looked, self._used, self._told = keys, now, used, told
         return now - self._since
 
     def lines(self) -> tuple[Line, ...]:
@@ -181,7 +189,7 @@ class _Place:
 def _usage(thread: threading.Thread) -> tuple[float, int]:
     """Seconds of processor time and voluntary waits of a thread; zeros where /proc has none."""
     try:
-        task = f"/proc/self/task/{thread.native_id}"
+        task = f"/proc/self/task/{_native_id(thread)}"
         with open(f"{task}/schedstat", "rb") as file:
             cpu = int(file.read().split()[0]) / 1e9
         with open(f"{task}/status", "rb") as file:
@@ -191,6 +199,14 @@ def _usage(thread: threading.Thread) -> tuple[float, int]:
     except (OSError, IndexError, ValueError):
         pass  # not this platform: frames alone tell
     return 0.0, 0
+
+
+def _native_id(thread: threading.Thread) -> int:
+    """The system's number for a thread. Of the main one Linux has it from the process: Python may still have that of
+    the process this one was forked from."""
+    if thread is threading.main_thread() and sys.platform == "linux":
+        return os.getpid()
+    return thread.native_id or 0
 
 
 def _walk(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
@@ -220,11 +236,11 @@ def _stacks(place: _Place) -> Stacks:
     known = {thread.ident: thread for thread in threading.enumerate()}
     threads = []
     for ident, top in sys._current_frames().items():
-        if ident == me:
-            continue
         thread = known.get(ident)
+        if ident == me or here.index_of(thread) != here.index_of(place.thread):
+            continue
         name = thread.name if thread else "started by C code"
-        native = (thread.native_id if thread else None) or 0
+        native = 0 if thread is None else _native_id(thread)
         frames = place.lines() if ident == main else tuple(_line(*at) for at in _walk(top))
         threads.append(Thread(name, native, frames, main=ident == main))
     threads.sort(key=lambda thread: not thread.main)

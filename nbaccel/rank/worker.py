@@ -104,7 +104,7 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         membership = join_session(spec, place, renew) if spec.keep else None
         call = call or (None if spec.keep else open_call(place))
         serve_libraries(spec, place.rank, port)
-        reporter = Reporter(place.rank)
+        reporter = Reporter(place.rank, moves=port.moves)
         port.emit(Status(state="idle", pid=os.getpid()), reporter.descriptors)
         reporter.start()
         code = Server(port, call, membership, park=spec.park).serve()
@@ -159,7 +159,7 @@ def _set_device(spec: RunSpec, rank: int) -> None:
     if spec.device in ("cuda", "xpu"):
         getattr(torch, spec.device).set_device(rank)
     elif spec.runtime is not None:
-        tpu.use(tpu.set_up(spec, process=rank)[0], rank)
+        tpu.use(tpu.set_up(spec, process=rank)[0])
 
 
 def join_session(

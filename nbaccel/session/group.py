@@ -10,6 +10,7 @@ Who uses the ranks, `calls`, is told what they answer and when one is lost, and 
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -41,6 +42,7 @@ Phase = Literal["starting", "ready", "leaving", "parked", "stopping", "over"]
 # Importing torch in a cold server, on a slow disk: no fault of the ranks.
 _SERVER_START = 300.0
 _GONE = 10.0
+_WITH_US = "the kernel or process that launched it has ended"
 
 
 class User(Protocol):
@@ -261,7 +263,8 @@ class Group:
             self.fail(lost_parent(self.ranks.log(), starting=starting))
         self.enter("stopping", _GONE)
         for rank in self.living():
-            self._on_exit(Exited(rank, -signal.SIGKILL, "the process that made it is gone"))
+            gone = "the process that made it is gone"
+            self._on_exit(Exited(rank, -signal.SIGKILL, _WITH_US if _we_leave() else gone))
 
     def _tell_notes(self) -> None:
         for note in self.ranks.notes:
@@ -303,7 +306,7 @@ class Group:
         self._on_rank(rank)
         self.ranks.wires.drain_output(rank)
         cause = cause_of_exit(exited, self.watch.crash(rank), self._oom_kills, self._label)
-        asked = self._user.ends_on_request()
+        asked = self._user.ends_on_request() or _we_leave()
         died = Died(rank=rank, exitcode=exited.exitcode, detail=cause, asked=asked)
         self.watch.drop(rank)
         self.fold(died)
@@ -321,3 +324,9 @@ class Group:
             return
         for note in self.recover(everyone=True):
             self._say(note)
+
+
+def _we_leave() -> bool:
+    """Whether this process is at its exit, by which the servers and all their ranks end: nobody's failure. Python
+    declares the main thread ended before it calls exit handlers."""
+    return not threading.main_thread().is_alive()

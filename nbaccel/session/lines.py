@@ -14,11 +14,12 @@ import re
 from itertools import chain
 from typing import final
 
-__all__ = ["Lines", "fit", "overlay", "visible"]
+__all__ = ["Lines", "fit", "overlay", "repainted", "visible"]
 
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
 _ERASE_RIGHT = re.compile(r"\x1b\[0?K")
 _ERASE_LINE = "\x1b[2K"
+_REWOUND = re.compile(r"^[^\n]*\r(?!\n)", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 # Past this length a line with escape sequences is replaced rather than overwritten character by character:
 # taking it apart at each rewrite would cost more than anybody could see of it.
@@ -192,6 +193,11 @@ def _cells(text: str) -> tuple[list[str], str]:
             escapes += match.group()
             at = match.end()
     return cells, escapes
+
+
+def repainted(text: str) -> str:
+    """Of each line what stays when all before its last `\\r` is painted over, as `TextSink` does with bars."""
+    return _REWOUND.sub("", text) if "\r" in text else text
 
 
 def visible(text: str) -> int:

@@ -49,7 +49,7 @@ def look_at(relay: Relay, rank: int | None, *, first: int | None = None) -> None
     asks = environment.allow_stdin if environment.kernel == "ipykernel" else sys.stdin.isatty()
     if not asks:
         raise ConfigError("this front end takes no input: open the notebook in a live one to debug")
-    prompts = Prompts(reply, interrupt=lambda: None, can_ask=True, num_ranks=num_ranks)
+    prompts = Prompts(reply, interrupt=lambda: None, can_ask=True, num_ranks=num_ranks, say=lambda _: None)
     parcel, fd = payload.pack((debugger.post_mortem, (), {}), outward=True)
     call = CallInFlight(
         Delivery(parcel=parcel, fd=fd, returns="none"),

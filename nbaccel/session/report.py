@@ -132,7 +132,7 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
         at = f" (at {where})" if (where := user_place(first.info, label)) else ""
         yield _paint(f"{title}{who} failed: {first.info.headline}{at}", _BOLD + _RED, colour)
     else:
-        yield _paint(f"{title}{who} {explain_exit(first.exitcode)}", _BOLD + _RED, colour)
+        yield _paint(f"{title}{who} {explain_exit(first.exitcode, first.detail)}", _BOLD + _RED, colour)
         if first.detail:
             yield first.detail
         if words := outcome.last_words.get(ranks[0]):
@@ -170,7 +170,7 @@ def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
         name = outcome.ended_by_us[rank].name
         return f"did not end in the {outcome.grace:g} s given: ended by {name}"
     if isinstance(event, Died):
-        return explain_exit(event.exitcode)
+        return explain_exit(event.exitcode, event.detail)
     return "had returned" if rank in outcome.returned else "ended by itself"
 
 
@@ -213,8 +213,8 @@ def user_place(info: ExceptionInfo, label: CellLabel) -> str | None:
     return None
 
 
-def explain_exit(exitcode: int) -> str:
-    """An exit code as a sentence about the rank."""
+def explain_exit(exitcode: int, detail: str = "") -> str:
+    """An exit code as a sentence about the rank; what killed it is not guessed where `detail` tells."""
     if exitcode >= 0:
         return f"ended without a result, exit code {exitcode} (os._exit, or a library that ends the process)"
     try:
@@ -227,7 +227,8 @@ def explain_exit(exitcode: int) -> str:
         "SIGABRT": ": compiled code gave up, often two ranks in one collective with different shapes",
         "SIGBUS": ": memory it had mapped went away, often a file overwritten while loaded or a full /dev/shm",
     }
-    return f"was ended by {name}{hints.get(name, '')}"
+    hint = "" if name == "SIGKILL" and detail else hints.get(name, "")
+    return f"was ended by {name}{hint}"
 
 
 def render(info: ExceptionInfo, label: CellLabel, *, title: str, colour: bool) -> Iterable[str]:

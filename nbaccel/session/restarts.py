@@ -72,7 +72,7 @@ def run_again(
         say(f"restart {number} of {limit}, {goes_on}")
 
 
-def _failed_at(run: Run) -> tuple[str, str, int | None, int] | None:
+def _failed_at(run: Run) -> tuple[str, str, int | None, float] | None:
     """How the run failed, in which loop, its epoch and step, by the first failure; None when no loop told."""
     failure = run.state.failure
     progress = () if failure is None else tuple(run.state.ranks[failure.rank].progress.values())

@@ -36,7 +36,7 @@ _MEANWHILE = 0.05
 class Run:
     """A function running, or having run, on N ranks. Made by `nbaccel.launch`.
 
-    It can be awaited: `values = await run`.
+    It can be awaited: `values = await run`. The ranks' questions are then asked there too.
 
     Args:
         meanwhile: called ten times a second or more by the thread that waits for the run.
@@ -266,6 +266,8 @@ class Run:
             try:
                 # ■ cancels the cell's task and does not wake a loop that sleeps
                 while not done.is_set():
+                    if self._meanwhile is not None:
+                        self._meanwhile()  # a question that is open holds the loop up, as `input` in a cell does
                     await asyncio.wait({waiting}, timeout=_MEANWHILE)
             except asyncio.CancelledError:
                 self._relay.interrupt(self._call)

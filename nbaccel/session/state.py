@@ -70,7 +70,7 @@ _Value = TypeVar("_Value")
 class Pace(NamedTuple):
     """How fast a loop is, of late: what is long ago counts ever less."""
 
-    step: int
+    step: float
     at: float
     """When it was there, on the rank's clock."""
     steps: float = 0.0

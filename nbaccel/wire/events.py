@@ -96,8 +96,8 @@ class Progress(_Event):
     """How far a loop is. `total` is None when the length is unknown."""
 
     name: str
-    step: int
-    total: int | None = None
+    step: float
+    total: float | None = None
     epoch: int | None = None
     unit: str = "it"
     times: Mapping[str, float] | None = None
@@ -107,6 +107,12 @@ class Progress(_Event):
     """What the loop says beside its bar."""
     workers: int | None = None
     """Processes that fetch its batches; None when that is not known."""
+    depth: int | None = None
+    """How many loops it stands in; None when that is not known."""
+    ended: bool = False
+    """It does not go on, though it may not be at its end; false as well where nobody could tell."""
+    divisor: int | None = None
+    """Its figures are told with prefixes (k, M, G), each this many times the one before; None: as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

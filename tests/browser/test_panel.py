@@ -40,7 +40,7 @@ def train(steps, fail=False):
 
 notebook_launcher(int, num_processes=2)
 """
-RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB, WIDGET, SESSION, DEAF = range(1, 13)
+RUN, STOP, FAIL, SHOW, ASK, LATER, AGAIN, LISTED, KNOB, WIDGET, SESSION, DEAF, BLOCKS = range(1, 14)
 CELLS = {
     RUN: "notebook_launcher(train, (90,), num_processes=4)",
     STOP: """
@@ -156,6 +156,7 @@ try:
 except KeyboardInterrupt:
     print("gone")
 """,
+    BLOCKS: "notebook_launcher(train, (2000,), num_processes=2)",
 }
 
 
@@ -389,6 +390,33 @@ def test_page_closed_in_mid_run_finds_the_run_again(book: Page, lab: Lab, open_p
     text = book.output(LISTED).inner_text()
     assert text.startswith("train")
     assert "2 ranks on cpu · done" in text
+
+
+def test_page_loaded_again_while_the_cell_blocks_shows_of_when_its_panel_is(
+    book: Page, lab: Lab, open_page: Any
+) -> None:
+    book.start(BLOCKS)
+    output = book.output(BLOCKS)
+    wait_for(lambda: "/2000" in output.inner_text(), 20, "a bar")
+    book.save()
+    book.page.goto("about:blank")
+    book.start_kernel = False  # it is busy
+    book.reopen()
+    book.cell(BLOCKS).scroll_into_view_if_needed()
+    wait_for(lambda: "/2000" in output.inner_text(), 20, "the panel as it was saved")
+    assert re.search(r"running.* as of \d\d:\d\d:\d\d", output.inner_text(), re.DOTALL)
+    shot(book, "loaded-again", BLOCKS)
+    elsewhere = open_page("elsewhere.ipynb", "import nbaccel; nbaccel.runs()[0].show()")
+    elsewhere.run(0)
+    shown = elsewhere.output(0)
+    first = wait_for(lambda: "/2000" in shown.inner_text() and shown.inner_text(), 20, "the run, shown again")
+    wait_for(lambda: shown.inner_text() != first, 20, "and it goes on")
+    book.page.locator(
+        '[data-command="notebook:interrupt-kernel"], jp-button[title*="Interrupt"]'
+    ).first.click()
+    book.ready()
+    book.start_kernel = True
+    wait_for(lambda: "■ stopped" in shown.inner_text(), 30, "its end")
 
 
 @pytest.mark.parametrize("trusted", [True, False])

@@ -66,6 +66,12 @@ except Exception as error:
     wait_run_ended(kernel)
 
 
+def test_launch_when_the_notebook_has_taken_ipython_s_names(kernel: Kernel) -> None:
+    cell = kernel.ok("In = 5\nprint(list(notebook_launcher(lambda: 7, num_processes=1, device='cpu')))")
+    assert "[7]" in cell.stdout
+    assert cell.stderr == ""
+
+
 def test_traceback_when_something_asked_cannot_be_shows_the_person_s_lines_only(kernel: Kernel) -> None:
     kernel.ok("""
 import threading
@@ -190,6 +196,38 @@ print(values == [None, None], run.done(), run.exception())
 """)
     assert cell.stdout.splitlines()[0] == "False"
     assert "True True None" in cell.stdout
+
+
+ASKS = """
+import os, time
+def ask(fails=False):
+    if os.environ["RANK"] == "0":
+        return input("name? ")
+    if fails:
+        time.sleep(0.5)
+        raise ValueError("boom")
+"""
+
+
+@pytest.mark.parametrize(
+    "waits", ["await launch(ask, num_processes=2)", "notebook_launcher(ask, num_processes=2)"]
+)
+def test_question_of_a_rank_is_asked_by_the_cell_that_waits(kernel: Kernel, waits: str) -> None:
+    cell = kernel.ok(f"{ASKS}\nprint({waits})", answers=["Ada"])
+    assert cell.asked == ["[rank 0] name? "]
+    assert "[0] 'Ada'" in cell.stdout
+
+
+@pytest.mark.parametrize(
+    "waits", ["await launch(ask, True, num_processes=2)", "notebook_launcher(ask, (True,), num_processes=2)"]
+)
+def test_cell_ends_when_a_rank_fails_while_another_one_asks(kernel: Kernel, waits: str) -> None:
+    cell = kernel.run(f"{ASKS}\n{waits}", answers=[])
+    assert cell.asked == ["[rank 0] name? "]
+    assert cell.error == "WorkerError", cell.output
+    assert "rank 1 of 2 failed: ValueError: boom" in cell.traceback
+    assert "rank 0's question is over" in cell.stderr
+    assert kernel.ok("input()", answers=["heard"]).result == "'heard'"
 
 
 def test_interrupt_ends_a_run_that_a_cell_awaits(kernel: Kernel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,28 @@ def test_panel_ends_in_its_static_form(kernel: Kernel) -> None:
     assert middle == {"text/html": "", "text/plain": ""}
     assert body["text/html"].count("20/20") == 2
     assert any("'by 1'" in data.get("text/plain", "") for data in cell.displays)
+
+
+CAUGHT = """
+def deep():
+    raise ValueError("deep cause")
+try:
+    notebook_launcher(deep, num_processes=2, dashboard=True)
+except Exception as error:
+    print("caught", type(error).__name__)
+"""
+
+
+@pytest.mark.kernel
+def test_traceback_of_a_failure_that_is_caught_is_folded_in_the_panel(kernel: Kernel) -> None:
+    cell = kernel.ok(CAUGHT)
+    assert "caught WorkerError" in cell.stdout
+    shown = cell.displays[-2]["text/html"]
+    headline, _, folded = shown.partition("<details style")
+    assert "failed: ValueError: deep cause" in headline
+    assert "Traceback" not in headline
+    for words in ("Traceback", "in deep", "raise ValueError"):
+        assert words in re.sub("<[^>]*>", "", folded)
 
 
 @pytest.mark.kernel

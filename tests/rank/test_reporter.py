@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 import types
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
-from nbaccel.rank.reporter import _Place
+from nbaccel import launch
+from nbaccel.rank import here
+from nbaccel.rank.reporter import _Place, _stacks, _usage
 
 
 def looked(place: _Place, wanted: Callable[[list[str]], bool]) -> list[str]:
@@ -43,7 +46,7 @@ def test_frames_of_a_thread_that_works_when_it_traces_graphs_are_left_alone(
 
     thread = threading.Thread(target=works, daemon=True)
     thread.start()
-    place = _Place(thread)
+    place = _Place(thread, {})
     try:
         if traces:
             looked(place, lambda names: not names)
@@ -55,3 +58,55 @@ def test_frames_of_a_thread_that_works_when_it_traces_graphs_are_left_alone(
         enough.set()
         stop.set()
         thread.join()
+
+
+def test_thread_that_tells_of_progress_has_moved_though_it_stands_in_one_place() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait, daemon=True)
+    thread.start()
+    moves: Counter[int] = Counter()
+    place = _Place(thread, moves)
+    try:
+        looked(place, lambda names: "wait" in names)
+        assert place.look() > 0
+        moves[threading.get_ident()] += (
+            1  # tqdm has a thread of its own, which paints a bar that does not move
+        )
+        assert place.look() > 0
+        moves[thread.ident or 0] += 1
+        assert place.look() == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def used() -> float:
+    return _usage(threading.main_thread())[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_processor_time_of_a_forked_rank_s_main_thread_is_known(clean: None) -> None:
+    values = launch(used, num_processes=2, start_method="fork", folder=False).result()
+    assert all(seconds > 0 for seconds in values)
+
+
+def test_threads_of_another_rank_of_the_process_are_not_told_of() -> None:
+    stop, there = threading.Event(), threading.Barrier(3)
+
+    def rank(index: int) -> None:
+        here.belong(index)
+        there.wait()
+        stop.wait()
+
+    threads = [threading.Thread(target=rank, args=(index,), name=f"rank-{index}") for index in range(2)]
+    for thread in threads:
+        thread.start()
+    there.wait()
+    try:
+        for index, thread in enumerate(threads):
+            told = {one.name for one in _stacks(_Place(thread, {})).threads}
+            assert told & {"rank-0", "rank-1"} == {f"rank-{index}"}
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

@@ -70,3 +70,9 @@ def test_error_raised_from_a_broken_connection_is_no_cause_of_a_death_in_its_mom
     wrapped = ExceptionInfo(type_name="MyError", message="MyError: no step", frames=(), context=broken)
     died = Died(rank=2, time=1.2, exitcode=-9)
     assert "rank 2 of 4 was ended by SIGKILL" in words(Raised(rank=0, time=1.0, call=0, info=wrapped), died)
+
+
+def test_memory_is_blamed_for_a_kill_only_where_nothing_else_is_known() -> None:
+    assert "running out of memory" in words(Died(rank=1, time=0.0, exitcode=-9))
+    said = words(Died(rank=1, time=0.0, exitcode=-9, detail="the process that made it is gone"))
+    assert "rank 1 of 4 was ended by SIGKILL\nthe process that made it is gone" in said

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -99,6 +101,33 @@ def test_run_can_be_awaited() -> None:
         return await run
 
     assert asyncio.run(main()) == [[0], [0, 1]]
+
+
+LEAVES = """
+import sys, time
+from pathlib import Path
+from nbaccel import launch
+def work():
+    print("at work", flush=True)
+    time.sleep(60)
+run = launch(work, num_processes=2, folder=sys.argv[1])
+while not all(rank.tail for rank in run.state.ranks):
+    time.sleep(0.02)
+"""
+
+
+def test_run_is_stopped_and_no_rank_blamed_when_the_process_that_launched_it_exits(tmp_path: Path) -> None:
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES)
+    command = [sys.executable, str(script), str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    past = runs(tmp_path / "runs")[0]
+    assert past.state.situation == "stopped"
+    assert [known.detail for known in past.state.ranks] == [
+        "the kernel or process that launched it has ended"
+    ] * 2
+    assert "SIGKILL" not in str(past.report())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from nbaccel.session.curves import Span, aligned, sparkline
 from nbaccel.session.panel.ansi import plain
-from nbaccel.session.panel.reading import Chart, View, clock, number
+from nbaccel.session.panel.figures import clock, number
+from nbaccel.session.panel.reading import Chart, View
 
 __all__ = ["Difference", "Pair", "Side", "document", "html", "text"]
 
@@ -96,7 +97,7 @@ def _head(side: Side, at: int) -> str:
         view.situation,
         f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''} · {escape(view.heading.device)}",
         clock(view.elapsed),
-        *([f"{number(view.rate, 3)} {escape(view.unit)}/s"] if view.rate is not None else []),
+        *filter(None, [escape(view.speed)]),
         _when(side),
     ]
     return (
@@ -212,7 +213,7 @@ def text(pair: Pair) -> str:
     for letter, side in zip("ab", pair.sides, strict=True):
         view = side.view
         ranks = f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''} on {view.heading.device}"
-        rate = f" · {number(view.rate, 3)} {view.unit}/s" if view.rate is not None else ""
+        rate = f" · {view.speed}" if view.speed else ""
         lines.append(
             f"{letter}  {view.heading.name} · {view.situation} · {ranks} · {clock(view.elapsed)}{rate} · "
             f"{_when(side)} · {side.folder.name}"

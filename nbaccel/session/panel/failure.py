@@ -85,12 +85,11 @@ def _fate(rank: RankState, state: RunState, label: CellLabel) -> str:
         return waited or f"raised after it: {plain(rank.error.headline)[:200]}"
     shown = shown_state(rank, state)
     if shown == "lost":
-        return explain_exit(rank.exitcode or 0)
+        return explain_exit(rank.exitcode or 0, rank.detail)
     return {"stopped": "ended with it", "done": "had returned"}.get(shown, f"is {shown}")
 
 
 def _how_it_ended(failure: Failure) -> str:
-    exit_code = explain_exit(failure.exitcode) if failure.exitcode is not None else "ended"
-    return (
-        f"{exit_code}; {failure.detail}" if failure.detail and failure.detail not in exit_code else exit_code
-    )
+    code, detail = failure.exitcode, failure.detail
+    exit_code = explain_exit(code, detail) if code is not None else "ended"
+    return f"{exit_code}; {detail}" if detail and detail not in exit_code else exit_code

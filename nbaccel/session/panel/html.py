@@ -15,7 +15,8 @@ from html import escape
 
 from nbaccel.session.curves import Span, columns
 from nbaccel.session.panel.ansi import ansi_to_html, plain
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, scaling, size
+from nbaccel.session.panel.figures import clock, number, scaled, size
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, scaling
 from nbaccel.session.results import rank_ranges
 
 __all__ = [
@@ -96,12 +97,10 @@ def header(view: View) -> str:
     device = heading.device + (f" · {heading.precision}" if heading.precision not in (None, "no") else "")
     ranks = f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''}"
     figures = [f"{ranks} · {escape(device)}", *filter(None, [heading.attempt]), clock(view.elapsed)]
-    if view.rate is not None:
-        figures.append(f"{number(view.rate, 3)} {escape(view.unit)}/s")
-    if words := scaling(view):
-        figures.append(words)
+    figures += filter(None, [escape(view.speed), scaling(view)])
     if view.left is not None:
         figures.append(f"{clock(view.left)} left")
+    figures += filter(None, [view.as_of])
     line = (
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;align-items:center">'
         f'<b style="font-size:14px">{escape(plain(heading.name))}</b>'
@@ -134,19 +133,20 @@ def body(view: View) -> str:
     )
 
 
-def failure(lines: Sequence[str]) -> str:
-    """The first failure, open."""
+def failure(lines: Sequence[str], *, headline: str = "") -> str:
+    """The first failure: open, or folded below its `headline`."""
     if not lines:
         return ""
-    text = "\n".join(ansi_to_html(line) for line in lines)
+    text = ansi_to_html(headline) or "\n".join(ansi_to_html(line) for line in lines)
+    folded = output("traceback", lines) if headline and len(lines) > 1 else ""
     return (
         f'<div style="margin:6px 0;padding:4px 10px;border-left:4px solid #d55e00;overflow-x:auto">'
-        f'<div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere">{text}</div></div>'
+        f'<div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere">{text}</div>{folded}</div>'
     )
 
 
 def output(title: str, lines: Sequence[str], *, opened: bool = False) -> str:
-    """What a rank printed last, folded unless `opened`."""
+    """Lines of a rank, folded unless `opened`."""
     text = "\n".join(ansi_to_html(line) for line in lines)
     return (
         f'<details{" open" if opened else ""} style="margin:2px 0"><summary style="cursor:pointer;{MUTED}">'
@@ -231,7 +231,7 @@ def _row(row: Row, columns: Mapping[str, str]) -> str:
         cells.append(small_cell([*_sizes(row.device_memory), *busy], _WIDTHS["device"]))
     if "step" in columns:
         cells.append(_parts_cell(row.parts))
-    words = f'<span style="{MUTED};{_MONO}">{ansi_to_html(row.last_line[:200])}</span>'
+    words = f'<span style="{MUTED};{_MONO}">{ansi_to_html(row.words[:200])}</span>'
     if row.age is not None and row.age >= _SILENT:
         words = f"no sign of life for {clock(row.age)} {words}"
     cells.append(f'<div style="flex:1 1 70px;min-width:0;{_ONE_LINE}">{words}</div>')
@@ -273,12 +273,11 @@ def bar_cell(row: Row, *, named: bool) -> str:
     )
     words = "&nbsp;"
     if row.loop:
-        total = f"/{row.total}" if row.total else ""
-        epoch = f" · epoch {row.epoch}" if row.epoch is not None else ""
-        speed = f" · {number(row.rate, 3)}/s" if row.rate is not None else ""
-        left = f" · {clock(row.left)}" if row.left else ""
-        name = f"{escape(plain(row.loop))} " if named or not row.total else ""
-        words = f"{name}{row.step}{total}{epoch}{speed}{left}"
+        parts = [f"{row.loop} {row.steps}" if named or not row.total else row.steps, *row.outer]
+        parts += [f"epoch {row.epoch}"] if row.epoch is not None else []
+        parts += ["".join(scaled(row.rate, row.divisor, 3)) + "/s"] if row.rate is not None else []
+        parts += [clock(row.left)] if row.left else []
+        words = escape(plain(" · ".join(parts)))
     return cell(f'{bar}<div style="font-size:11px;{MUTED};{_ONE_LINE}">{words}</div>', _WIDTHS["progress"])
 
 
@@ -359,8 +358,9 @@ def _chart(chart: Chart) -> str:
         f'<div style="display:flex;align-items:flex-end;height:{_CHART_HEIGHT}px;'
         f'border-left:1px solid rgba(128,128,128,0.5);border-bottom:1px solid rgba(128,128,128,0.5)">{boxes}</div>'
     )
-    named = f"ranks {rank_ranges(chart.ranks)}"
-    whose = f" · {named if len(named) < 16 else f'{len(chart.ranks)} ranks'}" if len(chart.ranks) > 1 else ""
+    named, count = f"ranks {rank_ranges(chart.ranks)}", len(chart.ranks)
+    many = f"{count} ranks" if count == chart.num_ranks else f"{count} of {chart.num_ranks} ranks"
+    whose = f" · {named if len(named) < 16 else many}" if count > 1 else ""
     scale = f'<div style="font-size:11px;{MUTED}">{number(low)} to {number(high)}{whose}</div>'
     return f'<div style="width:{_CHART_WIDTH}px">{title}{frame}{scale}</div>'
 

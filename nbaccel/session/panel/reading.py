@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 from nbaccel.session.curves import Curve
+from nbaccel.session.panel import loops
+from nbaccel.session.panel.figures import count, number, speed
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import ENDED, Pace, RankState, RunState, Situation
 from nbaccel.wire.events import ExceptionInfo, Progress
@@ -19,13 +22,10 @@ __all__ = [
     "Row",
     "View",
     "all_rows",
-    "clock",
-    "number",
     "read",
     "read_charts",
     "scaling",
     "shown_state",
-    "size",
 ]
 
 PARTS = ("data", "transfer", "forward", "backward", "communication", "optimizer", "checkpoint", "other")
@@ -34,7 +34,6 @@ PARTS = ("data", "transfer", "forward", "backward", "communication", "optimizer"
 _DOMINATES = 0.4
 _STRAGGLES = 1.3
 _LATE = 5.0
-_LATELY = 3.0
 # Before that many steps what they took says little.
 _ENOUGH_STEPS = 5
 _MOST_CHARTS = 6
@@ -67,15 +66,20 @@ class Row:
     detail: str
     loop: str
     """Name of the loop that moved last; empty before one did."""
-    step: int
-    total: int | None
+    step: float
+    total: float | None
     epoch: int | None
+    outer: tuple[str, ...]
+    """The loops that one stands in, outermost first, as `epochs 1/2`."""
     unit: str
+    divisor: int | None
+    """As in `Progress`."""
     rate: float | None
     """Steps per second."""
     left: float | None
-    """Seconds to the end of the loop at this rate."""
+    """Seconds to the end of the outermost loop, as far as that can be told."""
     metrics: tuple[tuple[str, float], ...]
+    """Those logged, then what bars say beside them."""
     parts: tuple[tuple[str, float], ...]
     """Shares of the step's time, in `PARTS` order; they add up to 1."""
     memory: int | None
@@ -83,6 +87,8 @@ class Row:
     device_memory: int | None
     utilization: int | None
     """Percent of the time its accelerator was busy."""
+    note: str
+    """What the loop says beside its bar and is no metric."""
     last_line: str
     age: float | None
     """Seconds since its last sign of life; None once it has ended."""
@@ -91,6 +97,21 @@ class Row:
     def fraction(self) -> float | None:
         """How much of the loop is behind it, 0 to 1; None when its length is not known."""
         return None if not self.total else min(1.0, self.step / self.total)
+
+    @property
+    def steps(self) -> str:
+        """How far it is."""
+        return count(self.step, self.total, self.divisor)
+
+    @property
+    def speed(self) -> str:
+        """How fast that is; empty where it is not known."""
+        return speed(self.rate, self.unit, self.divisor)
+
+    @property
+    def words(self) -> str:
+        """What it says beside its bar, and the line it printed last."""
+        return " · ".join(filter(None, [self.note, self.last_line]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +122,10 @@ class Chart:
     curves: tuple[Curve, ...]
     ranks: tuple[int, ...]
     """Whose they are, of many ranks a sample; empty when the value is one of all ranks together."""
-
-    @property
-    def last(self) -> float:
-        """The newest value, the mean of the ranks'."""
-        values = [curve.last[1] for curve in self.curves if curve.last is not None]
-        return sum(values) / len(values) if values else math.nan
+    last: float
+    """The newest value; the mean of all ranks that have one, also of those whose curves are left out."""
+    num_ranks: int
+    """Of how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +136,17 @@ class View:
     situation: Situation
     num_ranks: int
     elapsed: float
+    at: float | None
+    """When it was so, in seconds since the epoch; None once the run has ended."""
     left: float | None
+    """Seconds until the last rank is at the end of its loops."""
     rate: float | None
     """Steps per second of the slowest rank: the others wait for it."""
     efficiency: float | None
     """What `rate` is of the ideal one; None when the same code has not run on one rank."""
     unit: str
+    divisor: int | None
+    """As in `Progress`."""
     sentences: tuple[str, ...]
     rows: tuple[Row, ...]
     """Every rank up to 16; above that the outliers."""
@@ -132,15 +156,26 @@ class View:
     """The ranks by state."""
     charts: tuple[Chart, ...]
 
+    @property
+    def speed(self) -> str:
+        """How fast that is; empty where it is not known."""
+        return speed(self.rate, self.unit, self.divisor)
+
+    @property
+    def as_of(self) -> str:
+        """When it was so, on the wall clock, for a copy that is painted no longer; empty once it has ended."""
+        return "" if self.at is None else time.strftime("as of %H:%M:%S", time.localtime(self.at))
+
 
 def read(state: RunState, heading: Heading, now: float) -> View:
     """The view of a run at `now`, in seconds since the epoch."""
     if state.ended is not None:
         now = state.ended
     ranks = state.ranks
-    loops = [_current(rank) for rank in ranks]
-    rates = [rate for rank, loop in zip(ranks, loops, strict=True) if (rate := _rate(rank, loop)) is not None]
-    timed = {rank.rank: pace for rank in ranks if (pace := _timed(rank)) is not None}
+    shown = [loops.current(rank) for rank in ranks]
+    paces = [loops.pace(rank, loop) for rank, loop in zip(ranks, shown, strict=True)]
+    rates = [rate for rate in paces if rate is not None]
+    timed = {rank.rank: pace for rank in ranks if (pace := loops.timed(rank)) is not None}
     own = {rank: _own_seconds(pace) for rank, pace in timed.items()}
     states: dict[str, list[int]] = {}
     for rank in ranks:
@@ -154,10 +189,12 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         situation=state.situation,
         num_ranks=len(ranks),
         elapsed=max(0.0, now - state.started),
+        at=now if state.ended is None else None,
         left=max(lefts, default=None) if state.ended is None else None,
         rate=min(rates, default=None),
-        efficiency=_efficiency(heading, loops, rates),
+        efficiency=_efficiency(heading, shown, rates),
         unit=rows[0].unit if rows else "it",
+        divisor=rows[0].divisor if rows else None,
         sentences=() if state.failure or state.problem else tuple(_sentences(state, timed, now)),
         rows=rows,
         strip=_strip(states, own, len(ranks)) if len(ranks) > _MOST_ROWS else (),
@@ -172,8 +209,8 @@ def all_rows(state: RunState, now: float) -> tuple[Row, ...]:
     return tuple(_row(rank, state, at) for rank in state.ranks)
 
 
-def _efficiency(heading: Heading, loops: Sequence[Progress | None], rates: Sequence[float]) -> float | None:
-    names = {loop.name for loop in loops if loop is not None}
+def _efficiency(heading: Heading, shown: Sequence[Progress | None], rates: Sequence[float]) -> float | None:
+    names = {loop.name for loop in shown if loop is not None}
     ideal = heading.ideal.get(next(iter(names)), 0.0) if len(names) == 1 else 0.0
     return min(rates) / ideal if rates and ideal > 0 else None
 
@@ -185,23 +222,11 @@ def scaling(view: View) -> str:
     return f"scaling {view.efficiency:.0%}, {number(view.efficiency * view.num_ranks, 2)}× one rank"
 
 
-def _rate(rank: RankState, loop: Progress | None) -> float | None:
-    pace = rank.paces.get(loop.name) if loop is not None else None
-    return None if pace is None else pace.rate
-
-
-def _timed(rank: RankState) -> Pace | None:
-    """The pace of the loop that says where its time goes, the one that moved last; None without one."""
-    return next((pace for pace in list(rank.paces.values())[::-1] if pace.parts and pace.rate), None)
-
-
 def _row(rank: RankState, state: RunState, now: float) -> Row:
     shown, ended = shown_state(rank, state), state.ended is not None
-    progress = _current(rank)
-    rate = _rate(rank, progress)
-    left = None
-    if progress is not None and progress.total and rate:
-        left = max(0.0, (progress.total - progress.step) / rate)
+    progress = loops.current(rank)
+    around = loops.outer(rank, progress)
+    values, note = loops.postfix(rank, progress)
     lines, vitals = rank.last_lines(1), rank.vitals
     return Row(
         rank=rank.rank,
@@ -211,14 +236,17 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
         step=progress.step if progress else 0,
         total=progress.total if progress else None,
         epoch=progress.epoch if progress else None,
+        outer=tuple(f"{loop.name} {count(loop.step, loop.total, loop.divisor)}" for loop in around),
         unit=progress.unit if progress else "it",
-        rate=rate,
-        left=None if rank.state in ENDED else left,
-        metrics=_latest(rank),
-        parts=_shares(_timed(rank)),
+        divisor=progress.divisor if progress else None,
+        rate=loops.pace(rank, progress),
+        left=None if rank.state in ENDED else loops.seconds_left(rank, progress, around),
+        metrics=_latest(rank, values),
+        parts=_shares(loops.timed(rank)),
         memory=vitals.memory if vitals else None,
         device_memory=vitals.device_memory if vitals else None,
         utilization=vitals.utilization if vitals else None,
+        note=note,
         last_line=lines[-1] if lines else "",
         age=None if ended or rank.seen is None or rank.state in ENDED else max(0.0, now - rank.seen),
     )
@@ -230,32 +258,10 @@ def _detail(rank: RankState, shown: str, progress: Progress | None) -> str:
     return "" if shown == "stopped" else rank.detail
 
 
-def _current(rank: RankState) -> Progress | None:
-    """The loop to show. Of those that go on and have moved lately: one that says where its time goes, else
-    the fastest, which is the innermost; by name, so that the choice stays. When all are at their end, the last one
-    that says where its time went, else the one that moved last."""
-    moved = list(rank.progress.values())[::-1]
-    if not moved:
-        return None
-    lately = [progress for progress in moved if moved[0].time - progress.time < _LATELY]
-    going = [progress for progress in lately if progress.total is None or progress.step < progress.total]
-
-    def is_timed(progress: Progress) -> bool:
-        pace = rank.paces.get(progress.name)
-        return bool(pace and pace.parts)
-
-    def worth(progress: Progress) -> tuple[bool, float, str]:
-        pace = rank.paces.get(progress.name)
-        return is_timed(progress), round((pace and pace.rate) or 0.0, 1), progress.name
-
-    if going:
-        return max(going, key=worth)
-    return next(filter(is_timed, lately), moved[0])
-
-
-def _latest(rank: RankState) -> tuple[tuple[str, float], ...]:
-    found = [(name, curve.last[1]) for name, curve in rank.curves.items() if curve.last is not None]
-    return tuple(found[:_MOST_METRICS])
+def _latest(rank: RankState, beside: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    logged = {name: curve.last[1] for name, curve in rank.curves.items() if curve.last is not None}
+    logged |= {name: value for name, value in beside.items() if name not in logged}
+    return tuple(logged.items())[:_MOST_METRICS]
 
 
 def _shares(pace: Pace | None) -> tuple[tuple[str, float], ...]:
@@ -326,13 +332,17 @@ def read_charts(ranks: Sequence[RankState], most: int = _MOST_CHARTS) -> tuple[C
     for name, holders in list(names.items())[:most]:
         whole = [rank for rank in holders if (metric := rank.metrics.get(name)) and metric.reduced]
         shown = whole[:1] or holders
-        if len(shown) > _MOST_CURVES:
+        values = [last[1] for rank in shown if (last := rank.curves[name].last) is not None]
+        num_ranks = len(shown)
+        if num_ranks > _MOST_CURVES:
             shown = [shown[at * (len(shown) - 1) // (_MOST_CURVES - 1)] for at in range(_MOST_CURVES)]
         charts.append(
             Chart(
                 name=name,
                 curves=tuple(rank.curves[name] for rank in shown),
                 ranks=() if whole or len(ranks) == 1 else tuple(rank.rank for rank in shown),
+                last=sum(values) / len(values) if values else math.nan,
+                num_ranks=num_ranks,
             )
         )
     return tuple(charts)
@@ -369,8 +379,8 @@ def _sentences(state: RunState, timed: Mapping[int, Pace], now: float) -> Iterab
 
 def _why_data(ranks: Iterable[RankState]) -> str:
     """Why the loop waits for data, as far as its loader says it."""
-    loops = [loop for rank in ranks for loop in rank.progress.values() if loop.times is not None]
-    workers = {loop.workers for loop in loops if loop.workers is not None}
+    known = [loop for rank in ranks for loop in rank.progress.values() if loop.times is not None]
+    workers = {loop.workers for loop in known if loop.workers is not None}
     if workers == {0}:
         return "num_workers is 0"
     if len(workers) == 1:
@@ -419,31 +429,3 @@ def _late(ranks: Sequence[RankState], now: float) -> Iterable[str]:
     who = f"rank{'s' if len(absent) > 1 else ''} {rank_ranges([rank.rank for rank in absent])}"
     where = next((f", {rank.detail}" for rank in absent if rank.detail), "")
     yield f"{who} {'are' if len(absent) > 1 else 'is'} late by {seconds:.0f} s{where}"
-
-
-# ── figures ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def clock(seconds: float) -> str:
-    """`4.2 s`, `1:05`, `2:03:04`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
-
-
-def number(value: float, digits: int = 4) -> str:
-    """A value in few characters."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e6:
-        return str(int(value))
-    return f"{value:.{digits}g}"
-
-
-def size(count: int) -> str:
-    """Bytes as `312 MB`, `1.4 GB`."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from nbaccel.session.curves import sparkline
 from nbaccel.session.panel.ansi import plain
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, clock, number, scaling, size
+from nbaccel.session.panel.figures import clock, number, size
+from nbaccel.session.panel.reading import PARTS, Chart, Row, View, scaling
 from nbaccel.session.results import rank_ranges
 
 __all__ = ["LINES", "facts", "paint_text"]
@@ -24,7 +25,10 @@ def paint_text(view: View, *, error: Sequence[str] = (), hints: Sequence[str] = 
         error: lines about the first failure; of many, the last are kept.
         hints: lines for the end: where the logs are, how to run it again.
     """
-    lines = [" · ".join(facts(view)), *(f"  ! {sentence}" for sentence in view.sentences)]
+    lines = [
+        " · ".join(filter(None, [*facts(view), view.as_of])),
+        *(f"  ! {sentence}" for sentence in view.sentences),
+    ]
     told = list(error)
     if len(told) > _ERROR_LINES:
         told = [told[0], "  …", *told[len(told) - _ERROR_LINES + 2 :]]
@@ -47,10 +51,7 @@ def facts(view: View) -> list[str]:
         *filter(None, [heading.attempt]),
         f"{view.situation} {clock(view.elapsed)}",
     ]
-    if view.rate is not None:
-        found.append(f"{number(view.rate, 3)} {view.unit}/s")
-    if words := scaling(view):
-        found.append(words)
+    found += filter(None, [view.speed, scaling(view)])
     if view.left is not None:
         found.append(f"{clock(view.left)} left")
     return found
@@ -78,15 +79,15 @@ def _table(rows: Sequence[Row], room: int) -> list[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    bar, total = "", f"/{row.total}" if row.total else ""
+    bar = ""
     if row.fraction is not None:
         full = round(row.fraction * _BAR)
         bar = "█" * full + "░" * (_BAR - full)
     elif row.step:
         bar = "·" * _BAR
-    steps = f"{row.step}{total}" if row.step or total else ""
+    steps = row.steps if row.step or row.total else ""
     epoch = f" epoch {row.epoch}" if row.epoch is not None else ""
-    speed = f"{number(row.rate, 3)} {row.unit}/s" if row.rate is not None else ""
+    around = "".join(f" {words}" for words in row.outer)
     values = "  ".join(f"{name} {number(value)}" for name, value in row.metrics)
     parts = max(row.parts, key=lambda part: part[1], default=None)
     where = f"{parts[0]} {parts[1]:.0%}" if parts and parts[0] in PARTS else ""
@@ -96,12 +97,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         busy = "" if row.utilization is None else f" {row.utilization} %"
         memory += f" GPU {size(round(row.device_memory, -7))}{busy}"
     state = f"{row.state} ({row.detail})" if row.detail else row.state
-    return state, bar, f"{row.loop} {steps}{epoch}".strip(), speed, memory, values, where, row.last_line[:60]
+    loop = f"{row.loop} {steps}{epoch}{around}".strip()
+    return state, bar, loop, row.speed, memory, values, where, row.words[:60]
 
 
 def _chart(chart: Chart) -> str:
     points = chart.curves[0].all_points()
-    of = f" (mean of {len(chart.ranks)} ranks)" if len(chart.ranks) > 1 else ""
+    of = f" (mean of {chart.num_ranks} ranks)" if chart.num_ranks > 1 else ""
     steps = f", step {points[-1][0]}" if points else ""
     return f"  {chart.name} {sparkline(chart.curves)} {number(chart.last)}{of}{steps}"
 

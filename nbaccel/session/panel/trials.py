@@ -9,8 +9,9 @@ from html import escape
 from typing import Any
 
 from nbaccel.session.panel.ansi import plain
+from nbaccel.session.panel.figures import clock, number
 from nbaccel.session.panel.html import MUTED, RULE, STATES, bar_cell, cell
-from nbaccel.session.panel.reading import Row, clock, number
+from nbaccel.session.panel.reading import Row
 
 __all__ = ["Line", "paint_html", "paint_text"]
 
@@ -108,7 +109,7 @@ def _outcome(line: Line) -> str:
         if isinstance(line.value, Mapping):
             return "  ".join(f"{name} {_brief(value)}" for name, value in list(line.value.items())[:8])
         return "" if line.value is None else f"→ {_brief(line.value)}"
-    return line.row.last_line[:120] if line.row is not None else ""
+    return line.row.words[:120] if line.row is not None else ""
 
 
 def _summary(lines: Sequence[Line]) -> str:

@@ -15,6 +15,7 @@ Models = Mapping[str, Mapping[str, Any]]
 
 _REFERENCE = "IPY_MODEL_"
 _DEEPEST = 12
+_HIDDEN = "••••"
 _BOX = "border:1px solid rgba(128,128,128,0.5);border-radius:3px;padding:0 8px"
 _TRACK = (
     "display:inline-block;width:150px;height:6px;border-radius:3px;"
@@ -91,6 +92,10 @@ def _value(kind: str, state: Mapping[str, Any]) -> str:
         chosen = index if isinstance(index, (list, tuple)) else [index]
         return ", ".join(str(labels[at]) for at in chosen if isinstance(at, int) and at < len(labels))
     value = state.get("value")
+    if kind == "PasswordModel":
+        return _HIDDEN if value else ""
+    if kind == "FileUploadModel":
+        return ", ".join(str(file.get("name")) for file in value or () if isinstance(file, Mapping))
     if isinstance(value, bool):
         return "✓" if value else "–"
     if isinstance(value, float):

@@ -26,6 +26,7 @@ from nbaccel.session.runs import LOCK
 from nbaccel.session.sinks.capped import CappedLog
 from nbaccel.session.state import Failure, RankState, RunState
 from nbaccel.wire.events import (
+    CommMessage,
     Concluded,
     Died,
     Event,
@@ -255,6 +256,8 @@ def _event_fields(event: Event) -> dict[str, object]:
             value = _exception(value)
         elif isinstance(event, (Returned, Raised)) and f.name in ("value", "error"):
             value = "not kept"  # the user's own objects: they go to the caller, never to disk
+        elif isinstance(event, CommMessage) and f.name in ("data", "buffers"):
+            value = "not kept"  # it may be a password that somebody has typed into a widget
         elif isinstance(value, Mapping):
             value = dict(value)
         known[f.name] = value

@@ -101,6 +101,17 @@ def training(
             )
 
 
+def nested(*, note: str = "loss=0.5, warming up") -> Iterator[Event]:
+    """Bars in bars: 5 of 10 batches, two a second, of the first of 3 epochs."""
+    yield from started(1)
+    yield Progress(rank=0, time=1.0, name="epochs", step=0, total=3, depth=0)
+    for step in range(6):
+        yield Progress(
+            rank=0, time=1 + step / 2, name="batches", step=step, total=10, depth=1, note=note if step else ""
+        )
+    yield Output(rank=0, time=3.5, stream="stdout", data=b"at it\n")
+
+
 def returned(num_ranks: int, time: float = 81.0) -> Iterator[Event]:
     for rank in range(num_ranks):
         yield Returned(rank=rank, time=time, call=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 from itertools import chain
 
@@ -11,7 +12,7 @@ import pytest
 from nbaccel.session.panel import html
 from nbaccel.session.panel.ansi import ansi_to_html, plain
 from nbaccel.wire.events import Metric, Output, Progress, Status
-from tests.session.panel.streams import failing, returned, started, training, view
+from tests.session.panel.streams import failing, nested, returned, started, training, view
 
 HOSTILE = "</div></details><script>alert(1)</script><img src=x onerror=alert(2)>&<svg onload=x>\"'"
 
@@ -49,8 +50,11 @@ def hostile() -> str:
             [
                 *started(1),
                 Status(rank=0, time=1, state="running", detail=HOSTILE),
-                Progress(rank=0, time=1, name=HOSTILE, step=1, total=None, unit=HOSTILE),
-                Progress(rank=0, time=2, name=HOSTILE, step=2, total=None, unit=HOSTILE),
+                Progress(rank=0, time=1, name="around" + HOSTILE, step=0, total=2, depth=0),
+                Progress(rank=0, time=1, name=HOSTILE, step=1, total=None, unit=HOSTILE, depth=1),
+                Progress(
+                    rank=0, time=2, name=HOSTILE, step=2, total=None, unit=HOSTILE, depth=1, note=HOSTILE
+                ),
                 Metric(rank=0, time=1, values={HOSTILE: 1.0}, step=1),
                 Output(rank=0, time=1, stream="stdout", data=HOSTILE.encode()),
             ]
@@ -101,6 +105,28 @@ def test_every_fact_has_a_word_beside_its_colour() -> None:
 def test_bytes_stay_few_with_many_ranks() -> None:
     assert len(html.panel(view(8, training(8)))) < 32_000
     assert len(html.panel(view(256, training(256, slow=17)))) < 64_000
+
+
+def test_panel_says_when_it_was_so_until_the_run_has_ended() -> None:
+    clock = time.strftime("as of %H:%M:%S", time.localtime(49))
+    assert clock in Tags(html.header(view(2, training(2)))).words
+    assert "as of" not in html.header(view(2, chain(training(2), returned(2))))
+
+
+def test_failure_below_its_headline_is_folded() -> None:
+    text = html.failure(["Traceback", "\x1b[31mValueError: x"], headline="rank 1 of 2 failed: ValueError: x")
+    assert Tags(text).tags == {"div", "details", "summary", "span"}
+    assert "<details open" not in text
+    assert text.index("rank 1 of 2") < text.index("<details") < text.index("Traceback")
+    assert "<details" not in html.failure(["it took too long"], headline="it took too long")
+
+
+def test_nested_bars_stand_in_one_cell_with_what_they_say() -> None:
+    seen = view(1, nested(), now=10.0)
+    words = Tags(html.panel(seen)).words
+    assert "5/10 · epochs 0/3 · 2/s · 12 s" in words
+    assert "loss 0.5" in words
+    assert "warming up · at it" in words
 
 
 def test_failure_is_open_and_outputs_are_folded() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from itertools import chain
 
 from nbaccel.session.panel.text import LINES, paint_text
-from nbaccel.wire.events import Output
-from tests.session.panel.streams import failing, returned, started, training, view
+from nbaccel.wire.events import Metric, Output
+from tests.session.panel.streams import failing, nested, returned, started, training, view
 
 
 def test_text_of_a_finished_run() -> None:
@@ -25,9 +26,10 @@ def test_text_of_a_finished_run() -> None:
 
 
 def test_ranks_that_say_the_same_share_a_line() -> None:
+    clock = time.strftime("%H:%M:%S", time.localtime(3))
     assert (
         paint_text(view(4, started(4), now=3.0))
-        == "train · 4 ranks on cpu bf16 · running 3.0 s\n  0-3  running"
+        == f"train · 4 ranks on cpu bf16 · running 3.0 s · as of {clock}\n  0-3  running"
     )
 
 
@@ -40,6 +42,22 @@ def test_text_has_at_most_forty_lines_with_a_long_error_and_many_ranks() -> None
         assert lines[-1] == "b"
         assert any("frame 99" in line for line in lines)
         assert any("frame 0" in line for line in lines)
+
+
+def test_nested_bars_stand_on_one_line_with_what_they_say() -> None:
+    text = paint_text(view(1, nested(), now=10.0)).splitlines()
+    assert text[0].split(" · ")[3:5] == ["2 it/s", "12 s left"]
+    assert "batches 5/10 epochs 0/3" in text[1]
+    assert "loss 0.5" in text[1]
+    assert "warming up · at it" in text[1]
+
+
+def test_mean_is_of_all_ranks_also_of_those_whose_curves_are_left_out() -> None:
+    values = (Metric(rank=rank, time=1, values={"loss": float(rank)}, step=1) for rank in range(20))
+    seen = view(20, chain(started(20), values))
+    assert len(seen.charts[0].curves) == 8
+    assert seen.charts[0].last == 9.5
+    assert "9.5 (mean of 20 ranks)" in paint_text(seen)
 
 
 def test_control_sequences_do_not_reach_the_text() -> None:

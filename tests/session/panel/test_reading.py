@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from nbaccel.session.panel.reading import clock, number
+from nbaccel.session.panel.figures import clock, number
 from nbaccel.wire.events import Progress, Status
 from tests.session.panel.streams import failing, returned, started, training, view
 

@@ -22,6 +22,12 @@ STATES: dict[str, dict[str, Any]] = {
         "_model_name": "OutputModel",
         "outputs": ({"output_type": "stream", "name": "stdout", "text": "<loss> 3\n"},),
     },
+    "password": {"_model_name": "PasswordModel", "value": "hush", "description": "token"},
+    "upload": {
+        "_model_name": "FileUploadModel",
+        "description": "Upload",
+        "value": [{"name": "key.pem", "size": 4}, {"name": "b.csv", "content": b"hush"}],
+    },
     "nested": {"_model_name": "BoxModel", "children": ["IPY_MODEL_nested"]},
 }
 
@@ -39,6 +45,12 @@ def test_values_of_each_kind_are_shown() -> None:
     assert 'src="data:image/png;base64,YWJj"' in widget_html("image", STATES)
     assert widget_html("unknown", STATES) == ""
     assert widget_text("unknown", STATES) == ""
+
+
+def test_password_is_not_shown_and_of_files_only_their_names() -> None:
+    assert Tags(widget_html("password", STATES)).words == "token ••••"
+    assert widget_text("password", STATES) == "token: ••••"
+    assert Tags(widget_html("upload", STATES)).words == "Upload key.pem, b.csv"
 
 
 def test_output_is_what_was_put_into_it() -> None:

@@ -16,6 +16,7 @@ from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.state import RunState, fold, new_state
 from nbaccel.wire.events import (
+    CommMessage,
     Concluded,
     Died,
     Event,
@@ -97,6 +98,17 @@ def test_rank_logs_keep_their_ends_when_a_rank_floods(tmp_path: Path) -> None:
     assert text.endswith("\n000049999\n")
     assert "… 400000 bytes left out here …" in text
     assert read(tmp_path, "result.json")["output_bytes_left_out"] == {"0": 400_000}
+
+
+def test_what_is_typed_into_a_widget_is_not_kept(tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path, config={}, run={})
+    typed = {"method": "echo_update", "state": {"value": "secret"}}
+    sink.close(
+        play(sink, 1, [CommMessage(rank=0, kind="comm_msg", comm="c", data=typed, buffers=(b"secret",))])
+    )
+    kept = (tmp_path / "events.jsonl").read_text()
+    assert json.loads(kept)["comm"] == "c"
+    assert "secret" not in kept
 
 
 def test_events_past_the_bound_are_counted_and_ends_still_written(tmp_path: Path) -> None:
