@@ -90,6 +90,7 @@ _OPTIONS: dict[str, type] = {
     "megatron": Megatron,
     "fp8": FP8Options,
 }
+_COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _TEXTS = ("project_dir", "stop_after", "resume")
 # Known from elsewhere under another name.
 _LATER: dict[str, dict[str, str]] = {
@@ -200,7 +201,8 @@ class RunConfig:
         for name in ("save_every", "stop_after"):
             value = getattr(self, name)
             if isinstance(value, str):
-                duration_seconds(value, what=self._where(name))
+                seconds = duration_seconds(value, what=self._where(name))
+                self._require(name, name == "stop_after" or seconds > 0, "a time above 0")
 
     def _check_types(self) -> None:
         for name in _FLAGS:
@@ -208,7 +210,9 @@ class RunConfig:
         for name in _TEXTS:
             self._require(name, isinstance(getattr(self, name), str), "text")
         self._require(
-            "compile", isinstance(self.compile, (bool, str)), "true, false or a mode of torch.compile"
+            "compile",
+            isinstance(self.compile, bool) or self.compile in _COMPILE_MODES,
+            f"true, false or a mode of torch.compile: {', '.join(map(repr, _COMPILE_MODES))}",
         )
         self._require("ddp", isinstance(self.ddp, Mapping), "options by name, as in {bucket_cap_mb: 50}")
         for name in self.ddp if isinstance(self.ddp, Mapping) else ():

@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from nbaccel.core import refused
 from nbaccel.core.assembly import (
     asked_config,
+    check_change,
+    check_flag,
     choose_strategy,
     ddp_options,
     fp8_options,
@@ -38,6 +40,7 @@ from nbaccel.core.loop.micro_steps import MicroSteps
 from nbaccel.core.loop.step_times import StepTimes, Stopwatch, profiled
 from nbaccel.core.loop.trust import TrustChecks
 from nbaccel.core.loop.wrappers import PreparedOptimizer, PreparedScheduler, restore_forward
+from nbaccel.core.memory import meet_in_search
 from nbaccel.core.model.compiling import uncompiled
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
 from nbaccel.core.preparing import Preparing
@@ -137,6 +140,7 @@ class Accelerator(Processes):
         refused.refuse_arguments(unknown)
         environment = read_environment()
         names, trackers = split_trackers(log_with)
+        check_flag("measure", measure)
         self.config = config = asked_config(
             environment.config,
             mixed_precision=mixed_precision,
@@ -155,7 +159,7 @@ class Accelerator(Processes):
             check_collectives=check_collectives,
             seed=seed,
             compile=compile,
-            project_dir=None if project_dir is None else str(project_dir),
+            project_dir=str(project_dir) if isinstance(project_dir, Path) else project_dir,
             save_every=save_every,
             stop_after=stop_after,
             resume=resume,
@@ -164,6 +168,7 @@ class Accelerator(Processes):
             log_with=names,
         )
         self.world = world = join(config, environment)
+        meet_in_search(world)
         hardware = probe_hardware(world.device)
         self._precision = choose_precision(
             config.mixed_precision,
@@ -205,6 +210,7 @@ class Accelerator(Processes):
             folder=config.project_dir,
             reduce=self._talk.reduce,
             step=lambda: loop.steps,
+            led=lambda: loop.led,
         )
         loop.after_pass = self._log.flush
         events.at_call_end(self._log.returned)
@@ -265,8 +271,13 @@ class Accelerator(Processes):
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-steps per optimizer step."""
+        """Micro-steps per optimizer step. Set on all ranks, between two windows, it holds from the next one on."""
         return self._loop.length
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, count: int) -> None:
+        check_change(self.config, "gradient_accumulation_steps", count)
+        self._loop.change_length(count)
 
     @property
     def project_dir(self) -> str | None:
@@ -285,8 +296,13 @@ class Accelerator(Processes):
 
     @property
     def even_batches(self) -> bool:
-        """Whether last batches are filled with repeated samples."""
+        """Whether last batches are filled with repeated samples. Set, it holds for loaders prepared from then on."""
         return bool(self._loader_options["even_batches"])
+
+    @even_batches.setter
+    def even_batches(self, even: bool) -> None:
+        check_change(self.config, "even_batches", even)
+        self._loader_options["even_batches"] = even
 
     @property
     def dispatch_batches(self) -> bool:
@@ -444,6 +460,10 @@ class Accelerator(Processes):
     def sync_gradients(self) -> bool:
         """Whether this micro-step (or the last one) ends its window."""
         return self._loop.window.sync
+
+    @sync_gradients.setter
+    def sync_gradients(self, _: bool) -> None:
+        raise ConfigError(refused.SET_SYNC_GRADIENTS)
 
     @property
     def optimizer_step_was_skipped(self) -> bool:

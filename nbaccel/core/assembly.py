@@ -28,7 +28,16 @@ from nbaccel.parallel import (
 )
 from nbaccel.wire import events
 
-__all__ = ["asked_config", "choose_strategy", "ddp_options", "fp8_options", "make_control", "split_trackers"]
+__all__ = [
+    "asked_config",
+    "check_change",
+    "check_flag",
+    "choose_strategy",
+    "ddp_options",
+    "fp8_options",
+    "make_control",
+    "split_trackers",
+]
 
 _PLACE = "Accelerator(...)"
 _OPTIONS_OF = {
@@ -50,6 +59,23 @@ def asked_config(launched: RunConfig, **arguments: Any) -> RunConfig:
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     return combine(launched, RunConfig.from_mapping(given, place=_PLACE))
+
+
+def check_change(config: RunConfig, name: str, value: Any) -> None:
+    """Whether the script may set option `name` after the Accelerator was made.
+
+    Raises:
+        ConfigError: no such value is possible, or the launch has asked for another one.
+    """
+    changed = RunConfig.from_mapping({name: value}, place=f"accelerator.{name} = ...")
+    if config.sources.get(name) not in (None, _PLACE):
+        combine(config, changed)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises a ConfigError unless it is true, false or not given."""
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{name} (from {_PLACE}) is {value!r}; it must be true or false")
 
 
 def split_trackers(
@@ -124,6 +150,11 @@ def _on_xla(config: RunConfig, world: World) -> Strategy:
     if config.strategy not in (None, "auto", "xla", "ddp", "single"):
         raise ConfigError(
             f"strategy={config.strategy!r} cannot run on XLA devices; use 'xla', or leave it out"
+        )
+    if config.compile:
+        raise ConfigError(
+            f"compile={config.compile!r} cannot be honoured on XLA devices: torch.compile has nothing for them, and "
+            "XLA compiles each step as a whole by itself. Leave compile out."
         )
     # imported where they are used: they need torch_xla
     if config.xla_spmd:

@@ -37,26 +37,32 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(item, path + name)
 
 
-def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
-    """A copy of `value` with every leaf replaced by `fn(leaf)`; containers keep their types."""
-    if isinstance(value, (torch.Tensor, str, bytes)):
+def map_leaves(fn: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """A copy of `value` with every leaf replaced by `fn(leaf)`; containers keep their types.
+
+    Containers of which `is_leaf` says so are leaves too.
+    """
+    if isinstance(value, (torch.Tensor, str, bytes)) or (is_leaf is not None and is_leaf(value)):
         return fn(value)
     if type(value) is dict:
-        return {key: map_leaves(fn, item) for key, item in value.items()}
+        return {key: map_leaves(fn, item, is_leaf) for key, item in value.items()}
     if isinstance(value, Mapping):
-        made: Any = copy.copy(value)
+        if not hasattr(value, "__setitem__"):
+            made: Any = type(value)  # a read-only one, as MappingProxyType, is made from a dict
+            return made({key: map_leaves(fn, item, is_leaf) for key, item in value.items()})
+        made = copy.copy(value)
         for key in list(value):
-            made[key] = map_leaves(fn, value[key])
+            made[key] = map_leaves(fn, value[key], is_leaf)
         return made
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_leaves(fn, item) for item in value))
+        return type(value)(*(map_leaves(fn, item, is_leaf) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)([map_leaves(fn, item) for item in value])
+        return type(value)([map_leaves(fn, item, is_leaf) for item in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
         for f in dataclasses.fields(value):
             # Works for frozen and slotted dataclasses, and for fields that __init__ does not take.
-            object.__setattr__(made, f.name, map_leaves(fn, getattr(value, f.name)))
+            object.__setattr__(made, f.name, map_leaves(fn, getattr(value, f.name), is_leaf))
         return made
     return fn(value)
 

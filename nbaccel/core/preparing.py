@@ -206,6 +206,7 @@ class Preparing:
         inner = self._loop.strategy.adopt(bare) if stepped is None else stepped
         prepared = PreparedOptimizer(inner, self._loop, leads=not self._saving.optimizers)
         self._saving.optimizers.append(inner)
+        self._saving.expect_resume(inner)
         self._loop.lead(True)
         if self._trust is not None:
             self._trust.prepared_optimizer(inner)

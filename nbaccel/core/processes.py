@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
@@ -110,7 +110,7 @@ class Processes(ABC):
 
 
 def share_of(inputs: Any, *, rank: int, size: int, pad: bool) -> Any:
-    """This rank's contiguous part of a list, tuple, string, tensor or dataset, or of each in a dict.
+    """This rank's contiguous part of a list, tuple, string, range, tensor, array or data set, or of each in a dict.
 
     The first ranks get one element more when it does not divide evenly. With `pad` the shorter parts
     repeat the last element of the whole, so that all parts have one length.
@@ -119,14 +119,11 @@ def share_of(inputs: Any, *, rank: int, size: int, pad: bool) -> Any:
         ConfigError: the values of a dict have different lengths, or it cannot be cut.
     """
     if isinstance(inputs, dict):
-        lengths = {key: len(value) for key, value in inputs.items()}
+        lengths = {key: _length(value) for key, value in inputs.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"split_between_processes needs values of one length; these have {lengths}")
         return {key: share_of(value, rank=rank, size=size, pad=pad) for key, value in inputs.items()}
-    try:
-        length = len(inputs)
-    except TypeError:
-        raise ConfigError(f"split_between_processes cannot cut a {type(inputs).__name__}") from None
+    length = _length(inputs)
     base, extra = divmod(length, size)
     start = rank * base + min(rank, extra)
     stop = start + base + (rank < extra)
@@ -138,11 +135,25 @@ def share_of(inputs: Any, *, rank: int, size: int, pad: bool) -> Any:
         part = inputs[start:stop]
         return torch.cat([part, inputs[-1:].expand(missing, *inputs.shape[1:])]) if missing else part
     indices = [*range(start, stop), *[length - 1] * missing]
+    if hasattr(inputs, "__array__"):
+        rows = getattr(inputs, "iloc", inputs)  # of a data frame
+        return rows[indices] if missing else rows[start:stop]
     if callable(getattr(inputs, "select", None)):
         return inputs.select(indices)  # a Hugging Face data set
+    if isinstance(inputs, Sequence):
+        return [inputs[index] for index in indices]
     raise ConfigError(
         f"split_between_processes cannot cut a {type(inputs).__name__}; give a list or a tensor"
     )
+
+
+def _length(value: Any) -> int:
+    try:
+        return len(value)
+    except TypeError:
+        raise ConfigError(
+            f"split_between_processes cannot cut a {type(value).__name__}; give a list or a tensor"
+        ) from None
 
 
 @contextmanager

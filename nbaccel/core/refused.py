@@ -73,6 +73,12 @@ ATTRIBUTES: Mapping[str, str] = {
     "step_scheduler_with_optimizer": "is acc.config.step_scheduler_with_optimizer here",
 }
 
+SET_SYNC_GRADIENTS = (
+    "accelerator.sync_gradients cannot be set: the window says when a step is due. accelerator.accumulate(model) begins "
+    "the next micro-step, gradient_accumulation_steps can be set between two windows, and `with no_sync(model):` keeps "
+    "gradients on their rank"
+)
+
 ARGUMENTS: Mapping[str, str] = {
     "dataloader_config": "is split_batches=, even_batches=, dispatch_batches=, shard= of the Accelerator itself",
     "deepspeed_plugin": _DEEPSPEED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from nbaccel.core.checkpoint import (
     Stateful,
     next_folder,
 )
+from nbaccel.core.checkpoint.find import candidates, resolve
 from nbaccel.core.comm.collectives import broadcast_object_list, gather_object
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.knobs import Knobs
@@ -85,8 +87,38 @@ class Saving:
         self._before_loading: OrderedDict[int, Hook] = OrderedDict()
         self._checkpoints = Checkpoints(world=world)
         self._resume_from = resume
+        if resume is not None and resume != "auto":
+            _check_resume(Path(resume), world)
         loop.before_pass = self._resume_once
         loop.before_batch = self._save_if_possible
+
+    def expect_resume(self, optimizer: torch.optim.Optimizer) -> None:
+        """Says at its first step if nothing was resumed although it was asked: no prepared loader has begun a pass."""
+        if self._resume_from is None or not self._world.is_main:
+            return
+
+        said = False
+
+        def say(*_: Any) -> None:
+            # It stays: torch goes through its hooks while it calls them.
+            nonlocal said
+            if said:
+                return
+            said = True
+            if self._resume_from is None or (self._resume_from == "auto" and not self._holds_any()):
+                return
+            warnings.warn(
+                f"resume={self._resume_from!r} was asked, and the optimizer steps with nothing resumed: that is done "
+                "where a prepared loader begins its first pass. Prepare the loader, or call "
+                "accelerator.load_state(...) before the loop",
+                stacklevel=2,
+            )
+
+        optimizer.register_step_pre_hook(say)
+
+    def _holds_any(self) -> bool:
+        project = self.project_dir
+        return project is not None and any(not c.problem for c in candidates(project, LocalFileSystem()))
 
     def register(self, objects: Sequence[Any]) -> None:
         """Saves these too.
@@ -117,11 +149,13 @@ class Saving:
             ConfigError: no folder and no project_dir; or in the middle of an accumulation window.
             CheckpointError: it could not be written.
         """
-        window, watch, control = self._loop.window, self._loop.stopwatch, self._loop.control
-        if window.micro or not window.sync:
+        window, watch, control = self._loop.unfinished, self._loop.stopwatch, self._loop.control
+        if window is not None:
             raise ConfigError(
                 f"save_state in the middle of an accumulation window (micro-step {window.micro + 1} of "
-                f"{window.length}) would lose its gradients; save when accelerator.sync_gradients is True"
+                f"{window.length}) would lose its gradients; save when accelerator.sync_gradients is True. A loop that "
+                "was left in mid-window can be gone on with for the micro-steps that lack; leave it (break) where "
+                "accelerator.sync_gradients is True"
             )
         self._loop.finish_scaler()
         with contextlib.nullcontext() if watch is None else watch.measure("checkpoint"):
@@ -136,23 +170,43 @@ class Saving:
             control.saved()
         return path
 
-    def load(self, folder: str | Path | None, *, strict: bool = True, allow_pickle: bool = False) -> Loaded:
+    def load(
+        self,
+        folder: str | Path | None,
+        *,
+        strict: bool = True,
+        allow_pickle: bool = False,
+        filled: Callable[[ShardedLoader], Stateful] | None = None,
+    ) -> Loaded:
         """Loads `folder`, or the newest complete checkpoint of the project.
 
         A folder that DeepSpeed wrote itself is converted first, which is said; data and random state are not in it.
+
+        Args:
+            filled: what takes a loader's state in its place.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model.
         """
         if folder is not None:
-            return self._load(Path(folder), strict=strict, allow_pickle=allow_pickle, verify=True)
+            return self._load(
+                Path(folder), strict=strict, allow_pickle=allow_pickle, verify=True, filled=filled
+            )
         found = self._newest()
         if found.path is None:
             raise CheckpointError(f"there is no complete checkpoint in {self._project()}{_skipped(found)}")
-        return self._load(found.path, strict=strict, allow_pickle=allow_pickle, verify=False)
+        return self._load(found.path, strict=strict, allow_pickle=allow_pickle, verify=False, filled=filled)
 
-    def _load(self, folder: Path, *, strict: bool, allow_pickle: bool, verify: bool) -> Loaded:
-        contents = self._contents(self._hooked_load)
+    def _load(
+        self,
+        folder: Path,
+        *,
+        strict: bool,
+        allow_pickle: bool,
+        verify: bool,
+        filled: Callable[[ShardedLoader], Stateful] | None = None,
+    ) -> Loaded:
+        contents = self._contents(self._hooked_load, filled)
         universal = self._universal(folder)
         if universal is None:
             return self._checkpoints.load(
@@ -232,7 +286,11 @@ class Saving:
         assert isinstance(path, Path)
         return path
 
-    def _contents(self, hooked: Callable[[Path, dict[str, Sharded]], None]) -> Contents[Sharded, Stateful]:
+    def _contents(
+        self,
+        hooked: Callable[[Path, dict[str, Sharded]], None],
+        filled: Callable[[ShardedLoader], Stateful] | None = None,
+    ) -> Contents[Sharded, Stateful]:
         shared: dict[str, Stateful] = {"counters": _Counters(self._loop, self._knobs, self.loaders)}
         per_rank: dict[str, Stateful] = {"rng": RngState(self._world.device)}
         if self._loop.scaler is not None:
@@ -240,7 +298,8 @@ class Saving:
         for kind, items in (("scheduler", self.schedulers), ("registered", self.registered)):
             shared.update({f"{kind}_{index}": item for index, item in enumerate(items)})
         for index, loader in enumerate(self.loaders):
-            (per_rank if loader.state_scope == "rank" else shared)[f"loader_{index}"] = loader
+            held = per_rank if loader.state_scope == "rank" else shared
+            held[f"loader_{index}"] = loader if filled is None else filled(loader)
         strategy = self._loop.strategy
         sharded = {_name_of(i): strategy.model_state(model) for i, model in enumerate(self.models)}
         for i, optimizer in enumerate(self.optimizers):
@@ -306,6 +365,17 @@ def _registered(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
+
+
+def _check_resume(folder: Path, world: World) -> None:
+    try:
+        if not folder.is_dir():
+            resolve(folder, LocalFileSystem())
+    except CheckpointError as error:
+        raise ConfigError(
+            f"resume={str(folder)!r} was asked on rank {world.rank}, but {error}. Give the folder of a checkpoint, or "
+            "'auto' for the newest of project_dir"
+        ) from error
 
 
 def _name_of(model: int) -> str:

@@ -198,6 +198,24 @@ def test_backward_when_loss_is_not_one_number():
     acc = Accelerator(cpu=True)
     with pytest.raises(ConfigError, match=r"shape \[3\].*mean"):
         acc.backward(torch.ones(3, requires_grad=True) * 2)
+    for one in (acc, Accelerator(cpu=True, gradient_accumulation_steps=2)):
+        for given in (3.0, None, {"loss": torch.ones((), requires_grad=True)}):
+            with pytest.raises(ConfigError, match=f"was given a {type(given).__name__}; of a model's output"):
+                one.backward(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("compile", "fast", "or a mode of torch.compile: 'default'"),
+        ("measure", "no", "it must be true or false"),
+        ("save_every", "0s", "it must be a time above 0"),
+        ("project_dir", 3, "it must be text"),
+    ],
+)
+def test_arguments_when_they_cannot_be_honoured(name, value, words):
+    with pytest.raises(ConfigError, match=rf"{name} \(from Accelerator\(\.\.\.\)\) is {value!r}; .*{words}"):
+        Accelerator(cpu=True, **{name: value})
 
 
 def test_optimizer_when_accumulation_was_asked_but_not_used():

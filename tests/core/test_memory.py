@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel import notebook_launcher
 from nbaccel.core import Accelerator, find_executable_batch_size
-from nbaccel.errors import ConfigError
+from nbaccel.errors import CollectiveMismatch, ConfigError
 
 
 def _search(where):
@@ -19,6 +21,8 @@ def _search(where):
     @find_executable_batch_size(starting_batch_size=32)
     def train(batch_size, epochs):
         tried.append(batch_size)
+        if where == "before it joined" and os.environ["RANK"] == "1" and batch_size > 8:
+            raise MemoryError
         acc = Accelerator(cpu=True, save_every=1000)
         model = nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -37,7 +41,7 @@ def _search(where):
     return tried, train(1)
 
 
-@pytest.mark.parametrize("where", ["in the loop", "at the end"])
+@pytest.mark.parametrize("where", ["before it joined", "in the loop", "at the end"])
 def test_batch_size_when_one_rank_runs_out_all_halve(where):
     assert run_ranks(_search, where, num_processes=3) == [([32, 16, 8], (8, [8, 8, 8]))] * 3
 
@@ -63,8 +67,27 @@ def test_batch_size_when_alone():
     with pytest.raises(ConfigError, match="not even 1; began at 128"):
         never()
 
+    sizes = [9, 7, 0]
+    tried = []
+
+    @find_executable_batch_size(starting_batch_size=10, reduce_batch_size_fn=lambda: sizes.pop(0))
+    def own_sizes(batch_size):
+        tried.append(batch_size)
+        raise MemoryError
+
+    with pytest.raises(ConfigError, match="not even 7; began at 10"):
+        own_sizes()
+    assert tried == [10, 9, 7]
+
 
 def _other_error():
+    @find_executable_batch_size(starting_batch_size=4 + int(os.environ["RANK"]))
+    def apart(batch_size):
+        pass
+
+    with pytest.raises(CollectiveMismatch, match=r"(?s)rank 0: .* size of 4 .*rank 1: .* size of 5 "):
+        apart()
+
     @find_executable_batch_size(starting_batch_size=4)
     def train(batch_size):
         raise ValueError(f"at {batch_size}")
@@ -74,5 +97,5 @@ def _other_error():
     return True
 
 
-def test_batch_size_when_the_error_is_another():
+def test_batch_size_when_it_differs_or_the_error_is_another():
     assert run_ranks(_other_error) == [True, True]

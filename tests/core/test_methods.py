@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel.core import Accelerator, DDPOptions, ScalerOptions
+from nbaccel.core.loop.wrappers import PreparedScheduler
 from nbaccel.errors import ConfigError
 
 both = pytest.mark.parametrize("num_processes", [1, 2])
@@ -117,6 +118,17 @@ def _scheduled(how):
 def test_scheduler_steps_when_the_peers_rule_is_asked_for():
     assert run_ranks(_scheduled, "one") == [1 / 4] * 2
     assert run_ranks(_scheduled, "per_rank") == [1 / 7] * 2
+
+
+def test_schedule_that_ends_when_the_peers_rule_is_asked_for_ends_in_time():
+    acc = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(_linear().parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    prepared = PreparedScheduler(schedule, acc._loop, follows=False, repeat=3)
+    for _ in range(5):
+        optimizer.step()
+        prepared.step()
+    assert schedule.last_epoch == 10
 
 
 def _with_options(options, accumulation):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from ranks import run_ranks
@@ -87,6 +90,20 @@ def test_split_when_there_are_fewer_than_ranks(pad):
     assert parts == [[7], [7] if pad else [], [7] if pad else []]
     with pytest.raises(ConfigError, match="one length"):
         share_of({"a": [1], "b": [1, 2]}, rank=0, size=2, pad=False)
+    for nothing in (5, {"a": [1], "b": 5}, np.array(5), {1, 2}):
+        with pytest.raises(ConfigError, match=r"cannot cut a (int|ndarray|set); give a list"):
+            share_of(nothing, rank=0, size=2, pad=False)
+
+
+def test_split_when_given_ranges_arrays_or_frames():
+    from nbaccel.core.processes import share_of
+
+    for whole in (range(5), np.arange(5), pd.Series(range(5)), deque(range(5))):
+        parts = [[list(share_of(whole, rank=r, size=2, pad=pad)) for r in range(2)] for pad in (False, True)]
+        assert parts == [[[0, 1, 2], [3, 4]], [[0, 1, 2], [3, 4, 4]]]
+    frame = share_of(pd.DataFrame({"a": [1, 2, 3]}), rank=1, size=2, pad=True)
+    assert frame["a"].tolist() == [3, 3]
+    assert share_of(np.eye(3), rank=1, size=2, pad=False).tolist() == [[0, 0, 1]]
 
 
 def _trigger():
@@ -175,6 +192,8 @@ def _log(folder):
     for step in range(3):
         acc.log({"loss": torch.tensor(float(acc.process_index + step))}, step=step, reduce="mean")
         acc.log({"mine": acc.process_index}, step=step)
+    tokens = 16777217 if acc.is_main_process else 16777217.0  # past what float32 counts
+    acc.log({"tokens": tokens, "counted": torch.tensor(16777217)}, step=3, reduce="sum")
     acc.end_training()
 
 
@@ -186,6 +205,7 @@ def test_log_when_reduced_over_ranks(tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == [0.5, 1.5, 2.5]
     assert [line["mine"] for line in lines if "mine" in line] == [0, 0, 0]
+    assert (lines[-1]["tokens"], lines[-1]["counted"]) == (33554434, 33554434)
 
 
 def test_log_when_the_tracker_is_an_object(tmp_path):

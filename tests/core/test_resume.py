@@ -6,12 +6,14 @@ import os
 import random
 
 import numpy as np
+import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from nbaccel.core import Accelerator
+from nbaccel.errors import CheckpointError, ConfigError
 
 WORKERS = (0, 2)
 TOTAL, BATCH, EPOCHS = 23, 3, 2  # on two ranks: 4 batches an epoch, the last one shorter
@@ -74,6 +76,45 @@ def test_run_when_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path):
             assert found[2] == EPOCHS * 4
             assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
     assert whole[0][0][1] != whole[1][0][1], "each rank has a state of its own"
+
+
+def _stepped(folder, **options):
+    acc = Accelerator(cpu=True, project_dir=folder, **options)
+    model = nn.Linear(2, 1)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        acc.step(model(torch.ones(1, 2)).sum(), optimizer)
+    return acc
+
+
+def test_resume_when_nothing_acts_on_it_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"resume='/nowhere' was asked on rank 0, .* is not there"):
+        Accelerator(cpu=True, resume="/nowhere")
+    saved = _stepped(tmp_path, resume="auto").save_state()
+    for where in ("auto", saved):
+        with pytest.warns(UserWarning, match=f"resume='{where}' was asked, .* Prepare the loader") as told:
+            _stepped(tmp_path, resume=where)
+        assert len(told) == 1
+
+
+def test_load_when_less_was_prepared_than_saved(tmp_path):
+    saved = _stepped(tmp_path).save_state()
+    acc = Accelerator(cpu=True)
+    model = acc.prepare(nn.Linear(2, 1))
+    with pytest.raises(
+        CheckpointError, match=r"holds more than was prepared: .*: optimizer_0\. .*strict=False"
+    ):
+        acc.load_state(saved)
+    acc.load_state(saved, strict=False)
+    assert model.weight.tolist() != nn.Linear(2, 1).weight.tolist()
+    for other, words in ((nn.Linear(3, 1), r"weight is \(1, 2\) in"), (nn.Linear(2, 1, bias=False), "bias")):
+        acc = Accelerator(cpu=True)
+        acc.prepare(other)
+        for strict in (True, False):
+            with pytest.raises(
+                CheckpointError, match=f"model_0: this is another model's checkpoint: .*{words}"
+            ):
+                acc.load_state(saved, strict=strict)
 
 
 def _by_epoch(folder, stop):

@@ -5,6 +5,9 @@ A save fills a hidden folder beside its target and renames it when it is complet
     checkpoint_7                                   complete, or damaged by somebody else
     .checkpoint_8.partial-<host>-<pid>-<nonce>     being written, or left by a writer that died
     .checkpoint_7.old-<host>-<pid>-<nonce>         what checkpoint_7 was, while it is being replaced
+
+What others put into a checkpoint (a tokenizer, notes, checkpoints) is not in its manifest and moves on to the one that
+replaces it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import re
 import socket
 import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +33,16 @@ __all__ = [
     "prune",
     "remove_leftovers",
     "resolve",
+    "retire",
 ]
 
 _HIDDEN = re.compile(
-    r"^\.(?P<name>.+)\.(?:partial|old)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<nonce>[0-9a-f]+)$"
+    r"^\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<nonce>[0-9a-f]+)$"
 )
 _NUMBERED = re.compile(r"^(?P<family>.*?)(?P<number>\d+)$")
-_OURS = re.compile(r"^(manifest\.json.*|index\.json|shared.*|rank-\d{5}.*|shards-\d{5}\.safetensors)$")
+_OURS = re.compile(
+    r"^(manifest\.json(\.new)?|index\.json|(shared|rank-\d{5})(-\d+\.pt|\.json|\.safetensors)|shards-\d{5}\.safetensors)$"
+)
 _DISTINCTIVE = re.compile(r"^(shared\.json|rank-\d{5}\.json|shards-\d{5}\.safetensors)$")
 _FORGOTTEN = 6 * 3600.0
 """Seconds after which an unfinished folder of another machine is taken for abandoned."""
@@ -152,6 +159,51 @@ def prune(newest: Path, keep: int, filesystem: FileSystem) -> list[Path]:
     return gone
 
 
+def retire(old: Path, target: Path, filesystem: FileSystem) -> bool:
+    """Deletes a replaced checkpoint, when what others had put into it lies in `target`, which stands in its place.
+
+    Returns False, and leaves it, where there are such things and no `target`.
+    """
+    strangers = list(_strangers(old, _own_names(old, filesystem), filesystem))
+    if strangers and not filesystem.is_folder(target):
+        return False
+    for name in strangers:
+        _move(old / name, target / name, filesystem)
+    if strangers:
+        filesystem.sync_folder(target)
+    filesystem.remove(old)
+    return True
+
+
+def _own_names(folder: Path, filesystem: FileSystem) -> frozenset[str]:
+    """The checkpoint's own files, relative: those its manifest lists, or that are named like ours where it has none."""
+    try:
+        manifest = read_manifest(folder, filesystem)
+    except CheckpointError:
+        return frozenset(name for name in filesystem.names(folder) if _OURS.match(name))
+    return frozenset((MANIFEST, *(record.name for record in manifest.files)))
+
+
+def _strangers(folder: Path, own: Collection[str], filesystem: FileSystem, below: str = "") -> Iterator[str]:
+    """What else is there, relative; a folder that holds nothing of the checkpoint's as a whole."""
+    for name in filesystem.names(folder / below):
+        relative = f"{below}{name}"
+        if any(one.startswith(f"{relative}/") for one in own):
+            yield from _strangers(folder, own, filesystem, f"{relative}/")
+        elif relative not in own:
+            yield relative
+
+
+def _move(source: Path, target: Path, filesystem: FileSystem) -> None:
+    """Gives it its new place; where the new checkpoint has a file of that name, that one stays."""
+    if target.name not in filesystem.names(target.parent):
+        filesystem.make_folder(target.parent)
+        filesystem.rename(source, target)
+    elif filesystem.is_folder(source) and filesystem.is_folder(target):
+        for name in filesystem.names(source):
+            _move(source / name, target / name, filesystem)
+
+
 def remove_leftovers(
     parent: Path, filesystem: FileSystem, *, complete: bool, age: float = _FORGOTTEN
 ) -> list[Path]:
@@ -168,9 +220,13 @@ def remove_leftovers(
         if match is None or (not complete and MANIFEST in filesystem.names(path)):
             continue
         here = match["host"] == _host()
-        if not _alive(int(match["pid"])) if here else filesystem.age(path) > age:
+        if _alive(int(match["pid"])) if here else filesystem.age(path) <= age:
+            continue
+        if match["kind"] == "partial":
             filesystem.remove(path)
-            gone.append(path)
+        elif not retire(path, parent / match["name"], filesystem):
+            continue
+        gone.append(path)
     return gone
 
 

@@ -168,22 +168,25 @@ class _Reading:
         }
         untouched = [(name, reason) for name in contents.per_rank if reason]
         wanted_own = [] if reason else list(contents.per_rank)
-        found = differences([*contents.sharded, *contents.shared, *wanted_own], [*saved, *shared, *own])
-        if found and strict:
-            raise CheckpointError(
-                f"checkpoint {folder} holds other things than were prepared: {found}. Prepare or register the "
-                "same, or pass strict=False."
-            )
         sharded = {name: thing for name, thing in contents.sharded.items() if name in saved}
-        absent = [*contents.sharded, *contents.shared, *wanted_own]
-        untouched += [(n, "the checkpoint has none") for n in absent if n not in {**saved, **shared, **own}]
+        # First: that it is another model says more than that other things came with it.
+        targets = {name: _targets(name, thing, saved[name]) for name, thing in sharded.items()}
+        wanted, held = [*contents.sharded, *contents.shared, *wanted_own], [*saved, *shared, *own]
+        found = differences(wanted, held)
+        if found and strict:
+            more = "holds more" if set(wanted) <= set(held) else "holds other things"
+            raise CheckpointError(
+                f"checkpoint {folder} {more} than was prepared: {found}. Prepare or register the same, or pass "
+                "strict=False to load what both have; names and shapes are compared all the same."
+            )
+        untouched += [(name, "the checkpoint has none") for name in wanted if name not in held]
         return cls(
             folder=folder,
             filesystem=filesystem,
             manifest=manifest,
             index=index,
             saved=saved,
-            targets={name: _targets(name, thing, saved[name]) for name, thing in sharded.items()},
+            targets=targets,
             states={**shared, **own},
             divided=divided_of(_read(folder, "shared.json", filesystem)),
             untouched=tuple(untouched),

@@ -2,7 +2,8 @@
 
 Order of events, so that a crash at any moment leaves a complete earlier state or the new one:
 each rank writes and syncs its files in a hidden folder · rank 0 writes the manifest and syncs · renames
-the hidden folder · syncs the parent · only then deletes older ones · all ranks learn the outcome.
+the hidden folder · syncs the parent · only then moves over what others had put into the one it replaces, and
+deletes older ones · all ranks learn the outcome.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nbaccel import __version__
 from nbaccel.core.checkpoint.crew import Crew, describe_error
 from nbaccel.core.checkpoint.files import layout_of, write_file, write_tensors
 from nbaccel.core.checkpoint.filesystem import FileSystem
-from nbaccel.core.checkpoint.find import hidden_name, is_ours, prune, remove_leftovers
+from nbaccel.core.checkpoint.find import hidden_name, is_ours, prune, remove_leftovers, retire
 from nbaccel.core.checkpoint.manifest import MANIFEST, FileRecord, Manifest, describe
 from nbaccel.core.checkpoint.shards import INDEX, Plan, shard_file
 from nbaccel.core.checkpoint.small import Packed
@@ -151,19 +152,26 @@ def _write_packed(folder: Path, name: str, packed: Packed, filesystem: FileSyste
 def _commit_or_say(job: Job, records: list[FileRecord], world_size: int, filesystem: FileSystem) -> str:
     """Makes the folder a checkpoint; "" when that worked, else what went wrong."""
     try:
-        _commit(job, records, world_size, filesystem)
+        replaced = _commit(job, records, world_size, filesystem)
     except (OSError, ValueError, CheckpointError) as error:
         return f"rank 0: {describe_error(error)}"
     try:
+        if replaced is not None:
+            retire(replaced, job.target, filesystem)
         if job.keep is not None:
             prune(job.target, job.keep, filesystem)
         remove_leftovers(job.target.parent, filesystem, complete=True)
     except OSError as error:
-        warnings.warn(f"{job.target} is complete, but older ones could not be deleted: {error}", stacklevel=2)
+        warnings.warn(
+            f"{job.target} is complete, but older ones could not be deleted, or what others had put into the "
+            f"one it replaces not be moved: {error}",
+            stacklevel=2,
+        )
     return ""
 
 
-def _commit(job: Job, records: list[FileRecord], world_size: int, filesystem: FileSystem) -> None:
+def _commit(job: Job, records: list[FileRecord], world_size: int, filesystem: FileSystem) -> Path | None:
+    """Completes the hidden folder and puts it in place; what it replaced, hidden, is returned."""
     for record in records:
         if filesystem.size(job.partial / record.name) != record.num_bytes:
             raise CheckpointError(
@@ -183,11 +191,11 @@ def _commit(job: Job, records: list[FileRecord], world_size: int, filesystem: Fi
     filesystem.sync_folder(job.partial)
     filesystem.rename(job.partial / f"{MANIFEST}.new", job.partial / MANIFEST)
     filesystem.sync_folder(job.partial)
-    _put_in_place(job, filesystem)
+    return _put_in_place(job, filesystem)
 
 
-def _put_in_place(job: Job, filesystem: FileSystem) -> None:
-    """Renames the complete hidden folder; what it replaces stays complete beside it until that is done."""
+def _put_in_place(job: Job, filesystem: FileSystem) -> Path | None:
+    """Renames the complete hidden folder; what it replaces stays complete beside it, and is returned."""
     parent = job.target.parent
     old = None
     if filesystem.is_folder(job.target):
@@ -200,8 +208,7 @@ def _put_in_place(job: Job, filesystem: FileSystem) -> None:
             filesystem.rename(old, job.target)
         raise
     filesystem.sync_folder(parent)
-    if old is not None:
-        filesystem.remove(old)
+    return old
 
 
 def _foreign_files(

@@ -20,6 +20,7 @@ from nbaccel.core.comm.frames import (
     CheckMode,
     Meeting,
     MismatchCheck,
+    Unsent,
     all_gather_flat,
     caller,
     exchange_blobs,
@@ -50,7 +51,8 @@ __all__ = [
 Reduction = Literal["mean", "sum", "max", "min", "none"]
 T = TypeVar("T")
 
-_NO_SUMS = (torch.uint16, torch.uint32)  # torch has no sums of these
+_NO_SUMS = (torch.int16, torch.uint16, torch.uint32, torch.uint64)  # torch or gloo has no sums of these
+_TOP_BIT = torch.iinfo(torch.int64).min
 _PACK_BELOW = 256 * 1024  # bytes; larger tensors gain nothing from being copied into one buffer
 
 
@@ -111,19 +113,26 @@ def reduce(
 
     Raises:
         CollectiveMismatch: the ranks' structures, shapes, dtypes or reductions differ.
+        ConfigError: no such reduction, or the maximum or minimum of complex numbers.
     """
     if reduction not in ("mean", "sum", "max", "min", "none"):
         raise ConfigError(f"reduction is {reduction!r}; it must be 'mean', 'sum', 'max', 'min' or 'none'")
     tensors = _tensors_of(value, "reduce")
     if reduction == "none":
         return _rebuild(value, [t.clone() for t in tensors])
+    ordered = reduction in ("max", "min")
+    if ordered and any(t.is_complex() for t in tensors):
+        raise ConfigError(
+            f"reduce on rank {world.rank} got complex numbers, of which there is no {reduction}: give it their abs(), "
+            "or torch.view_as_real(...) of them"
+        )
     if world.size == 1:
-        totals = [_widen(t).clone() for t in tensors]
+        totals = [_widen(t, ordered).clone() for t in tensors]
     else:
         totals = _reduce_wide("reduce", tensors, world, check, reduction=reduction, paths=value)
     divisor = world.size if reduction == "mean" else 1
     return _rebuild(
-        value, [_narrow(w, t.dtype, scale, divisor) for w, t in zip(totals, tensors, strict=True)]
+        value, [_narrow(w, t.dtype, ordered, scale, divisor) for w, t in zip(totals, tensors, strict=True)]
     )
 
 
@@ -132,7 +141,9 @@ def broadcast(value: T, *, world: World, source: int = 0, check: MismatchCheck |
 
     Raises:
         CollectiveMismatch: the ranks' structures, shapes, dtypes or sources differ.
+        ConfigError: there is no such rank.
     """
+    _check_source("broadcast", source, world)
     tensors = _tensors_of(value, "broadcast")
     if world.size == 1:
         return _rebuild(value, [t.clone() for t in tensors])
@@ -153,7 +164,9 @@ def broadcast_object_list(objects: list[Any], *, world: World, source: int = 0) 
 
     Raises:
         CollectiveMismatch: the lists have different lengths.
+        ConfigError: there is no such rank.
     """
+    _check_source("broadcast_object_list", source, world)
     if world.size > 1:
         mine = objects if world.rank == source else None
         signature = f"a list of {len(objects)} from rank {source}"
@@ -225,14 +238,22 @@ def scatter(value: T | None, *, world: World, source: int = 0) -> T:
 
     `source`'s value decides structure, shapes and dtypes; the other ranks may give None. Pieces arrive on
     the device `source`'s tensors are on where that is the CPU, else on the rank's own device.
+
+    Raises:
+        ConfigError: there is no such rank.
+        TypeError: on every rank, where a leaf of `source`'s is not a tensor.
     """
+    _check_source("scatter", source, world)
     if world.size == 1:
         return cast(T, map_tensors(torch.Tensor.detach, value))
-    outline = None
+    outline: Any = None
     tensors: list[torch.Tensor] = []
     if world.rank == source:
-        tensors = _tensors_of(value, "scatter")
-        outline = map_tensors(lambda t: t.to("meta"), value), [t.device.type for t in tensors]
+        try:
+            tensors = _tensors_of(value, "scatter")
+            outline = map_tensors(lambda t: t.to("meta"), value), [t.device.type for t in tensors]
+        except TypeError as error:
+            outline = Unsent(f"something else than tensors: {error}")
     shape, kinds = exchange_objects("scatter", outline, world=world, signature=f"from rank {source}")[source]
     pieces = []
     for index, (blank, kind) in enumerate(zip(_tensors_of(shape, "scatter"), kinds, strict=True)):
@@ -256,6 +277,13 @@ def barrier(world: World) -> None:
 # --- pieces ----------------------------------------------------------------------------------------------
 
 
+def _check_source(operation: str, source: int, world: World) -> None:
+    if not 0 <= source < world.size:
+        raise ConfigError(
+            f"{operation} on rank {world.rank} was asked for from rank {source}; there are ranks 0 to {world.size - 1}"
+        )
+
+
 def _tensors_of(value: Any, operation: str) -> list[torch.Tensor]:
     tensors = []
     for path, leaf in leaves(value):
@@ -266,7 +294,8 @@ def _tensors_of(value: Any, operation: str) -> list[torch.Tensor]:
             )
         if leaf.layout is not torch.strided:
             raise TypeError(f"{operation} moves dense tensors; {path or 'the value'} is {leaf.layout}")
-        tensors.append(leaf.detach())
+        # A conjugate or a negative may be a flag on other numbers' memory, which is what travels.
+        tensors.append(leaf.detach().resolve_conj().resolve_neg())
     return tensors
 
 
@@ -388,17 +417,18 @@ def _reduce_wide(
     paths: Any,
 ) -> list[torch.Tensor]:
     """The reduction of each tensor in a dtype wide enough to hold it."""
+    ordered = reduction in ("max", "min")
     if _fits(tensors):
         stacked = _gather_stacked(operation, tensors, world, check, options=reduction, paths=paths)
-        by_rank = [_widen(s) for s in stacked]
-        if reduction in ("max", "min"):
+        by_rank = [_widen(s, ordered) for s in stacked]
+        if ordered:
             return [getattr(s, f"a{reduction}")(0) for s in by_rank]
         return [s.sum(0, dtype=s.dtype) for s in by_rank]
     meeting = _meet(operation, tensors, world, check, options=reduction, paths=paths)
     op = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(reduction, dist.ReduceOp.SUM)
     wide = []
     for tensor in tensors:
-        total = _widen(_to_carrier(tensor, world)).contiguous()
+        total = _widen(_to_carrier(tensor, world), ordered).contiguous()
         wide.append(total.clone() if total.data_ptr() == tensor.data_ptr() else total)
     works = [
         # gloo and NCCL add complex numbers as pairs of reals.
@@ -410,17 +440,25 @@ def _reduce_wide(
     return [total.to(t.device) for total, t in zip(wide, tensors, strict=True)]
 
 
-def _widen(tensor: torch.Tensor) -> torch.Tensor:
+def _widen(tensor: torch.Tensor, ordered: bool) -> torch.Tensor:
+    """In numbers that can be added up, or put in order: both are `_narrow`ed to what they stand for."""
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize <= 2:
         return tensor.float()
     if tensor.dtype == torch.complex32:
         return tensor.to(torch.complex64)
+    if tensor.dtype == torch.uint64:
+        signed = tensor.view(torch.int64)  # equal sums, bit for bit; ordered alike with the top bit turned
+        return signed ^ _TOP_BIT if ordered else signed
     if tensor.dtype == torch.bool or tensor.dtype in _NO_SUMS:
         return tensor.long()
     return tensor
 
 
-def _narrow(total: torch.Tensor, dtype: torch.dtype, scale: float, divisor: int) -> torch.Tensor:
+def _narrow(
+    total: torch.Tensor, dtype: torch.dtype, ordered: bool, scale: float, divisor: int
+) -> torch.Tensor:
+    if dtype == torch.uint64:
+        total = (total ^ _TOP_BIT if ordered else total).view(dtype)
     if divisor != 1:
         total = total / divisor
     if scale != 1.0:

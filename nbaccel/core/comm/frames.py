@@ -37,6 +37,7 @@ __all__ = [
     "Frames",
     "Meeting",
     "MismatchCheck",
+    "Unsent",
     "all_gather_flat",
     "caller",
     "exchange_blobs",
@@ -100,6 +101,13 @@ class Frames:
     """Bytes of each rank's payload."""
     payloads: torch.Tensor | None
     """uint8 [world size, ROOM] on the CPU when everybody's payload rode along, else None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """What a rank sends in place of an object that it cannot send."""
+
+    why: str
 
 
 def caller() -> str:
@@ -235,7 +243,20 @@ def exchange_blobs(
 
 
 def exchange_objects(operation: str, value: Any, *, world: World, signature: str = "") -> list[Any]:
-    """One picklable object from each rank, in rank order. The ranks of one run trust each other's pickles."""
-    data = bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+    """One picklable object from each rank, in rank order. The ranks of one run trust each other's pickles.
+
+    Raises:
+        TypeError: on every rank, where one of them cannot be pickled.
+    """
+    cause = None
+    try:
+        data = bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+    except Exception as error:  # noqa: BLE001 - raised below, when every rank has heard of it
+        cause, problem = error, f"a {type(value).__name__} that cannot be pickled: {error}"
+        data = bytearray(pickle.dumps(Unsent(problem)))
     blobs = exchange_blobs(operation, torch.frombuffer(data, dtype=torch.uint8), signature, world=world)
-    return [pickle.loads(blob.numpy().tobytes()) for blob in blobs]
+    values = [pickle.loads(blob.numpy().tobytes()) for blob in blobs]
+    for rank, one in enumerate(values):
+        if isinstance(one, Unsent):
+            raise TypeError(f"{operation} on rank {rank} got {one.why}") from cause
+    return values

@@ -13,7 +13,10 @@ _ALIGN = 16  # of complex128, the widest element
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor as uint8 [bytes]; writes go through."""
-    return tensor.reshape(-1).view(torch.uint8)
+    flat = tensor.reshape(-1)
+    if flat.numel() < 2:
+        flat = flat.as_strided(flat.shape, (1,))  # so few count as contiguous with any stride
+    return flat.view(torch.uint8)
 
 
 def _room_for(num_bytes: int) -> int:

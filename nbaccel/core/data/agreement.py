@@ -150,12 +150,16 @@ def warn_of_tails(source: Source, layout: Layout) -> None:
             stacklevel=3,
         )
     if layout.even_batches and rest and not layout.drop_last:
-        filled = layout.full_share() * layout.size
+        added = layout.full_share() * layout.size - rest
         warnings.warn(
-            f"even_batches=True: the last batch of each epoch repeats {filled - rest} of its {rest} samples, "
-            "so that every rank's batch is full; metrics do not count them",
+            f"even_batches=True: the last batch of each epoch adds {_count(added, 'repeat')} to its "
+            f"{_count(rest, 'sample')}, so that every rank's batch is full; metrics do not count them",
             stacklevel=3,
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def warn_of_disorder(loader: DataLoader[Any]) -> None:

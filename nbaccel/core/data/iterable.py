@@ -4,22 +4,57 @@ The stream and its state are then the same on all ranks, so a run can go on with
 A data set that divides itself among the ranks (`shard="none"`) has a state per rank and needs the same
 ranks again. With loader workers each worker reads the stream the data set gives *it*
 (`torch.utils.data.get_worker_info`), and its position and state travel with every batch.
+
+A stream that every rank reads must be the same on every rank, so what it draws from the global generators
+comes from a private set, which depends on the seed and the epoch and not on the rank:
+
+    iter(dataset), and its first sample   (seed, epoch): also the same in all workers, so that a data set that
+                                          shuffles a list and gives each worker a part of it gives all of it
+    the samples after it                  (seed, epoch, worker), or their own with `per_sample_seed`
+    collate_fn                            the training loop's; in a worker (seed, epoch, rank, worker)
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from nbaccel.core.data.plan import Layout, Share, all_shares, groups_of
 from nbaccel.core.data.seeding import RandomScope, derive_seed, seed_global
 from nbaccel.core.data.source import Source
+from nbaccel.core.nested import leaves
 
-__all__ = ["Item", "Origin", "Start", "StreamReader", "StreamShard", "is_stateful"]
+__all__ = ["Item", "Origin", "Start", "StreamReader", "StreamShard", "digest", "is_stateful"]
+
+_ORDER, _COLLATE = 0x6F726465, 0x636F6C6C
+_COMPARED = 4  # global batches of a pass of which the ranks can compare what they have read
+
+
+def digest(sample: Any) -> int:
+    """A checksum of the tensors, arrays, numbers and strings in a sample: equal for equal ones."""
+    found = 0
+    for path, leaf in leaves(sample):
+        found = zlib.crc32(_content(leaf), zlib.crc32(path.encode(errors="backslashreplace"), found))
+    return found
+
+
+def _content(leaf: Any) -> bytes:
+    if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_quantized:
+        plain = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(leaf, (int, float, complex, str, bytes)):
+        return repr(leaf).encode(errors="backslashreplace")
+    if hasattr(leaf, "tobytes") and not getattr(getattr(leaf, "dtype", None), "hasobject", False):
+        return bytes(leaf.tobytes())
+    return type(leaf).__name__.encode()  # what else there is may hold addresses
 
 
 def is_stateful(value: Any) -> bool:
@@ -65,25 +100,30 @@ class Item:
 
 @final
 class _Stream:
-    """The samples of one pass; remembers the data set's state at the borders between global batches."""
+    """The samples of one pass; remembers the data set's state at the borders between global batches.
 
-    def __init__(self, dataset: Any, start: Start, batch: int, seeds: tuple[int, ...] | None) -> None:
+    Args:
+        seeds: what the seed after so many samples is derived from; empty: draws are left alone.
+        each: whether every sample has a seed of its own.
+    """
+
+    def __init__(self, dataset: Any, start: Start, batch: int, seeds: tuple[int, ...], each: bool) -> None:
         self._dataset = dataset
-        self._own_state = is_stateful(dataset)
-        if self._own_state and start.state is not None:
+        self._seeds, self._each = seeds, each
+        own_state = is_stateful(dataset)
+        if own_state and start.state is not None:
             dataset.load_state_dict(copy.deepcopy(start.state))
         self._source = iter(dataset)
-        if not self._own_state and is_stateful(self._source) and start.state is not None:
+        if not own_state and is_stateful(self._source) and start.state is not None:
             self._source.load_state_dict(copy.deepcopy(start.state))
-        self._scope = RandomScope(derive_seed(*seeds)) if seeds else None
-        self._seeds = seeds or ()
+        self._stateful = own_state or is_stateful(self._source)
         self._states: dict[int, Any] = {}
-        self.count = start.consumed
-        if start.state is None:
-            for self.count in range(start.consumed):
-                self._read()
-            self.count = start.consumed
-        self._border, self._batch = start.consumed + batch, batch
+        self.count = self._first = start.consumed if start.state is not None else 0
+        self._border, self._batch = self.count + batch, batch
+        if self.count < start.consumed:
+            for _ in itertools.islice(self, start.consumed):
+                pass
+            self._border = start.consumed
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -92,16 +132,25 @@ class _Stream:
         if self.count == self._border:
             self._states[self.count] = self._snapshot()
             self._border += self._batch
-        sample = self._read()
-        self.count += 1
-        return sample
+            # So that a resumed run draws the same from here on. One that reads a stream without a state from its
+            # beginning may have other borders, and must draw the same as well.
+            if self._stateful:
+                self._first = self.count
+                self._seed(self.count)
+        return self._read()
 
     def _read(self) -> Any:
-        if self._scope is None:
-            return next(self._source)
-        with self._scope:
-            seed_global(derive_seed(*self._seeds, self.count))
-            return next(self._source)
+        if self._each and self.count:
+            self._seed(self.count)
+        sample = next(self._source)
+        self.count += 1
+        if self.count == self._first + 1:
+            self._seed(self.count)
+        return sample
+
+    def _seed(self, count: int) -> None:
+        if self._seeds:
+            seed_global(derive_seed(*self._seeds, count))
 
     def _snapshot(self) -> Any:
         for holder in (self._dataset, self._source):
@@ -118,35 +167,58 @@ class _Stream:
 
 @final
 class StreamReader:
-    """Global batches of one stream, divided, collated, with the state after each."""
+    """Global batches of one stream, divided, collated, with the state after each.
 
-    def __init__(self, source: Source, layout: Layout, ranks: Sequence[int], *, seed: int | None) -> None:
+    Args:
+        each: every sample is read under a seed of its own.
+    """
+
+    def __init__(
+        self, source: Source, layout: Layout, ranks: Sequence[int], *, seed: int, each: bool
+    ) -> None:
         self._source = source
         self._layout = layout
         self._ranks = ranks
         self._seed = seed
+        self._each = each
+        self.alike = layout.shard != "none" or each
+        """Whether the stream's draws are the reader's, and not the process's."""
+
+    def seed_worker(self, epoch: int, worker: int) -> None:
+        """Seed what a loader's worker draws outside of the stream, in collate_fn: not as the other ranks' do."""
+        if self.alike:
+            seed_global(derive_seed(self._seed, epoch, self._ranks[0], worker, _COLLATE))
 
     def items(self, epoch: int, start: Start, worker: int = 0) -> Iterator[Item]:
-        """The rest of the pass from `start`. With a seed every sample is read under its own."""
+        """The rest of the pass from `start`."""
         if start.ended:
             return
-        layout = self._layout
-        seeds = None if self._seed is None else (self._seed, epoch, worker)
-        stream = _Stream(self._source.dataset, start, layout.global_batch, seeds)
-        collate = self._source.collate
+        layout, collate = self._layout, self._source.collate
         unbatched = self._source.batch_size is None
-        batches: list[Any] = []
-        shares: list[Share] = []
+        scope: AbstractContextManager[None] = nullcontext()
+        seeds: tuple[int, ...] = ()
+        if self.alike:
+            scope = RandomScope(derive_seed(self._seed, epoch, _ORDER))
+            seeds = (self._seed, epoch, worker)
+        with scope:
+            stream = _Stream(self._source.dataset, start, layout.global_batch, seeds, self._each)
         groups = groups_of(stream, layout, cursor=start.consumed)
-        for share in all_shares(groups, layout, self._ranks):
-            batches.append(collate(share.indices[0] if unbatched else share.indices))
-            if not shares:
-                origin = Origin(worker, share.cursor, stream.state_at(share.cursor), share.last)
-            known = None if layout.shard == "none" else share.global_samples
-            shares.append(share._replace(indices=(), units=None, global_samples=known, origin=origin))
-            if len(batches) == len(self._ranks):
-                yield Item(batches, shares)
-                batches, shares = [], []
+        for number in itertools.count():
+            with scope:
+                group = next(groups, None)
+                if group is None:
+                    return
+                shares = list(all_shares((group,), layout, self._ranks))
+            batches = [collate(one.indices[0] if unbatched else one.indices) for one in shares]
+            origin = Origin(worker, group.cursor, stream.state_at(group.cursor), group.last)
+            read = None
+            if number < _COMPARED and layout.shard != "none":
+                read = (digest(group.units[0]), digest(group.units[-1]))
+            known = None if layout.shard == "none" else shares[0].global_samples
+            yield Item(
+                batches,
+                [one._replace(indices=(), units=read, global_samples=known, origin=origin) for one in shares],
+            )
 
 
 @final
@@ -174,6 +246,7 @@ class StreamShard(IterableDataset[Item]):
         self._epoch, self._starts, self._first = epoch + 1, {}, 0
         if callable(getattr(self.dataset, "set_epoch", None)):
             self.dataset.set_epoch(epoch)
+        self._reader.seed_worker(epoch, worker)
         if worker < first:
             yield Item([], [])
         yield from self._reader.items(epoch, start, worker)

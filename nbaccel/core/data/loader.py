@@ -124,6 +124,10 @@ class ShardedLoader:
         self._sampler_start: dict[str, Any] | None = None
         self._stream: dict[str, Any] | None = None
         self._nodes = self._layout.nodes
+        self._total = source.total
+        self.remeasured = 0
+        """Samples of the data set as the last pass found it, where it was another number when the ranks compared it;
+        else 0."""
         self._started = False
         self._resume: Position | None = None
         self._share: Share | None = None
@@ -172,12 +176,12 @@ class ShardedLoader:
                 self._end()
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, the same on every rank.
+        """Batches of a whole epoch, the same on every rank: of the pass in progress, or of the next one.
 
         Raises:
             TypeError: the data set or sampler has no length.
         """
-        total = self._source.total
+        total = self._units()
         if total is None:
             raise TypeError(f"the length of this loader is unknown: its {self._source.kind} has no __len__")
         return num_batches(self._layout, total)
@@ -226,12 +230,18 @@ class ShardedLoader:
     def global_batch_indices(self) -> Any:
         """Sample indices of all ranks' batches in hand as a user's sampler gave them on this rank; None where
         no sampler did."""
-        return None if self._share is None or self._source.kind == "order" else self._share.units
+        return None if self._share is None or "sampler" not in self._source.kind else self._share.units
+
+    @property
+    def global_batch_digests(self) -> tuple[int, ...]:
+        """Checksums of what this rank has read of an iterable data set for all ranks' batches in hand; empty but
+        for the first batches of a pass."""
+        return self._share.units or () if self._share is not None and self._source.kind == "stream" else ()
 
     @property
     def total_samples(self) -> int | None:
         """Samples an epoch gives over all ranks; None when unknown."""
-        total, batch = self._source.total, self._layout.global_batch
+        total, batch = self._units(), self._layout.global_batch
         if total is None or self._source.kind == "batch_sampler" or self._per_rank:
             return None
         return total - total % batch if self._layout.drop_last else total
@@ -240,6 +250,14 @@ class ShardedLoader:
     def total_batch_size(self) -> int | None:
         """Samples of a full global batch; None where a batch sampler or the data set decides."""
         return None if self._source.batch_size is None else self._layout.global_batch
+
+    @property
+    def ends_thin(self) -> bool:
+        """Whether some rank has one sample or none of its own in the last batch of an epoch, and a batch more."""
+        total, layout = self._units(), self._layout
+        if total is None or self._source.batch_size is None or layout.drop_last or layout.even_batches:
+            return False
+        return 0 < total % layout.global_batch < 2 * layout.size and layout.global_batch >= 2 * layout.size
 
     @property
     def with_replacement(self) -> bool:
@@ -286,7 +304,11 @@ class ShardedLoader:
         return "rank" if self._per_rank else "global"
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loop stands: the batch in hand counts as consumed, prefetched ones do not."""
+        """Where the loop stands: the batch in hand counts as consumed, prefetched ones do not.
+
+        So it is after a `break` too: what resumes reads the rest of the epoch, where the next pass here is that of the
+        next one.
+        """
         return self._position().to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -340,6 +362,11 @@ class ShardedLoader:
         self._epoch, self._samples, self._cursor = epoch, 0, 0
         self._stream, self._nodes, self._started = None, self._layout.nodes, False
 
+    def _units(self) -> int | None:
+        """Units of the pass in progress, or of the next one."""
+        measure = self._source.measure
+        return self._total if measure is None or self._started else measure()
+
     def _position(self) -> Position:
         source = self._source
         sampler = self._sampler_start
@@ -351,7 +378,7 @@ class ShardedLoader:
             cursor=self._cursor,
             seed=self.seed,
             kind=source.kind,
-            total=source.total,
+            total=self._units(),
             shuffle=source.shuffle,
             nodes=self._nodes,
             per_rank=self._per_rank,
@@ -378,8 +405,14 @@ class ShardedLoader:
             self._rewind(self._epoch + self._started)
             if sampler is not None:
                 self._sampler_start = sampler_state(sampler)
-        elif sampler is not None and resume.sampler is not None:
-            load_sampler_state(sampler, resume.sampler)
+        else:
+            # The data set may have grown or shrunk since the state was loaded.
+            if resume.total != self._units():
+                resume.check_fits(self._position(), where=f"loader {self.name!r} on rank {self.world.rank}")
+            if sampler is not None and resume.sampler is not None:
+                load_sampler_state(sampler, resume.sampler)
+        self._total = self._units()
+        self.remeasured = (self._total or 0) if self._total != self._source.total else 0
         self._resume, self._started, self._share = None, True, None
         self._steps = -(-self._cursor // self._layout.global_batch)
         if sampler is not None:
@@ -410,7 +443,7 @@ class ShardedLoader:
         if now - self._emitted < _EMIT_EVERY and not last:
             return
         self._emitted, self._unsent = now, False
-        total = None if self._source.total is None else len(self)
+        total = None if self._total is None else len(self)
         times = None if self._loop is None else self._loop.times(self)
         events.emit(
             events.Progress(

@@ -71,7 +71,8 @@ class Share(NamedTuple):
     origin: Any = None
     """Iterable data sets: the `Origin` of the batch."""
     units: Any = None
-    """The whole global batch's indices as this rank knows them; None where each rank computes its own."""
+    """The whole global batch's indices as this rank knows them; None where each rank computes its own.
+    Iterable data sets: checksums of some of its samples."""
 
 
 class Group(NamedTuple):

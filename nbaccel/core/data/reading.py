@@ -98,7 +98,7 @@ class MapReader:
         self._tensors = takes_tensors(source) and options.num_workers == 0
         self._feed = _Feed()
         self._loader: DataLoader[Any] | None = None
-        self._loader_seed: int | None = None
+        self._made_for: tuple[int, int | None] | None = None
 
     def read(self, start: Position) -> Iterator[Read]:
         """Batches from `start` on; reads none of the samples before it."""
@@ -115,12 +115,14 @@ class MapReader:
     def _by_workers(self, shares: Iterator[Share], start: Position) -> Iterator[Read]:
         feed, source = self._feed, self._source
         loader = self._loader
-        if loader is None or not loader.persistent_workers or self._loader_seed != start.seed:
+        # Persistent workers keep the data set as it was when they began.
+        asked = start.seed, start.total
+        if loader is None or not loader.persistent_workers or self._made_for != asked:
             dataset = SeededDataset(source.dataset, start.seed) if self._seeded else source.dataset
             feed.single = source.batch_size is None and source.kind != "batch_sampler"
             kind = {"batch_size": None, "sampler": feed} if feed.single else {"batch_sampler": feed}
             loader = _worker_loader(self._options, dataset, 0, self._pin, collate_fn=source.collate, **kind)
-            self._loader, self._loader_seed = loader, start.seed
+            self._loader, self._made_for = loader, asked
         feed.shares, feed.epoch = shares, start.epoch if self._seeded else None
         # Workers' base seed: of this epoch and rank, and not drawn from the training loop's generator.
         loader.generator.manual_seed(derive_seed(start.seed, start.epoch, self._ranks[0], 0x776F726B))
@@ -131,7 +133,7 @@ class MapReader:
         source, layout = self._source, self._layout
         if source.kind == "order":
             order = epoch_order(
-                source.total or 0,
+                start.total or 0,
                 shuffle=source.shuffle,
                 seed=start.seed,
                 epoch=start.epoch,
@@ -176,9 +178,7 @@ class StreamBatches:
             worker: Start(consumed=consumed, state=stream["states"][worker], ended=stream["ended"][worker])
             for worker, consumed in stream["consumed"].items()
         }
-        reader = StreamReader(
-            self._source, self._layout, self._ranks, seed=start.seed if self._seeded else None
-        )
+        reader = StreamReader(self._source, self._layout, self._ranks, seed=start.seed, each=self._seeded)
         if not self._options.num_workers:
             items: Iterator[Item] = reader.items(start.epoch, starts.get(0, Start()))
             return self._unpacked(items)
@@ -196,7 +196,8 @@ class StreamBatches:
             )
         assert self._loader is not None
         self._next_epoch = start.epoch + 1
-        self._loader.generator.manual_seed(derive_seed(start.seed, start.epoch, self._ranks[0], 0x776F726B))
+        # Workers' base seed, the same on all ranks: a data set may seed generators of its own with it.
+        self._loader.generator.manual_seed(derive_seed(start.seed, start.epoch, 0x776F726B))
         for item in self._loader:
             if item.batches:
                 yield item

@@ -38,7 +38,9 @@ class Source:
     sampler: Any = None
     """The user's own sampler or batch sampler."""
     total: int | None = None
-    """Units in an epoch: samples, or batches of a batch sampler; None when unknown."""
+    """Units in an epoch when it was read: samples, or batches of a batch sampler; None when unknown."""
+    measure: Callable[[], int] | None = None
+    """For "order", how many they are at any later time: a data set may grow or shrink between passes."""
     shuffle: bool = False
     seed: int | None = None
     """The seed of the generator or sampler that was to shuffle."""
@@ -101,20 +103,21 @@ def _read_sampler(
     drop_last: bool,
     size: int,
 ) -> Source:
-    def ordered(total: int, shuffle: bool, seed: int | None = None) -> Source:
+    def ordered(measure: Callable[[], int], shuffle: bool, seed: int | None = None) -> Source:
         return Source(
             kind="order",
             dataset=dataset,
             collate=collate,
             batch_size=batch_size,
             drop_last=drop_last,
-            total=total,
+            total=measure(),
+            measure=measure,
             shuffle=shuffle,
             seed=seed,
         )
 
     if type(sampler) is SequentialSampler:
-        return ordered(len(sampler.data_source), False)
+        return ordered(lambda: len(sampler.data_source), False)
     if type(sampler) is DistributedSampler:
         if sampler.num_replicas != size:
             raise ConfigError(
@@ -126,12 +129,12 @@ def _read_sampler(
             "without repeating any. Its shuffle and seed are kept.",
             stacklevel=2,
         )
-        return ordered(len(dataset), sampler.shuffle, sampler.seed)
-    if type(sampler) is RandomSampler and not sampler.replacement:
-        total = len(sampler.data_source)
-        if sampler.num_samples == total:
-            generator = sampler.generator
-            return ordered(total, True, generator.initial_seed() if generator is not None else None)
+        return ordered(lambda: len(dataset), sampler.shuffle, sampler.seed)
+    whole = type(sampler) is RandomSampler and sampler.num_samples == len(sampler.data_source)
+    if whole and not sampler.replacement:
+        generator = sampler.generator
+        seed = generator.initial_seed() if generator is not None else None
+        return ordered(lambda: sampler.num_samples, True, seed)
     return Source(
         kind="sampler",
         dataset=dataset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from nbaccel.core.comm import collectives
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.loop import Loop
+from nbaccel.core.loop.real_samples import real_part
 from nbaccel.core.nested import map_leaves
 
 __all__ = ["Communicator"]
@@ -24,7 +26,7 @@ class Communicator:
     def __init__(self, loop: Loop, mode: collectives.CheckMode) -> None:
         self._loop, self._world = loop, loop.world
         self._check = collectives.MismatchCheck(mode)
-        self._raised = False
+        self._raised = self._told = False
 
     def _timed(self) -> AbstractContextManager[None]:
         watch = self._loop.stopwatch
@@ -41,21 +43,32 @@ class Communicator:
     def gather_for_metrics(self, value: Any, use_gather_object: bool, loader: ShardedLoader | None) -> Any:
         if loader is None:
             loader = self._loop.loader
-        size = real = None
-        if loader is not None:
-            real, size = loader.batch_samples, loader.batch_samples + loader.batch_repeated
+        real, size = (1, 1) if loader is None else _in_hand(loader)
         # of the ranks that share one batch the first brings it
         absent = self._world.rank % (self._world.size // self._loop.strategy.data_axis.size) > 0
+        absent = absent or (real == 0 and size > 0)
+        objects = use_gather_object or not _all_tensors(value)
+        if 0 < real < size:
+            value, others = real_part(value, real, size, lists=objects)
+            self._tell_of_others(others, real, size)
         with self._timed():
-            if use_gather_object or not _all_tensors(value):
+            if objects:
                 mine = value if isinstance(value, (list, tuple)) else [value]
-                kept = mine[:real] if len(mine) == size else mine
-                parts = collectives.gather_object([] if absent else kept, world=self._world)
+                parts = collectives.gather_object([] if absent else mine, world=self._world)
                 return [one for part in parts for one in part]
-            kept = map_leaves(lambda t: t[:real] if t.ndim and len(t) == size else t, value)
             if absent:
-                kept = map_leaves(lambda t: t.reshape(1)[:0] if t.ndim == 0 else t[:0], kept)
-            return collectives.gather_uneven(kept, world=self._world, check=self._check)
+                value = map_leaves(lambda t: t.reshape(1)[:0] if t.ndim == 0 else t[:0], value)
+            return collectives.gather_uneven(value, world=self._world, check=self._check)
+
+    def _tell_of_others(self, others: list[int], real: int, size: int) -> None:
+        if others and not self._told:
+            self._told = True
+            warnings.warn(
+                f"gather_for_metrics on rank {self._world.rank}: a value has {others[0]} entries where the batch has "
+                f"{size} samples, of which {size - real} only fill it up. It is gathered as it is, with what belongs "
+                "to those. Give one entry per sample.",
+                stacklevel=4,
+            )
 
     def reduce(self, tensor: Any, reduction: collectives.Reduction, scale: float) -> Any:
         with self._timed():
@@ -103,6 +116,11 @@ class Communicator:
         if seen:
             self._raised = False
         return seen
+
+
+def _in_hand(loader: ShardedLoader) -> tuple[int, int]:
+    """Real samples of its batch in hand, and all of them; none of either where there is no batch."""
+    return loader.batch_samples, loader.batch_samples + loader.batch_repeated
 
 
 def _all_tensors(value: Any) -> bool:

@@ -26,6 +26,7 @@ from nbaccel.core.comm.frames import exchange_objects
 from nbaccel.core.comm.sideline import Sideline
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import World
+from nbaccel.errors import TrustError
 from nbaccel.wire import events
 
 __all__ = ["Control"]
@@ -33,7 +34,7 @@ __all__ = ["Control"]
 _INTERVAL = 0.05  # seconds between two exchanges
 _MOST_STEPS = 256
 _ECHO = 2.0  # seconds in which a rank's own copy of a request already acted upon may still arrive
-_FLAGS = 4  # stop, save, seconds per step, knobs
+_FLAGS = 6  # stop, save, seconds per step, knobs, and a length of data with both signs: the largest and the smallest
 
 # One line per default process group, made once: it lives as long as that group does.
 _lines: weakref.WeakKeyDictionary[dist.ProcessGroup, Sideline] = weakref.WeakKeyDictionary()
@@ -80,7 +81,7 @@ class Control:
         self.saving = False
         """All ranks save after this optimizer step."""
         self._line = _line_of(world, agreed) if world.size > 1 else None
-        self._knobs, self._is_main = knobs, world.is_main
+        self._knobs, self._is_main, self._rank = knobs, world.is_main, world.rank
         self._save_on_stop = save_on_stop
         now = time.monotonic()
         self._deadline = None if stop_after is None else now + stop_after
@@ -96,8 +97,15 @@ class Control:
         self._due = self._ticks = 0
         self._started_at, self._started_tick = now, 0
 
-    def tick(self, step: int) -> None:
-        """An optimizer step, the `step`-th (from 1), has been made. Called on every rank."""
+    def tick(self, step: int, length: int = 0) -> None:
+        """An optimizer step, the `step`-th (from 1), has been made. Called on every rank.
+
+        Args:
+            length: samples of its data, where they are not those that the ranks compared when it was prepared.
+
+        Raises:
+            TrustError: they are others on another rank; raised on all at the same step, if a later one.
+        """
         self._ticks += 1
         if self._save_steps is not None and step % self._save_steps == 0:
             self.saving = True
@@ -111,7 +119,7 @@ class Control:
                 self._knobs.turn(self._turned, step)
                 self._turned = []
         elif self._ticks >= self._due and not self.stopping:
-            self._exchange(self._line, step)
+            self._exchange(self._line, step, length)
 
     def _stop(self) -> None:
         self.stopping = True
@@ -138,10 +146,17 @@ class Control:
         if self._save_seconds is not None and now - self._saved_at >= self._save_seconds:
             self._want_save = True
 
-    def _exchange(self, line: Sideline, step: int) -> None:
+    def _exchange(self, line: Sideline, step: int, length: int) -> None:
         if self._work is not None:
             self._work.wait()
-            stop, save, seconds, turned = self._flags.tolist()
+            stop, save, seconds, turned, longest, shortest = self._flags.tolist()
+            if longest + shortest > 0:
+                self._work = None
+                raise TrustError(
+                    f"the data set that is trained on has grown or shrunk on some ranks only: on rank {self._rank} it "
+                    f"{f'has {length} samples' if length else 'is as it was prepared'}. The ranks divide it, so "
+                    "samples are used twice or never. Change it between two passes, alike on all ranks."
+                )
             if stop > 0:
                 self._stop()
             if save > 0:
@@ -157,6 +172,6 @@ class Control:
         pace = (now - self._started_at) / max(1, self._ticks - self._started_tick)
         self._started_at, self._started_tick = now, self._ticks
         self._travelling, self._turned = self._turned, []
-        wanted = [self._want_stop, self._want_save, pace, bool(self._travelling)]
+        wanted = [self._want_stop, self._want_save, pace, bool(self._travelling), length, -length]
         self._flags = torch.tensor(wanted, dtype=torch.float64)
         self._work = line.start_max(self._flags)

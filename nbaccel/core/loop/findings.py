@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Facts", "ModelFacts", "compare", "compare_models", "describe_model", "fingerprint", "same_inputs"]
+__all__ = [
+    "Facts",
+    "ModelFacts",
+    "compare",
+    "compare_models",
+    "describe_model",
+    "different_streams",
+    "fingerprint",
+    "same_inputs",
+]
 
 _BLOCK = 1 << 18  # words a checksum takes at once: its memory, and a cache's size
 _FACTOR = 2654435761
@@ -65,6 +74,8 @@ class Facts:
     """Indices seen: of loaders that compute their order."""
     orders: Mapping[Pass, Sequence[tuple[int, ...]]]
     """Global batches: of loaders with a user's sampler."""
+    streams: Mapping[Pass, Sequence[tuple[int, ...]]]
+    """Checksums of global batches: of iterable data sets that every rank reads."""
     inputs: Sequence[int]
     """Checksums of the batches that went into models, those that could be told apart."""
     prepared_loader: bool
@@ -205,6 +216,21 @@ def _shared_samples(told: Sequence[Facts]) -> list[str]:
                         "cause: a shard function that looks at the rank."
                     ]
     return []
+
+
+def different_streams(told: Sequence[Facts]) -> str:
+    """What to warn of when the ranks have read different samples of one stream; empty when they are the same."""
+    for key in told[0].streams:
+        for number, read in enumerate(zip(*(facts.streams.get(key, ()) for facts in told), strict=False)):
+            if len(set(read)) > 1:
+                return (
+                    f"the ranks read different samples from the iterable data set of {key[0]!r}: {_parties(read)} in "
+                    f"batch {number + 1}. Each rank keeps its share of what it reads, so that samples are used twice "
+                    "or never if they come in another order. Likely cause: the data set has a random generator of "
+                    "its own that is not seeded alike on all ranks (what it draws from torch, random or numpy.random "
+                    "is), or it looks at the rank: then give shard='none'."
+                )
+    return ""
 
 
 def same_inputs(told: Sequence[Facts]) -> str:

@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nbaccel.core.comm.frames import exchange_objects
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.accumulate import LossWeighting, Window
 from nbaccel.core.loop.control import Control
 from nbaccel.core.loop.learning import Learning
 from nbaccel.core.loop.resuming import Resuming
 from nbaccel.core.loop.step_times import Stopwatch
+from nbaccel.core.loop.stopping import Trainers
+from nbaccel.core.loop.thin_batches import ThinBatches
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
 from nbaccel.core.world import World
@@ -74,6 +77,7 @@ class Loop:
         self.learning = Learning(strategy)
         self.loaders: list[ShardedLoader] = []
         """Loaders being iterated, the innermost last."""
+        self.trainers = Trainers(self.loaders, is_main=world.is_main)
         self.steps = 0
         """Optimizer steps of the first optimizer."""
         self.skipped = False
@@ -96,8 +100,8 @@ class Loop:
         """Called when no loader is being iterated any more."""
         self._observer: Observer | None = None
         self.resuming = Resuming()
+        self._thin = ThinBatches()
         self._in_turns = False
-        self._trained: set[ShardedLoader] = set()
         self._unscaled: set[int] = set()
         self._update_due = False
         self._unled_steps = 0
@@ -117,6 +121,36 @@ class Loop:
             models, length=self.length, num_ranks=self.strategy.data_axis.size, weighting=self.weighting
         )
 
+    @property
+    def unfinished(self) -> Window | None:
+        """A window that waits for more micro-steps."""
+        return next((w for w in self.windows.values() if w.micro or not w.sync), None)
+
+    def change_length(self, length: int) -> None:
+        """Windows have so many micro-steps from the next one on. Called on all ranks.
+
+        Raises:
+            ConfigError: one is not finished.
+            CollectiveMismatch: the ranks ask for different lengths.
+        """
+        if (window := self.unfinished) is not None:
+            raise ConfigError(
+                f"gradient_accumulation_steps cannot be changed on rank {self.world.rank} in micro-step "
+                f"{window.micro + 1} of {window.length}: change it between two windows, after a step"
+            )
+        if self._several:
+            exchange_objects(
+                "gradient_accumulation_steps", None, world=self.world, signature=f"{length} micro-steps"
+            )
+        self.length = length
+        for window in self.windows.values():
+            window.length = length
+            for model in window.models:
+                self.strategy.set_sync(
+                    model, True
+                )  # whatever the micro-step that does not come would have had
+        self._choose_paths()
+
     def watch(self, observer: Observer | None) -> None:
         """Tells `observer` what happens until its `stepped` returns False (None: tells nobody)."""
         self._observer = observer
@@ -133,7 +167,7 @@ class Loop:
         self.learning.forget()
         self.window = self.new_window(self.models)
         self.windows = {(): self.window}
-        self._trained.clear()
+        self.trainers = Trainers(self.loaders, is_main=self.world.is_main)
         self.resuming = Resuming()
         self.lead(False)
 
@@ -142,17 +176,23 @@ class Loop:
     def began(self, loader: ShardedLoader) -> None:
         """A pass over `loader` is about to begin."""
         self.before_pass(loader)
+        if loader in self.loaders:  # an iterator over it is held, and gets no further batch
+            self.loaders.remove(loader)
         self.resuming.began(loader, self.steps, outermost=not self.loaders)
         if not self.strategy.plain:
             self.learning.look()
         if self.stopwatch is not None:
             self.stopwatch.begin(_clock())
+        self._thin.began(loader, self.models)
+        self.trainers.began(loader)
         self.loaders.append(loader)
         if self._observer is not None:
             self._observer.began(loader)
 
     def ended(self, loader: ShardedLoader) -> None:
         """The pass is over."""
+        self._thin.ended(loader)
+        self.trainers.ended(loader)
         if self._observer is not None:
             self._observer.ended(loader)
         if loader in self.loaders:
@@ -167,6 +207,8 @@ class Loop:
             return True
         if self._several and loader is not self.loaders[-1] and not self._in_turns:
             self._tell_of_turns()
+        if self._watched:
+            self.trainers.asked(loader)
         if self._observer is not None:
             self._observer.next_batch(loader)
         control = self.control
@@ -174,10 +216,9 @@ class Loop:
             return False
         if not (self.led or self.models) and self.world.size == 1:
             self._tick_unled()
-        if control.saving and self.window.micro == 0 and self.loaders[0] is loader:
+        if control.saving and self.window.micro == 0 and loader in self.trainers:
             self.before_batch()
-        # An evaluation after the stop still gets its batches.
-        return control.stopping and loader in self._trained
+        return control.stopping and self.trainers.stops(loader)
 
     def _tell_of_turns(self) -> None:
         self._in_turns = True
@@ -220,7 +261,7 @@ class Loop:
                 started = _clock()
                 loss.backward(**kwargs)  # type: ignore[no-untyped-call]
                 watch.backward += _clock() - started
-        except RuntimeError:
+        except (RuntimeError, AttributeError):
             # Looked at afterwards, so that it costs nothing: torch refuses before it computes.
             _check_one_number(loss, kwargs)
             raise
@@ -313,13 +354,13 @@ class Loop:
         if self._weighted is not None:
             raise ConfigError("backward(weight=...) was called twice in the last micro-step of a window")
         total = torch.as_tensor(
-            window.weights, dtype=torch.float32 if self._is_mps(weight) else torch.float64
+            window.weights, dtype=torch.float32 if self._lacks_doubles(weight) else torch.float64
         )
         total = total.reshape(1).clone()
         if total.device.type == "cpu":
             total = total.to(self.world.control_device)
         # Runs while backward computes.
-        work = dist.all_reduce(total, async_op=True) if self.world.size > 1 else None
+        work = self.strategy.add_over_ranks(total) if self.world.size > 1 else None
         self._weighted = (total, work)
 
     def _is_filler(self) -> bool:
@@ -330,8 +371,9 @@ class Loop:
         return loader.batch_samples == 0 and loader.batch_repeated > 0
 
     @staticmethod
-    def _is_mps(weight: object) -> bool:
-        return isinstance(weight, torch.Tensor) and weight.device.type == "mps"
+    def _lacks_doubles(weight: object) -> bool:
+        """Whether it is on a device that has no float64, or emulates them (XLA on TPUs)."""
+        return isinstance(weight, torch.Tensor) and weight.device.type in ("mps", "xla")
 
     def _divide_by_weights(self, window: Window) -> None:
         assert self._weighted is not None
@@ -386,22 +428,20 @@ class Loop:
         return result
 
     def _tick(self) -> None:
-        if self.loaders:
-            self._trained.add(self.loaders[0])
+        self.trainers.stepped()
         if self._observer is not None and not self._observer.stepped():
             self.watch(None)
         if self.control is not None:
-            self.control.tick(self.steps)
+            self.control.tick(self.steps, self.loaders[-1].remeasured if self.loaders else 0)
 
     def _tick_unled(self) -> None:
         """Where no optimizer is prepared, a backward that synchronises stands for a step: the ranks meet in
         it too. One process that prepares only a loader needs nobody, and its batches stand for steps."""
         if self.control is None:
             return
-        if self.loaders:
-            self._trained.add(self.loaders[0])
+        self.trainers.stepped()
         self._unled_steps += 1
-        self.control.tick(self._unled_steps)
+        self.control.tick(self._unled_steps, self.loaders[-1].remeasured if self.loaders else 0)
 
     def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Takes the scaler's scale off the gradients, once per window and optimizer."""
@@ -425,7 +465,12 @@ class Loop:
             scaler.update()
 
 
-def _check_one_number(loss: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+def _check_one_number(loss: object, kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(
+            f"backward needs a loss: a tensor of one number. It was given a {type(loss).__name__}; of a model's output "
+            "give the loss in it, and no .item()"
+        )
     if loss.ndim and loss.numel() != 1 and "gradient" not in kwargs:
         raise ConfigError(
             f"backward needs a loss of one number; this one has shape {list(loss.shape)}. Take its mean."

@@ -26,6 +26,7 @@ from nbaccel.core.loop.findings import (
     compare,
     compare_models,
     describe_model,
+    different_streams,
     fingerprint,
     same_inputs,
 )
@@ -53,6 +54,8 @@ class TrustChecks:
         self._places: dict[Pass, list[tuple[int, int]]] = {}
         self._samples: dict[Pass, set[int]] = {}
         self._orders: dict[Pass, list[tuple[int, ...]]] = {}
+        self._streams: dict[Pass, list[tuple[int, ...]]] = {}
+        self._streams_differ = False
         self._inputs: list[int] = []
         self._prepared_loader = False
         self._optimizers: list[_Watched] = []
@@ -141,8 +144,6 @@ class TrustChecks:
         if loader is not None:
             self._prepared_loader = True
             self._note_samples(loader)
-            if self._counts is not None:
-                self._counts.trained(self._loop.loaders[0])
         if self._ticks in _AFTER:
             self._compare(f"after optimizer step {self._ticks}")
         if self._ticks == _AFTER[-1]:
@@ -162,6 +163,8 @@ class TrustChecks:
             return
         if loader.state_scope == "global":
             places.append(place)
+        if loader.global_batch_digests:
+            self._streams.setdefault(key, []).append(loader.global_batch_digests)
         drawn, indices = loader.global_batch_indices, loader.batch_indices
         if drawn is not None:
             # Not hash(): that of a string is another one in every process.
@@ -182,11 +185,15 @@ class TrustChecks:
             places=self._places,
             samples={key: sorted(seen) for key, seen in self._samples.items()} if first else {},
             orders=self._orders,
+            streams=self._streams,
             inputs=self._inputs if first else [],
             prepared_loader=self._prepared_loader,
         )
         told = gather_object(mine, world=self._loop.world)
         _raise(compare(told, when))
+        if not self._streams_differ and (doubt := different_streams(told)):
+            self._streams_differ = True
+            self._warn(doubt)
         if self._ticks == _AFTER[-1] and (doubt := same_inputs(told)):
             self._warn(doubt)
 
@@ -296,11 +303,6 @@ class _BatchCounts:
         self._taken[loader] = 0
         self._look(wait=ticks < _AFTER[-1])
 
-    def trained(self, loader: ShardedLoader) -> None:
-        """An optimizer step was made in a pass over this loader."""
-        if self._loader is None:
-            self._loader = loader
-
     def next_batch(self, loader: ShardedLoader, ticks: int) -> None:
         """Before a batch of the pass: all ranks go on, or none does.
 
@@ -310,7 +312,7 @@ class _BatchCounts:
         taken = self._taken.get(loader, 0)
         self._taken[loader] = taken + 1
         self._look(wait=False)
-        if loader is not self._loader or not self._going():
+        if not self._trains(loader) or not self._going():
             return
         if ticks < _AFTER[-1]:
             self._say(taken, self.AT_END if loader.at_end else self.GOES_ON)
@@ -321,7 +323,7 @@ class _BatchCounts:
 
     def ended(self, loader: ShardedLoader) -> None:
         """The pass is over; if before its end, the others hear of it."""
-        if loader is self._loader and self._going():
+        if self._trains(loader) and self._going():
             self._say(self._taken[loader], self.LEFT)
             self._open = False
 
@@ -345,6 +347,11 @@ class _BatchCounts:
                 "error in its loop, which is then told as well. "
                 "Ranks that run out in turn need join_uneven_inputs."
             )
+
+    def _trains(self, loader: ShardedLoader) -> bool:
+        if self._loader is None and loader in self._loop.trainers:
+            self._loader = loader
+        return loader is self._loader
 
     def _going(self) -> bool:
         self._open = self._open and not self._loop.uneven

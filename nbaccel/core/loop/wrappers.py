@@ -15,6 +15,7 @@ from nbaccel.core.loop.step_times import DeviceClock, Stopwatch
 from nbaccel.core.model.float8 import compute_in_float8, restore_linears
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.precision import Precision
+from nbaccel.errors import ConfigError
 
 __all__ = [
     "ConvertedForward",
@@ -141,7 +142,7 @@ class PreparedOptimizer(InnerOptimizer):
         self._loop = loop
         # For what is called in every step: with __getattr__ below, each look-up of an attribute is slow.
         self._parts = loop, optimizer, leads
-        self._consumed = loop.length == 1
+        self._consumed = False
         self.ran = False
         """Whether the inner optimizer really stepped in the last `step` (with a scaler only)."""
         if loop.scaler is not None:
@@ -156,8 +157,19 @@ class PreparedOptimizer(InnerOptimizer):
         return self._loop.skipped
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The inner optimizer's step, at the end of a window; nothing elsewhere."""
+        """The inner optimizer's step, at the end of a window; nothing elsewhere.
+
+        Raises:
+            ConfigError: a closure, whose every call begins its gradients anew, in a window of several micro-steps.
+        """
         loop, inner, leads = self._parts
+        if closure is not None and loop.window.length > 1:
+            raise ConfigError(
+                f"step(closure) on rank {loop.world.rank} cannot go with gradient_accumulation_steps="
+                f"{loop.window.length}: a closure computes the gradients of the batch in hand anew, and those of the "
+                "batches before would be lost. Accumulate inside the closure, over several batches, and leave "
+                "gradient_accumulation_steps out"
+            )
         if not loop.window.sync:
             return None
         self._consumed = True
@@ -179,7 +191,7 @@ class PreparedOptimizer(InnerOptimizer):
         loop, inner, _ = self._parts
         window = loop.window
         if self._consumed or not window.dirty:
-            self._consumed = window.length == 1
+            self._consumed = False
             inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,8 +224,16 @@ class PreparedOptimizer(InnerOptimizer):
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
+    def __reduce__(self) -> Any:
+        # A copy or a pickle is the user's optimizer, as that of a prepared model is its own: the loop stays here.
+        return _itself, (self.optimizer,)
+
     def __repr__(self) -> str:
         return f"PreparedOptimizer({self.optimizer!r})"
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def is_scheduler(value: object) -> bool:
@@ -247,7 +267,13 @@ class PreparedScheduler:
         if not loop.resuming.may_schedule(loop.steps):
             return
         for _ in range(self._repeat):
-            self.scheduler.step(*args, **kwargs)
+            # a schedule that ends (OneCycleLR) was counted for all these steps, of which the last may be too many
+            if self._repeat == 1 or self._goes_on():
+                self.scheduler.step(*args, **kwargs)
+
+    def _goes_on(self) -> bool:
+        total = getattr(self.scheduler, "total_steps", None)
+        return total is None or self.scheduler._step_count <= total
 
     def state_dict(self) -> dict[str, Any]:
         """The inner scheduler's."""
@@ -267,3 +293,6 @@ class PreparedScheduler:
         if name == "scheduler" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.scheduler,)

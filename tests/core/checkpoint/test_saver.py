@@ -146,6 +146,8 @@ def test_crash_at_any_operation_leaves_a_complete_state(
     for crash_at in range(OPERATIONS):
         folder = tmp_path / str(crash_at)
         on(FaultyFileSystem()).save(folder / "c_0", old.contents, step=1)
+        if replacing:
+            (folder / "c_0" / "tokenizer.json").write_text("mine")
         target = folder / ("c_0" if replacing else "c_1")
         filesystem = FaultyFileSystem(crash_at=crash_at, atomic_rename=atomic, syncs_folders=syncs)
         finished = True
@@ -159,6 +161,8 @@ def test_crash_at_any_operation_leaves_a_complete_state(
         reader = Checkpoints(world=single())
         if replacing:
             step = reader.load(target, back.contents).step
+            [kept] = folder.rglob("tokenizer.json")
+            assert kept.read_text() == "mine"
         else:
             found = reader.newest_complete(folder).path
             assert found is not None, (crash_at, filesystem.log)
@@ -362,6 +366,51 @@ def test_folder_of_somebody_else_is_never_replaced(tmp_path: Path, checkpoints: 
         checkpoints.save(tmp_path / "mine", Training(single()).contents, step=1)
     assert visible(tmp_path) == ["mine"]
     assert visible(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_what_others_put_into_a_checkpoint_stays_when_it_is_saved_again(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    training = Training(single())
+    target = tmp_path / "out"
+
+    def hook(folder: Path) -> None:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "weights").write_text(f"at {number}")
+
+    contents = replace(training.contents, before=(hook,))
+    for number in range(3):
+        checkpoints.save(target, contents, step=number)
+        if number == 0:
+            (target / "tokenizer.json").write_text("mine")
+            (target / "shared_notes.txt").touch()
+            (target / "notes").mkdir()
+            (target / "adapter" / "readme").write_text("mine too")
+            checkpoints.save(target / "checkpoint_0", contents, step=number)
+        (target / "tokenizer.json").write_text(f"mine {number}")  # no checksum is kept of it
+    assert (target / "tokenizer.json").read_text() == "mine 2"
+    assert {"notes", "shared_notes.txt"} < set(visible(target))
+    assert (target / "adapter" / "weights").read_text() == "at 2"
+    assert (target / "adapter" / "readme").read_text() == "mine too"
+    assert checkpoints.load(target, training.contents).step == 2
+    assert checkpoints.load(target / "checkpoint_0", training.contents).step == 0
+    assert visible(tmp_path) == ["out"]
+
+
+def test_what_others_put_into_a_checkpoint_is_found_when_its_writer_died(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    training = Training(single())
+    checkpoints.save(tmp_path / "out", training.contents, step=0)
+    (tmp_path / "out" / "tokenizer.json").write_text("mine")
+    name = hidden_name(tmp_path / "out", "old", "ab").name
+    left = tmp_path / name.replace(f"-{name.split('-')[-2]}-", "-99999999-")
+    (tmp_path / "out").rename(left)
+    checkpoints.save(tmp_path / "other", training.contents, step=1)
+    assert visible(tmp_path) == [left.name, "other"]
+    checkpoints.save(tmp_path / "out", training.contents, step=1)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
+    assert visible(tmp_path) == ["other", "out"]
 
 
 def test_leftovers_of_dead_writers_are_removed_and_live_ones_kept(tmp_path: Path) -> None:

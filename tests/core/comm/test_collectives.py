@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ DTYPES = [
     torch.int64,
     torch.uint16,
     torch.uint32,
+    torch.uint64,
     torch.float16,
     torch.bfloat16,
     torch.float32,
     torch.float64,
+    torch.complex32,
     torch.complex64,
     torch.complex128,
     torch.float8_e4m3fn,
@@ -87,6 +90,88 @@ def _move_every_dtype():
 
 def test_every_dtype_when_moved():
     assert run_ranks(_move_every_dtype) == [True, True]
+
+
+def _reduce_every_dtype():
+    world = join()
+    for dtype in DTYPES:
+        for n in (5, 4000):
+            both = [(torch.arange(n) % 3 + r).to(dtype) for r in range(world.size)]
+            exact = torch.stack([t.to(torch.complex128 if dtype.is_complex else torch.int64) for t in both])
+            own = torch.int64 if dtype == torch.bool else dtype
+            mine = both[world.rank]
+            total = c.reduce(mine, world=world)
+            assert total.dtype == own
+            assert torch.equal(total.to(exact.dtype), exact.sum(0)), (dtype, n)
+            mean = c.reduce(mine, world=world, reduction="mean")
+            assert mean.dtype == (dtype if dtype.is_floating_point or dtype.is_complex else torch.float32)
+            assert torch.equal(mean.to(torch.complex128), exact.to(torch.complex128).mean(0)), (dtype, n)
+            for extreme in ("max", "min"):
+                if dtype.is_complex:
+                    with pytest.raises(ConfigError, match=f"rank {world.rank} .* there is no {extreme}"):
+                        c.reduce(mine, world=world, reduction=extreme)
+                    continue
+                got = c.reduce(mine, world=world, reduction=extreme)
+                assert got.dtype == own
+                assert torch.equal(got.to(torch.int64), getattr(exact, f"a{extreme}")(0)), (dtype, n)
+    beyond = torch.tensor([2**63 + 1, 5], dtype=torch.uint64)[world.rank]
+    return [c.reduce(beyond, world=world, reduction=r).item() for r in ("sum", "mean", "max", "min")]
+
+
+def test_every_dtype_when_reduced():
+    assert run_ranks(_reduce_every_dtype) == [[2**63 + 6, 2.0**62, 2**63 + 1, 5]] * 2
+
+
+def _flagged():
+    world = join()
+    values = []
+    for n in (2, 2000):
+        numbers = torch.full((n,), 1 + 2j * (world.rank + 1)).conj()
+        for lazy in (numbers, numbers.imag):
+            gathered = c.gather(lazy, world=world)
+            uneven = c.gather_uneven(lazy[: world.rank], world=world)
+            swapped = c.all_to_all(lazy, world=world)
+            values.append([one[-1].item() for one in (gathered, uneven, swapped)])
+            values.append([c.broadcast(lazy[:1], world=world).item(), c.reduce(lazy, world=world)[0].item()])
+    return values
+
+
+def test_collectives_when_numbers_are_lazily_conjugated_or_strided():
+    conjugates = [[1 - 4j] * 3, [1 - 2j, 2 - 6j]]
+    imaginary = [[-4.0] * 3, [-2.0, -6.0]]
+    assert run_ranks(_flagged) == [[*conjugates, *imaginary] * 2] * 2
+
+
+def _refused():
+    world = join()
+    words = []
+    for call in (
+        lambda: c.broadcast(torch.ones(1), world=world, source=9),
+        lambda: c.broadcast(torch.ones(9999), world=world, source=-1),
+        lambda: c.broadcast_object_list([1], world=world, source=2),
+        lambda: c.scatter(torch.ones(2), world=world, source=2),
+        lambda: c.scatter({"x": torch.ones(2), "n": 3} if world.rank == 0 else None, world=world),
+        lambda: c.gather_object((letter for letter in "ab") if world.rank == 0 else "ab", world=world),
+    ):
+        try:
+            call()
+        except (ConfigError, TypeError) as error:
+            words.append(str(error))
+    # All ranks refuse together: the group is in order.
+    assert c.gather(torch.tensor(world.rank), world=world).tolist() == [0, 1]
+    return words
+
+
+def test_collectives_when_refused_all_ranks_refuse():
+    for rank, words in enumerate(run_ranks(_refused)):
+        operations = ("broadcast", 9), ("broadcast", -1), ("broadcast_object_list", 2), ("scatter", 2)
+        assert words[:4] == [
+            f"{name} on rank {rank} was asked for from rank {source}; there are ranks 0 to 1"
+            for name, source in operations
+        ]
+        assert "scatter on rank 0" in words[4]
+        assert "the value at ['n'] is int" in words[4]
+        assert "gather_object on rank 0 got a generator that cannot be pickled" in words[5]
 
 
 def _odd_shapes():
@@ -331,6 +416,12 @@ def test_check_when_sampled():
     assert check.due("train.py:2")
     assert not c.MismatchCheck("never").due("x")
     assert all(c.MismatchCheck("always").due("x") for _ in range(9))
+
+
+def test_gather_when_a_mapping_is_read_only():
+    got = c.gather(MappingProxyType({"a": torch.tensor(1.0)}), world=single())
+    assert isinstance(got, MappingProxyType)
+    assert got["a"].tolist() == [1.0]
 
 
 def test_gather_when_leaf_is_not_a_tensor():

@@ -285,6 +285,88 @@ def test_randomness_of_a_stream_resumes_bit_for_bit_when_seeded_per_sample(worke
     assert torch.equal(torch.cat(got + list(resumed)), expected)
 
 
+class Shuffling(IterableDataset):
+    """0 to 19 in an order drawn from the global generators; each worker takes its part of it."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __iter__(self):
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        values = list(range(20))
+        if self.library == "random":
+            random.shuffle(values)
+        elif self.library == "worker seed":
+            random.Random(info.seed - info.id if info else torch.initial_seed()).shuffle(values)
+        else:
+            values = torch.randperm(20).tolist()
+        for value in values[first::step]:
+            yield torch.tensor([float(value), float(torch.rand(()))])
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("library", ["random", "torch", "worker seed"])
+def test_a_stream_that_draws_its_order_gives_every_sample_once(library, workers, seeded):
+    made = ranks(2, lambda: DataLoader(Shuffling(library), 3, num_workers=workers), per_sample_seed=seeded)
+    orders, draws = [], []
+    for _ in range(2):
+        seen = []
+        for number, loader in enumerate(made):
+            torch.manual_seed(number)  # the training loops' own draws differ
+            random.seed(number)
+            before = torch.get_rng_state(), random.getstate()
+            for batch in loader:
+                seen += batch[: loader.batch_samples].tolist()
+            assert torch.equal(torch.get_rng_state(), before[0])
+            assert random.getstate() == before[1]
+        orders.append([int(value) for value, _ in seen])
+        draws += [draw for _, draw in seen]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
+    assert orders[0] != orders[1]
+    assert len(set(draws)) > 36, "no sample's draws are those of another, but for the first of each worker"
+
+
+def test_a_stream_that_draws_its_order_goes_on_in_it_on_another_number_of_ranks():
+    cut = ranks(2, lambda: DataLoader(Shuffling("random"), 2))
+    seen = [int(value) for value in take(cut, 2)[::2]]
+    resumed = ranks(3, lambda: DataLoader(Shuffling("random"), 2))
+    for loader in resumed:
+        with pytest.warns(UserWarning, match="8 samples will be read and dropped"):
+            loader.load_state_dict(cut[0].state_dict())
+    assert sorted(seen + [int(value) for value in take(resumed)[::2]]) == list(range(20))
+
+
+def test_a_streams_collate_function_draws_apart_on_each_rank_when_in_workers():
+    made = ranks(
+        2, lambda: DataLoader(Stream(8), 2, num_workers=1, collate_fn=lambda _: float(torch.rand(())))
+    )
+    first, second = (list(loader) for loader in made)
+    assert not set(first) & set(second)
+
+
+def test_a_streams_samples_have_digests_in_its_first_batches():
+    class Odd(IterableDataset):
+        def __init__(self, first):
+            self.first = first
+
+        def __iter__(self):
+            yield from (self.first, torch.ones(2).bfloat16(), {"name": "x", "of": object()}, None)
+            yield from (b"z", (1.5, 2), torch.zeros(()), torch.ones(1, dtype=torch.cfloat).conj())
+
+    def digests(first):
+        made = ShardedLoader(DataLoader(Odd(first), 1, collate_fn=list), world=single())
+        return [made.global_batch_digests for _ in made]
+
+    one, two = digests(torch.zeros(3)), digests(torch.ones(3))
+    assert one == digests(torch.zeros(3))
+    assert one[0] != two[0]
+    assert one[1:] == two[1:]
+    assert len({*one[:4], two[0]}) == 5
+    assert one[4:] == [()] * 4
+
+
 def test_epochs_of_a_stream_are_told_to_it_and_counted():
     class Told(Stream):
         epoch = 0

@@ -158,7 +158,7 @@ def test_a_rank_without_a_sample_gets_one_that_counts_for_nothing():
 
 
 def test_even_batches_fills_batches_aloud_and_does_not_count_the_repeated():
-    with pytest.warns(UserWarning, match="repeats 3 of its 1 samples"):
+    with pytest.warns(UserWarning, match="adds 3 repeats to its 1 sample,"):
         loaders = ranks(2, lambda: DataLoader(Numbers(9), batch_size=2), even_batches=True)
     lengths = [[len(batch) for batch in loader] for loader in loaders]
     assert lengths == [[2, 2, 2], [2, 2, 2]]
@@ -582,6 +582,19 @@ def test_progress_is_told_seldom_and_always_at_the_end():
     assert (listener.heard[-1].step, listener.heard[-1].epoch) == (7, 1)
 
 
+class Growing(Dataset):
+    def __init__(self, total):
+        self.total = total
+
+    def __len__(self):
+        return self.total
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.total:
+            raise IndexError(index)
+        return torch.tensor(index)
+
+
 class Control:
     def __init__(self, stop_after):
         self.heard, self.left = [], stop_after
@@ -629,6 +642,51 @@ def test_a_loop_that_is_stopped_keeps_its_place():
     other = ShardedLoader(DataLoader(Numbers(20), 2), world=single())
     other.load_state_dict(loader.state_dict())
     assert next(iter(other)).tolist() == [6, 7]
+
+
+def test_a_pass_left_by_a_break_goes_on_from_its_checkpoint_and_ends_in_the_process():
+    def make():
+        return ShardedLoader(DataLoader(Numbers(20), 2, shuffle=True), world=single(), seed=1)
+
+    run, seen = make(), []
+    for number, batch in enumerate(run):
+        seen += batch.tolist()
+        if number == 2:
+            break
+    state = run.state_dict()
+    assert (state["epoch"], state["samples"]) == (0, 6)
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert sorted(seen + [x for b in resumed for x in b.tolist()]) == list(range(20))
+    assert [b.tolist() for b in run] == [b.tolist() for b in resumed]  # the next epoch
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"num_workers": 1, "persistent_workers": True}])
+def test_a_data_set_that_grows_or_shrinks_is_read_whole_from_the_next_pass_on(options):
+    dataset = Growing(4)
+    loaders = ranks(2, lambda: DataLoader(dataset, batch_size=2, **options))
+    for total in (4, 9, 2):
+        if total != 9:
+            dataset.total = total
+        assert len(loaders[0]) == -(-total // 4)
+        seen = [[], []]
+        for held, loader in zip(seen, loaders, strict=True):
+            for number, batch in enumerate(loader):
+                held += batch[: loader.batch_samples].tolist()
+                if total == 4 and loader is loaders[1] and number == 0:
+                    dataset.total = 9  # within a pass it stays as it was
+                    assert len(loader) == 1
+        assert sorted(seen[0] + seen[1]) == list(range(total))
+        assert loaders[0].remeasured == (0 if total == 4 else total)
+
+
+def test_a_data_set_that_changes_before_a_resumed_pass_is_refused():
+    dataset = Growing(8)
+    loader = ShardedLoader(DataLoader(dataset, batch_size=2), world=single())
+    loader.skip_batches(2)
+    dataset.total = 6
+    with pytest.raises(CheckpointError, match="length was 8, this one's is 6"):
+        next(iter(loader))
 
 
 def test_indices_and_counts_describe_the_batch_in_hand_only():

@@ -15,10 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel.core import Accelerator
+from nbaccel.core.loop import stopping
 from nbaccel.core.loop.control import Control
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import single
-from nbaccel.errors import ConfigError
+from nbaccel.errors import ConfigError, TrustError
 from nbaccel.wire import events
 
 
@@ -318,3 +319,99 @@ def test_resume_when_the_time_was_up_goes_on_where_it_stopped(tmp_path, num_proc
         assert value[2][: stopped[1] // per_epoch] == [0] * (stopped[1] // per_epoch)
         for name, tensor in whole[3].items():
             assert torch.equal(value[3][name], tensor), "bit for bit as if never interrupted"
+
+
+def _prepared(*lengths, **options):
+    acc = Accelerator(cpu=True, verify=True, measure=False, **options)
+    data = [DataLoader(TensorDataset(torch.ones(n, 2)), batch_size=2) for n in lengths]
+    return acc, *acc.prepare(*_tiny(), *data)
+
+
+def test_saving_when_an_iterator_over_another_loader_is_held(tmp_path):
+    acc, model, optimizer, train, val = _prepared(12, 8, project_dir=tmp_path, save_every=2)
+    held = iter(val)
+    next(held)
+    for (x,) in train:
+        acc.step(model(x).mean(), optimizer)
+    assert len(list(tmp_path.iterdir())) == 3
+    again = iter(train)
+    next(again)
+    steps = acc.steps
+    for (x,) in train:
+        acc.step(model(x).mean(), optimizer)
+    assert acc.steps == steps + 6
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_stopping_when_an_iterator_over_another_loader_is_held():
+    acc, model, optimizer, train, val = _prepared(12, 8, stop_after="0s")
+    held = iter(val)
+    next(held)
+    for (x,) in train:
+        acc.step(model(x).mean(), optimizer)
+    assert acc.steps == 1
+    assert len(list(val)) == 4, "an evaluation after the stop gets its batches"
+
+
+def test_stopping_when_another_loader_is_read_inside_the_one_that_trains():
+    acc, model, optimizer, train, other = _prepared(12, 8, stop_after="0s")
+    inside = iter(other)
+    for (x,) in train:
+        acc.step(model(x + next(inside)[0]).mean(), optimizer)
+    assert acc.steps == 1
+    assert len(next(inside)) == 1
+
+
+def test_stopping_when_loops_over_two_loaders_are_nested():
+    acc, model, optimizer, outer, inner = _prepared(12, 8, stop_after="0s")
+    taken = 0
+    for _ in outer:
+        taken += 1
+        for (x,) in inner:
+            acc.step(model(x).mean(), optimizer)
+    assert (taken, acc.steps) == (1, 1)
+
+
+def _grows():
+    acc = Accelerator(cpu=True, verify=False, measure=False, stop_after="1h")
+    held = list(torch.ones(40, 2).unbind())
+    loader = acc.prepare(DataLoader(held, batch_size=2))
+    model, optimizer = acc.prepare(*_tiny())
+    told = []
+    for more in (40, 20000 + 20 * acc.process_index):
+        for x in loader:
+            acc.step(model(x).mean(), optimizer)
+        held += torch.ones(more, 2).unbind()
+        told.append(acc.steps)
+    try:
+        for x in loader:
+            acc.step(model(x).mean(), optimizer)
+    except TrustError as error:
+        told.append(str(error))
+    return told, acc.steps
+
+
+def test_data_when_it_grows_on_some_ranks_only():
+    (told, steps), (other, same) = run_ranks(_grows)
+    assert steps == same < 5000
+    assert told[:2] == other[:2] == [10, 30]
+    assert "on rank 0 it has 20080 samples" in told[2]
+    assert "on rank 1 it has 20100 samples" in other[2]
+
+
+def test_stopping_when_the_loop_around_the_passes_waits_for_steps(monkeypatch):
+    monkeypatch.setattr(stopping, "_EMPTY", (3, 7))
+    acc, model, optimizer, train = _prepared(12, stop_after="0s")
+
+    def passes(most):
+        for _ in range(most):
+            for (x,) in train:
+                acc.step(model(x).mean(), optimizer)
+
+    passes(3)
+    with pytest.warns(UserWarning, match=r"3 passes over 'train' have given no batch.*acc\.should_stop"):
+        passes(1)
+    passes(3)
+    with pytest.raises(ConfigError, match=r"7 passes over 'train'"):
+        passes(1)
+    assert acc.steps == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -283,3 +284,32 @@ def test_compile_when_launched_again_takes_what_the_first_launch_compiled(tmp_pa
     assert graphs_missed > 0
     assert graphs_hit == 0
     assert (missed_later, hit_later, graphs_missed_later) == (0, 1, 0)
+
+
+class _Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batch_norm_when_the_last_batch_has_one_sample(drop_last):
+    acc = Accelerator(cpu=True, verify=False, measure=False)
+    data = DataLoader(TensorDataset(torch.ones(9, 2)), batch_size=4, drop_last=drop_last)
+    model, loader = acc.prepare(_Normed(), data)
+
+    def train():
+        for (x,) in loader:
+            copy.deepcopy(model)
+            acc.backward(model(x).sum())
+
+    if drop_last:
+        train()
+    else:
+        with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
+            train()
+        assert str(caught.value).count("drop_last=True") == 1
+    assert not model._forward_hooks

@@ -171,6 +171,38 @@ def test_ranks_when_all_is_well_nothing_is_said(case):
     assert _train(case) == 36
 
 
+def _stream(case):
+    class Stream(IterableDataset):
+        def __init__(self):
+            own = random.Random(acc.process_index)
+            self.order = own.sample(range(24), 24) if case == "own" else None
+
+        def __iter__(self):
+            yield from (DATA[i] for i in self.order or random.sample(range(24), 24))
+
+    acc = Accelerator(cpu=True, verify=True)
+    model, optimizer = acc.prepare(Model(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    loader = acc.prepare(DataLoader(Stream(), batch_size=2))
+    seen = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for (x,) in loader:
+            acc.step(model(x).mean(), optimizer)
+            seen += acc.gather_for_metrics(x)[:, 0].tolist()
+    return len(set(seen)), [str(one.message) for one in said]
+
+
+def test_streams_when_the_ranks_read_different_ones_are_named():
+    assert [seen for seen, _ in run_ranks(_stream, "global")] == [24, 24]
+    (seen, said), other = run_ranks(_stream, "own")
+    assert seen < 24
+    assert len(said) == 1
+    assert "different samples from the iterable data set of 'train': rank 0 differs from rank 1" in said[0]
+    assert "in batch 1" in said[0]
+    assert other[1] == []
+
+
 def _unprepared(case):
     acc = Accelerator(cpu=True, verify=True)
     model, optimizer = acc.prepare(Model(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))

@@ -12,7 +12,12 @@ from ranks import run_ranks
 from torch import nn
 
 from nbaccel import FSDP, DeepSpeed, TensorParallel
+from nbaccel.config import RunConfig
 from nbaccel.core import Accelerator
+from nbaccel.core.assembly import choose_strategy
+from nbaccel.core.precision import Precision
+from nbaccel.core.strategies.ddp import DDPOptions
+from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from tests.conftest import needs
 
@@ -149,3 +154,10 @@ def adapted() -> str:
 def test_adapters_when_the_plan_finds_them_are_named() -> None:
     for found in run_ranks(adapted):
         assert "q_proj' is a peft.tuners.lora.layer.Linear and no nn.Linear" in found
+
+
+def test_compile_is_refused_on_xla_devices() -> None:
+    world = World(rank=0, local_rank=0, size=2, local_size=2, device=torch.device("xla", 0), backend="gloo")
+    precision = Precision(kind="no", device_type="xla", why="")
+    with pytest.raises(ConfigError, match="compile=True cannot be honoured on XLA devices"):
+        choose_strategy(RunConfig(compile=True), world, DDPOptions(), precision)

@@ -1,0 +1,146 @@
+"""Windows of several micro-steps: closures, changing their length, saving where one is not finished."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nbaccel.core import Accelerator
+from nbaccel.errors import CollectiveMismatch, ConfigError
+
+
+def _model():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+def test_closure_when_windows_have_several_micro_steps_is_refused():
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])
+    for length in (1, 2):
+        acc = Accelerator(cpu=True, gradient_accumulation_steps=length)
+        model = _model()
+        model, optimizer = acc.prepare(model, torch.optim.LBFGS(model.parameters()))
+
+        def closure(acc=acc, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            acc.backward(loss)
+            return loss
+
+        with acc.accumulate(model):
+            if length == 1:
+                optimizer.step(closure)
+                assert model.weight.item() == pytest.approx(3.0, abs=1e-4)
+            else:
+                with pytest.raises(
+                    ConfigError, match=r"on rank 0 .* gradient_accumulation_steps=2: a closure"
+                ):
+                    optimizer.step(closure)
+
+
+LENGTHS = (2, 1, 1, 3, 3, 2)
+
+
+def _lengthened(how):
+    """The weight after windows of `LENGTHS`, whose gradients are 1, 2, … and on rank 1 ten times that."""
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=LENGTHS[0])
+    model = _model()
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    number = 0
+    for steps, length in enumerate(LENGTHS):
+        if length != acc.gradient_accumulation_steps:
+            acc.gradient_accumulation_steps = length
+        for micro in range(length):
+            number += 1
+            x = torch.tensor([[number * 10.0**acc.process_index]])
+            if how == "step":
+                acc.step(model(x).sum(), optimizer)
+            else:
+                with acc.accumulate(model):
+                    acc.backward(model(x).sum())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            assert acc.sync_gradients == (micro + 1 == length)
+            if not acc.sync_gradients:
+                with pytest.raises(ConfigError, match="cannot be changed on rank"):
+                    acc.gradient_accumulation_steps = 7
+        assert acc.steps == steps + 1
+    if acc.num_processes > 1:
+        with pytest.raises(
+            CollectiveMismatch, match=r"(?s)rank 0: .* of 4 micro-steps.*rank 1: .* of 5 micro"
+        ):
+            acc.gradient_accumulation_steps = 4 + acc.process_index
+    return acc.unwrap_model(model).weight.item()
+
+
+def _both_ways():
+    return _lengthened("step"), _lengthened("accumulate")
+
+
+def test_gradients_when_the_length_of_windows_is_changed():
+    weight, number = 0.0, 0
+    for length in LENGTHS:
+        weight -= sum(range(number + 1, number + length + 1)) / length
+        number += length
+    assert _both_ways() == pytest.approx((weight, weight))
+    ranks = run_ranks(_both_ways)
+    assert ranks[0] == ranks[1] == pytest.approx((weight * 5.5, weight * 5.5))
+
+
+def test_saving_when_any_window_is_not_finished_is_refused(tmp_path):
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    one, other = acc.prepare(_model(), _model())
+    for model in (one, other, other):
+        with acc.accumulate(model):
+            acc.backward(model(torch.ones(1, 1)).sum())
+    assert acc.sync_gradients
+    with pytest.raises(ConfigError, match="middle of an accumulation window"):
+        acc.save_state(tmp_path / "c")
+    with acc.accumulate(one):
+        acc.backward(one(torch.ones(1, 1)).sum())
+    acc.save_state(tmp_path / "c")
+
+
+def test_saving_when_a_loop_was_left_in_mid_window_and_gone_on_with(tmp_path):
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model = _model()
+    model, optimizer, loader = acc.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), DataLoader(torch.ones(12, 1), batch_size=2)
+    )
+    for x in loader:
+        acc.step(model(x).mean(), optimizer)
+        break
+    with pytest.raises(ConfigError, match=r"micro-step 2 of 3.* leave it \(break\) where"):
+        acc.save_state(tmp_path / "c")
+    for x in loader:
+        acc.step(model(x).mean(), optimizer)
+        if acc.sync_gradients:
+            break
+    assert model.weight.item() == -1.0
+    acc.save_state(tmp_path / "c")
+
+
+def test_settings_when_set_later_are_used_or_refused():
+    acc = Accelerator(cpu=True)
+    assert not acc.even_batches
+    acc.even_batches = True
+    assert acc.prepare(DataLoader(torch.ones(4, 1))).even_batches
+    for name, value in (("even_batches", "yes"), ("gradient_accumulation_steps", 0)):
+        with pytest.raises(ConfigError, match=rf"{name} \(from accelerator\.{name} = \.\.\.\)"):
+            setattr(acc, name, value)
+    with pytest.raises(ConfigError, match="the window says when a step is due"):
+        acc.sync_gradients = True
+
+
+def test_settings_when_set_on_the_peers_accelerator_are_ours():
+    from nbaccel.compat.accelerate import Accelerator as Peers
+
+    acc = Peers(cpu=True)
+    acc.gradient_accumulation_steps = 4
+    assert acc.gradient_accumulation_steps == 4
+    with pytest.raises(ConfigError, match="cannot be set"):
+        acc.sync_gradients = True
