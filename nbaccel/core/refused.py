@@ -75,8 +75,8 @@ ATTRIBUTES: Mapping[str, str] = {
 
 SET_SYNC_GRADIENTS = (
     "accelerator.sync_gradients cannot be set: the window says when a step is due. accelerator.accumulate(model) "
-    "begins the next micro-step, gradient_accumulation_steps can be set between two windows, and `with no_sync(model):` keeps "
-    "gradients on their rank"
+    "begins the next micro-step, gradient_accumulation_steps can be set between two windows, and "
+    "`with no_sync(model):` keeps gradients on their rank"
 )
 
 ARGUMENTS: Mapping[str, str] = {
