@@ -57,5 +57,5 @@ def test_sweep_has_a_row_per_trial_and_one_stop_and_runs_are_compared(open_page:
     page.run(2, timeout=30)
     shown = page.output(2)
     wait_for(lambda: "what differs" in shown.inner_text(), 20, "the comparison")
-    assert {"lr", "0.1", "0.2"} <= set(shown.inner_text().split())
+    assert {"argument.lr", "0.1", "0.2"} <= set(shown.inner_text().split())
     shot(page, "compare", 2)

@@ -224,8 +224,8 @@ def test_fp8_recipes_when_given_become_options():
 def test_attribute_when_it_cannot_be_set_is_refused():
     made = accelerator()
     with pytest.raises(AttributeError):
-        made.gradient_accumulation_steps = 4
-    assert made.gradient_accumulation_steps == 1
+        made.num_processes = 4
+    assert made.num_processes == 1
 
 
 def test_states_when_there_is_an_accelerator_tell_of_the_newest():
