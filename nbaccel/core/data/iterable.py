@@ -35,7 +35,8 @@ from nbaccel.core.nested import leaves
 __all__ = ["Item", "Origin", "Start", "StreamReader", "StreamShard", "digest", "is_stateful"]
 
 _ORDER, _COLLATE = 0x6F726465, 0x636F6C6C
-_COMPARED = 4  # global batches of a pass of which the ranks can compare what they have read
+# Global batches of a pass of which the ranks can compare what they have read, and that show what the stream draws from.
+_COMPARED = 4
 
 
 def digest(sample: Any) -> int:
@@ -103,13 +104,23 @@ class _Stream:
     """The samples of one pass; remembers the data set's state at the borders between global batches.
 
     Args:
-        seeds: what the seed after so many samples is derived from; empty: draws are left alone.
+        scope: what it draws comes from; None: draws are left alone.
+        seeds: what the scope's seed after so many samples is derived from.
         each: whether every sample has a seed of its own.
     """
 
-    def __init__(self, dataset: Any, start: Start, batch: int, seeds: tuple[int, ...], each: bool) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        start: Start,
+        batch: int,
+        *,
+        scope: RandomScope | None,
+        seeds: tuple[int, ...],
+        each: bool,
+    ) -> None:
         self._dataset = dataset
-        self._seeds, self._each = seeds, each
+        self._scope, self._seeds, self._each = scope, seeds, each
         own_state = is_stateful(dataset)
         if own_state and start.state is not None:
             dataset.load_state_dict(copy.deepcopy(start.state))
@@ -149,8 +160,8 @@ class _Stream:
         return sample
 
     def _seed(self, count: int) -> None:
-        if self._seeds:
-            seed_global(derive_seed(*self._seeds, count))
+        if self._scope is not None:
+            self._scope.seed(derive_seed(*self._seeds, count))
 
     def _snapshot(self) -> Any:
         for holder in (self._dataset, self._source):
@@ -195,16 +206,22 @@ class StreamReader:
             return
         layout, collate = self._layout, self._source.collate
         unbatched = self._source.batch_size is None
-        scope: AbstractContextManager[None] = nullcontext()
-        seeds: tuple[int, ...] = ()
-        if self.alike:
-            scope = RandomScope(derive_seed(self._seed, epoch, _ORDER))
-            seeds = (self._seed, epoch, worker)
-        with scope:
-            stream = _Stream(self._source.dataset, start, layout.global_batch, seeds, self._each)
+        scope = RandomScope(derive_seed(self._seed, epoch, _ORDER), watched=True) if self.alike else None
+        inside: AbstractContextManager[None] = scope or nullcontext()
+        with inside:
+            stream = _Stream(
+                self._source.dataset,
+                start,
+                layout.global_batch,
+                scope=scope,
+                seeds=(self._seed, epoch, worker),
+                each=self._each,
+            )
         groups = groups_of(stream, layout, cursor=start.consumed)
         for number in itertools.count():
-            with scope:
+            if number == _COMPARED and scope is not None and not scope.narrow():
+                inside = nullcontext()
+            with inside:
                 group = next(groups, None)
                 if group is None:
                     return

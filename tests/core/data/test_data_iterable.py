@@ -328,6 +328,26 @@ def test_a_stream_that_draws_its_order_gives_every_sample_once(library, workers,
     assert len(set(draws)) > 36, "no sample's draws are those of another, but for the first of each worker"
 
 
+class ShufflingChunks(IterableDataset):
+    """0 to 199, twenty at a time in an order drawn from `random`, as files of samples are read."""
+
+    def __iter__(self):
+        for first in range(0, 200, 20):
+            chunk = list(range(first, first + 20))
+            random.shuffle(chunk)
+            yield from chunk
+
+
+def test_a_stream_that_draws_now_and_then_gives_every_sample_once():
+    seen = []
+    for number, loader in enumerate(ranks(2, lambda: DataLoader(ShufflingChunks(), 1))):
+        random.seed(number)
+        for batch in loader:
+            random.random()  # the training loop draws as well
+            seen += batch[: loader.batch_samples].tolist()
+    assert sorted(seen) == list(range(200))
+
+
 def test_a_stream_that_draws_its_order_goes_on_in_it_on_another_number_of_ranks():
     cut = ranks(2, lambda: DataLoader(Shuffling("random"), 2))
     seen = [int(value) for value in take(cut, 2)[::2]]
