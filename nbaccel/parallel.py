@@ -19,6 +19,7 @@ from nbaccel.errors import ConfigError
 
 __all__ = [
     "FSDP",
+    "SHARDING_OF_ACCELERATE",
     "ContextParallel",
     "DeepSpeed",
     "Megatron",
@@ -34,6 +35,17 @@ Sharding = Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "a
 Dtype = Literal["float32", "bfloat16", "float16"]
 ParallelStyle = Literal["column", "row", "column_gathered", "embedding", "sequence"]
 T = TypeVar("T")
+SHARDING_OF_ACCELERATE: dict[str, Sharding] = {
+    "FULL_SHARD": "full_shard",
+    "SHARD_GRAD_OP": "shard_grad_op",
+    "NO_SHARD": "no_shard",
+    "HYBRID_SHARD": "hybrid_shard",
+    "1": "full_shard",
+    "2": "shard_grad_op",
+    "3": "no_shard",
+    "4": "hybrid_shard",
+}
+"""By the names and numbers of its configuration files and plugins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
+from nbaccel.parallel import SHARDING_OF_ACCELERATE
 from nbaccel.session.configfile import ConfigFile
 
 __all__ = ["Imported", "from_accelerate", "their_default"]
@@ -24,16 +25,6 @@ _DEVICES = {
     "FSDP": None,
     "DEEPSPEED": None,
     "MEGATRON_LM": None,
-}
-_SHARDING = {
-    "FULL_SHARD": "full_shard",
-    "SHARD_GRAD_OP": "shard_grad_op",
-    "NO_SHARD": "no_shard",
-    "HYBRID_SHARD": "hybrid_shard",
-    "1": "full_shard",
-    "2": "shard_grad_op",
-    "3": "no_shard",
-    "4": "hybrid_shard",
 }
 _FP8_BACKENDS = {"ao": "torchao", "torchao": "torchao", "te": "transformer_engine"}
 # What the strategies do here in any case, or by themselves.
@@ -221,8 +212,8 @@ def _read_fsdp(given: dict[str, Any], asked: dict[str, Any]) -> None:
         value = given.get(key)
         if isinstance(value, bool):
             options["reshard_after_forward"] = given.pop(key)
-        elif str(value).upper() in _SHARDING:
-            options["sharding"] = _SHARDING[str(given.pop(key)).upper()]
+        elif str(value).upper() in SHARDING_OF_ACCELERATE:
+            options["sharding"] = SHARDING_OF_ACCELERATE[str(given.pop(key)).upper()]
     policy = str(given.pop("fsdp_auto_wrap_policy", "")).upper()
     names = given.pop("fsdp_transformer_layer_cls_to_wrap", "")
     least = given.pop("fsdp_min_num_params", 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -52,7 +53,7 @@ def make_whole(value: Any, *, keep: bool) -> Any:
     store.set(f"{_KEY}/{distributed.get_rank()}", f"{int(keep)} {mine}")
     if not models:
         return value
-    told = [_wait(store, f"{_KEY}/{other}").partition(" ") for other in range(distributed.get_world_size())]
+    told = [_told_by(other, store).partition(" ") for other in range(distributed.get_world_size())]
     if not any(int(wanted) for wanted, _, _ in told):
         return value
     if others := [other for other, (_, _, theirs) in enumerate(told) if theirs != mine]:
@@ -67,14 +68,21 @@ def make_whole(value: Any, *, keep: bool) -> Any:
     return value
 
 
-def _wait(store: Any, key: str) -> str:
-    """What a rank told, however long its function takes; a Stop comes between two looks."""
+def _told_by(rank: int, store: Any) -> str:
+    """What a rank told, as long as its function takes within the group's timeout; a Stop comes between two looks."""
+    key, end = f"{_KEY}/{rank}", time.monotonic() + store.timeout.total_seconds()
     while True:
         try:
             store.wait([key], timedelta(seconds=1))
         except RuntimeError as error:
             if "timeout" not in str(error).lower():
                 raise
+            if time.monotonic() > end:
+                raise PayloadError(
+                    f"rank {rank} has not returned in {store.timeout.total_seconds():g} s, or had left the process "
+                    "group: the parameters of the model that is returned here are divided among the ranks, which "
+                    "gather it together"
+                ) from None
         else:
             return str(store.get(key).decode())
 

@@ -287,6 +287,8 @@ class Server:
             if error.code not in (None, 0):
                 self._fail(call, error)
                 return False
+            if self._membership is None:
+                make_whole(None, keep=False)  # the others may wait for what this rank returns
             self._answer(call, None)
         except ChannelClosed:
             raise

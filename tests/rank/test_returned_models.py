@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import types
 from collections import OrderedDict
 from typing import Any
@@ -123,9 +124,12 @@ def test_every_rank_has_the_whole_model_of_a_pipeline() -> None:
         torch.testing.assert_close(nn.functional.mse_loss(model(X), X), loss, check_device=False)
 
 
-def test_ranks_that_return_no_such_model_are_named() -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_ranks_that_return_no_such_model_are_named(leaves: bool) -> None:
     def train() -> Any:
         model, _ = trained(FSDP(wrap="Linear"))
+        if leaves and torch.distributed.get_rank() == 1:
+            sys.exit()
         return model if torch.distributed.get_rank() == 0 else None
 
     with pytest.raises(WorkerError, match=r"but rank 1 returns no such model. Return it on every rank"):

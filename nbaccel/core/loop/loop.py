@@ -146,9 +146,8 @@ class Loop:
         for window in self.windows.values():
             window.length = length
             for model in window.models:
-                self.strategy.set_sync(
-                    model, True
-                )  # whatever the micro-step that does not come would have had
+                # The next micro-step begins a window; the last one may have left it for the middle of one.
+                self.strategy.set_sync(model, True)
         self._choose_paths()
 
     def watch(self, observer: Observer | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbaccel.errors import ConfigError
-from nbaccel.parallel import FSDP, DeepSpeed, TensorParallel
+from nbaccel.parallel import FSDP, SHARDING_OF_ACCELERATE, DeepSpeed, TensorParallel
 
 __all__ = [
     "DeepSpeedPlugin",
@@ -18,17 +18,6 @@ __all__ = [
     "TorchDynamoPlugin",
     "TorchTensorParallelPlugin",
 ]
-
-_SHARDING = {
-    "FULL_SHARD": "full_shard",
-    "SHARD_GRAD_OP": "shard_grad_op",
-    "NO_SHARD": "no_shard",
-    "HYBRID_SHARD": "hybrid_shard",
-    "1": "full_shard",
-    "2": "shard_grad_op",
-    "3": "no_shard",
-    "4": "hybrid_shard",
-}
 
 
 @dataclass
@@ -66,12 +55,12 @@ class FullyShardedDataParallelPlugin:
         reshard = self.reshard_after_forward
         asked = self.sharding_strategy if not isinstance(reshard, str) else reshard
         name = str(getattr(asked, "name", asked)).upper()
-        if asked is not None and name not in _SHARDING:
+        if asked is not None and name not in SHARDING_OF_ACCELERATE:
             raise ConfigError(
-                f"sharding_strategy={asked!r} has no counterpart; there are {', '.join(_SHARDING)}"
+                f"sharding_strategy={asked!r} has no counterpart; there are {', '.join(SHARDING_OF_ACCELERATE)}"
             )
         return FSDP(
-            sharding=_SHARDING.get(name, "full_shard"),  # type: ignore[arg-type]
+            sharding=SHARDING_OF_ACCELERATE.get(name, "full_shard"),
             wrap=self._wrap(),
             reshard_after_forward=reshard if isinstance(reshard, (bool, int)) else None,
             cpu_offload=bool(getattr(self.cpu_offload, "offload_params", self.cpu_offload)),
