@@ -19,13 +19,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 Make = Callable[[], DataLoader[Any]]
 Wrap = Callable[[DataLoader[Any]], Iterable[Any]]
@@ -52,6 +52,16 @@ class Batched(Samples):
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         samples = self.samples
         return [samples[index] for index in indices]
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """The same samples, one after another."""
+
+    def __init__(self, total: int) -> None:
+        self.samples = list(torch.randn(total, 4).unbind())
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from self.samples
 
 
 class Endless(Dataset[int]):
@@ -136,8 +146,9 @@ def measure_batch(rounds: int) -> list[Row]:
     """One process: what a batch costs beyond reading its samples."""
     samples, batched = Samples(4096), Batched(4096)
     tensors = TensorDataset(torch.randn(65536, 16), torch.arange(65536))
-    large = Endless(1 << 20)
+    large, stream = Endless(1 << 20), Stream(32768)
     cases: dict[str, Make] = {
+        "IterableDataset, batch 8": lambda: DataLoader(stream, 8),
         "samples, batch 8": lambda: DataLoader(samples, 8),
         "samples, batch 8, shuffled": lambda: DataLoader(samples, 8, shuffle=True),
         "__getitems__, batch 32, shuffled": lambda: DataLoader(batched, 32, shuffle=True),
