@@ -160,7 +160,10 @@ class _Holdings:
 
 
 def _holdings() -> _Holdings:
+    from nbaccel.engines import forkserver
+
     gc.collect()
+    forkserver.close_ended()  # as the next launch would
     maps = Path("/proc/self/maps").read_text()
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)

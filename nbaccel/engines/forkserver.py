@@ -27,7 +27,7 @@ from nbaccel.engines.template import Preload, Preloaded
 from nbaccel.errors import LaunchError
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
 
-__all__ = ["ForkServer", "server_for", "shut_down"]
+__all__ = ["ForkServer", "close_ended", "server_for", "shut_down"]
 
 _FROZEN = (
     "TORCH",
@@ -54,6 +54,8 @@ _NOT_FROZEN = (
     "KMP_INIT_AT_FORK",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
+    # Read when a process group is made; several hosts' launches set it here.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
 )
 # The notebook's own machinery: it starts threads and means nothing in a rank.
 _FRONT_END = {"debugpy", "ipykernel", "jupyter_client", "jupyter_core", "nbaccel", "pydevd", "tornado", "zmq"}
@@ -237,9 +239,7 @@ def server_for(
     """
     with _lock:
         notes = []
-        for old in [old for old in _retired if old.ended]:
-            _retired.remove(old)
-            old.close()
+        close_ended()
         server = _servers.get(start_method)
         if server is not None and (reason := server.outdated(environ)):
             notes.append(f"starting a fresh server for the ranks: {reason}")
@@ -253,6 +253,14 @@ def server_for(
             except (OSError, ChannelClosed) as error:
                 raise LaunchError(f"the process that makes ranks could not be started: {error}") from error
         return server, notes
+
+
+def close_ended() -> None:
+    """Let go of the descriptors of servers that were replaced and whose last run has ended since."""
+    with _lock:
+        for old in [old for old in _retired if old.ended]:
+            _retired.remove(old)
+            old.close()
 
 
 def shut_down() -> None:

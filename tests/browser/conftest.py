@@ -195,6 +195,7 @@ class Page:
         cell = self.cell(index)
         prompt, before = cell.locator(".jp-InputPrompt"), cell.locator(".jp-InputPrompt").inner_text()
         for _ in range(20):
+            self.answer()
             cell.locator(".cm-content").click(position={"x": 5, "y": 5})
             self.page.keyboard.press("Control+Enter")
             for _ in range(20):
@@ -202,6 +203,14 @@ class Page:
                     return
                 self.page.wait_for_timeout(50)
         raise AssertionError(f"cell {index} does not start")
+
+    def answer(self) -> None:
+        """Take what a dialog of JupyterLab's own proposes: on a slow machine it asks about its server or a kernel."""
+        dialog = self.page.locator(".jp-Dialog")
+        while dialog.count():
+            print("JupyterLab asks:", dialog.first.inner_text())
+            dialog.first.locator(".jp-mod-accept").click()
+            self.page.wait_for_timeout(200)
 
     def run(self, index: int, timeout: float = 90) -> None:
         """Run a cell and wait for its number."""
