@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernels import Cell, Kernel, pss_bytes, running_kernel
@@ -53,15 +53,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time launches of ranks from real notebook kernels.")
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of half an hour")
     parser.add_argument("--only", nargs="+", choices=sorted(SCENARIOS), default=sorted(SCENARIOS))
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="numbers of ranks; default: 2 4, and 8 unless --quick"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for launch.md and launch.json")
     options = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the kernels are ended too
+    plan = QUICK if options.quick else FULL
+    plan = replace(plan, sizes=options.sizes or plan.sizes)
     samples: list[Sample] = []
     for scenario in ("light", "heavy", "cold", "arguments", "relay"):
         if scenario in options.only:
             started = time.monotonic()
-            samples += SCENARIOS[scenario](QUICK if options.quick else FULL)
+            samples += SCENARIOS[scenario](plan)
             _say(f"{scenario}: measured in {time.monotonic() - started:.0f} s")
             _keep(samples, options.out)  # after each, for whoever stops it before the end
     print(report(samples))
@@ -98,7 +103,8 @@ def _measure_warm(plan: Plan, *, scenario: str, heavy: bool) -> list[Sample]:
         kernels = {peer.name: prepared(peer) for peer in peers}
         time.sleep(IDLE)
         for turn in range(plan.rounds + 1):  # the first is not counted: it warms the file cache
-            for peer in peers:
+            first = turn % len(peers)  # who follows whom is another each round: a launch leaves caches behind
+            for peer in (*peers[first:], *peers[:first]):
                 if (turn - 1) % peer.every:
                     continue
                 for n in plan.sizes if turn else plan.sizes[:1]:

@@ -62,7 +62,7 @@ def run_to_end(request: Request, target: Target, *, stop_grace: str) -> int:
         presses.absorb()
     error = run.exception()
     report(error)
-    return 128 + signal.SIGTERM if ending.received else exit_code(error)
+    return 128 + ending.received[0] if ending.received else exit_code(error)
 
 
 def say(note: str) -> None:
@@ -135,9 +135,9 @@ def _write(text: str, stream: str) -> None:
 
 @final
 class _Terminations:
-    """What SIGTERM does to the run: its ranks stop at a step and save, or are interrupted if they cannot.
+    """What SIGTERM and SIGHUP do to the run: its ranks stop at a step and save, or are interrupted if they cannot.
 
-    Ranks that have not ended `grace` seconds later are interrupted, as by Ctrl-C; a second SIGTERM kills.
+    Ranks that have not ended `grace` seconds later are interrupted, as by Ctrl-C; a second signal kills.
     """
 
     def __init__(self, grace: float) -> None:
@@ -149,7 +149,7 @@ class _Terminations:
 
     @property
     def overdue(self) -> bool:
-        """Whether the first SIGTERM is longer ago than the ranks may take."""
+        """Whether the first signal is longer ago than the ranks may take."""
         return bool(self.received) and time.monotonic() > self._since + self._grace
 
     def watch(self, run: Run) -> Run:
@@ -161,7 +161,7 @@ class _Terminations:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """While entered there is no run: SIGTERM ends the command there and then."""
+        """While entered there is no run: a signal ends the command there and then."""
         self._at_once = True
         try:
             yield
@@ -197,16 +197,19 @@ class _Terminations:
 
 @contextmanager
 def terminations(grace: float) -> Iterator[_Terminations]:
-    """While entered, SIGTERM is taken as the wish to stop."""
+    """While entered, SIGTERM is taken as the wish to stop, and SIGHUP too: the terminal was closed, or the
+    connection to it lost. What ignores SIGHUP, as under nohup, goes on doing so."""
     ending = _Terminations(grace)
-    before = None
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, ending)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, ending)
     try:
         yield ending
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         ending.close()
 
 

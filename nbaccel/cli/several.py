@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -91,7 +90,7 @@ def run_among_hosts(request: Request, target: Target, meeting: Meeting, *, stop_
                     ending.watch(between.run)
                     found = between.wait(presses, lambda: ending.overdue or presses.pressed)
                 if ending.received or (found.trouble is None and not isinstance(found.error, WorkerError)):
-                    code = 128 + signal.SIGTERM if ending.received else exit_code(found.error)
+                    code = 128 + ending.received[0] if ending.received else exit_code(found.error)
                     # ranks that stop at a step do so on every host; those that were interrupted are missed there
                     if found.error is not None or ending.overdue:
                         hosts.tell_stopped(code)

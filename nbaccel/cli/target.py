@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib.util
 import os
 import sys
 import warnings
@@ -140,8 +140,15 @@ def find_target(text: str, arguments: tuple[str, ...], *, module: bool) -> Targe
 def _require_package(module: str) -> None:
     """That the outermost package is there; what is in it only its import would tell."""
     top = module.partition(".")[0]
-    found = importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path])
-    if found is None and top not in (*sys.stdlib_module_names, *sys.builtin_module_names):
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` does
+    try:
+        found = top in sys.modules or importlib.util.find_spec(top) is not None
+    except ValueError:
+        found = False
+    finally:
+        sys.path.remove(here)
+    if not found:
         file = " A script is given by its path, without -m." if os.path.exists(module) else ""
         raise ConfigError(f"there is no module {top} on the import path.{file}")
 

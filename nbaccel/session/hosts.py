@@ -40,7 +40,7 @@ _PATIENCE = 60.0
 
 Trouble = Literal["lost", "failed", "joining", "stopped"]
 """Why a run under way must end here although nothing is wrong with it here."""
-_STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+_STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGHUP: "SIGHUP"}
 """What stopped a host, by the exit code of its command."""
 
 

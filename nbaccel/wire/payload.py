@@ -29,6 +29,7 @@ import cloudpickle
 
 from nbaccel.errors import PayloadError
 from nbaccel.whole import is_divided
+from nbaccel.wire.annotations import named_by
 from nbaccel.wire.content import INLINE, Content, Reader, seal, write_at
 from nbaccel.wire.unpicklable import explain
 
@@ -239,6 +240,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self.modules.add(obj.__module__)
         elif isinstance(reduced, tuple):
             self._note(obj)
+            if self._outward and obj.__module__ == "__main__":
+                reduced = _with_annotations(obj, reduced)
         return reduced
 
     def _note(self, obj: type | types.FunctionType) -> None:
@@ -397,6 +400,22 @@ def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     import torch
 
     return torch.compile(function, **options)
+
+
+def _with_annotations(obj: type | types.FunctionType, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """How to make a class or function of the notebook whose annotations, kept as text, name what is there."""
+    named = named_by(obj, sys.modules["__main__"].__dict__)
+    if not named:
+        return reduced
+    *made, state, _, _, set_state = reduced
+    return *made, (state, named, set_state), None, None, _annotated
+
+
+def _annotated(obj: Any, state: tuple[Any, Mapping[str, Any], Callable[[Any, Any], Any]]) -> None:
+    own, named, set_state = state
+    for name, value in named.items():
+        _main_globals().setdefault(name, value)
+    set_state(obj, own)
 
 
 def _dispatching_of(function: Any) -> tuple[Any, ...] | None:

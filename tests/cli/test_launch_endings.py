@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -84,6 +86,26 @@ def test_sigterm_stops_all_ranks_at_one_step_and_saves(nbaccel: Command, script:
     again = nbaccel(*ask, name)
     assert said_by(again.out, f"begins at {ended[1]} attempt 0") == {0, 1}, again.out + again.err
     assert said_by(again.out, "ends at 50") == {0, 1}
+
+
+def test_closed_terminal_stops_all_ranks_at_one_step_and_saves(nbaccel: Command, script: Writer):
+    name = script(TRAIN)
+    ask = ("launch", "--device", "cpu", "-n", 2, "--folder", "runs", "--project-dir", "out")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-m", "nbaccel", *map(str, ask), name, "--slow"])
+    seen = b""
+    while b"under way" not in seen:
+        seen += os.read(terminal, 65536)
+    below = [*named(pid, "nb-server"), *named(pid, "nb-rank-0"), *named(pid, "nb-rank-1")]
+    assert len(below) == 3
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert gone(below)
+    assert len(list(Path("out").glob("**/manifest.json"))) == 1
+    (result,) = Path("runs").glob("**/result.json")
+    assert "SIGHUP" in result.read_text() or '"done"' in result.read_text(), result.read_text()
 
 
 def test_sigterm_interrupts_a_script_that_cannot_stop_by_itself(nbaccel: Command, script: Writer):

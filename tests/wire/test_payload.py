@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -231,6 +232,32 @@ def test_decorated_definitions_of_a_notebook_travel(main: types.ModuleType) -> N
     values = round_trip(main.train, outward=True)()
     assert values[:3] == ((3, 7, 5), ["any", []], "Any.")
     assert values[3].tolist() == [2, 2]
+
+
+def test_annotations_kept_as_text_mean_the_same_elsewhere(main: types.ModuleType) -> None:
+    define(
+        main,
+        "from __future__ import annotations\n"
+        "import dataclasses, torch\n"
+        "from typing import Optional\n"
+        "secret = object()\n"
+        "@dataclasses.dataclass\n"
+        "class Layer:\n    width: int\n"
+        "@dataclasses.dataclass\n"
+        "class Options:\n    layers: Optional[list['Layer']]\n    kind: torch.dtype\n    other: secret = 3\n"
+        "def scale(x: Optional[Options], by: Layer) -> None: ...\n",
+    )
+    parcel, fd = pack((main.Options, main.scale), outward=True)
+    assert fd is None
+    wanted = typing.get_type_hints(main.scale)
+    sys.modules["__main__"] = elsewhere = types.ModuleType("__main__")
+    (options, scale), _ = unpack(parcel)
+    assert "secret" not in elsewhere.__dict__  # a value: it stays
+    elsewhere.__dict__["secret"] = int
+    assert str(typing.get_type_hints(scale)) == str(wanted)
+    hints = typing.get_type_hints(options)
+    assert hints["layers"] == list[elsewhere.Layer] | None
+    assert hints["kind"] is torch.dtype
 
 
 def test_modules_that_opening_imports_are_told() -> None:
