@@ -47,6 +47,8 @@ class Front:
     heading: Heading
     show: Callable[[Run], None] | None
     """Paints the run below another cell."""
+    say: Callable[[str], None]
+    """One sentence of nbaccel's to the person, above a table that is being painted."""
 
 
 @final
@@ -131,12 +133,16 @@ def build_front(
         for run in made:
             run.interrupt()
 
+    def say(note: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the stream is closed: nobody is there to be told
+            write(f"nbaccel: {note}\n", "stderr")
+
     prompts = Prompts(
         lambda rank, id, answer: tell(rank, Request(kind="input", name=id, value=answer)),
         interrupt=interrupt,
         can_ask=environment.allow_stdin if kernel is not None else _keyboard(),
         num_ranks=num_ranks,
-        say=lambda note: write(f"nbaccel: {note}\n", "stderr"),
+        say=say,
         aside=aside,
     )
     sinks: list[Sink] = [*([panel] if panel is not None else []), text]
@@ -164,6 +170,7 @@ def build_front(
         panel=panel is not None,
         heading=heading,
         show=show_run if kernel is not None else None,
+        say=say,
     )
 
 

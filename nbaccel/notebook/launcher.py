@@ -234,7 +234,7 @@ def _start(request: Request) -> Run:
         task = request.task
         facts = run_facts(task.function, task.name, cell_source(), plan, environment, task.args, task.kwargs)
         asked = json.loads(request.config.to_json())
-        sinks.append(FolderSink(folder, config=asked, run=facts, report=streams.say))
+        sinks.append(FolderSink(folder, config=asked, run=facts, report=front.say))
     run = start_run(
         request.task,
         config=request.config,
@@ -243,7 +243,7 @@ def _start(request: Request) -> Run:
         env=request.env,
         sinks=sinks,
         folder=folder,
-        say=streams.say,
+        say=front.say,
         label=cell_label,
         meanwhile=front.meanwhile,
         panel=front.panel,
