@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import nbaccel.compat.accelerate as accelerate
 from nbaccel.compat.accelerate import big_modeling as compat
 from nbaccel.errors import ConfigError
 from tests.core.offload.models import linears, saved
@@ -77,3 +78,11 @@ def test_first_device_when_it_is_to_be_kept_free_of_several_is_refused(
     monkeypatch.setattr(compat, "accelerators", lambda: ["cuda:0", "cuda:1"])
     with pytest.raises(ConfigError, match="balanced_low_0"):
         compat.dispatch_model(linears(), "balanced_low_0")
+
+
+def test_map_when_asked_with_accelerates_arguments_is_that_of_the_limits() -> None:
+    sizes = {"dtype": "float16", "special_dtypes": {"0.weight": "torch.float32"}}
+    how = {"verbose": True, "clean_result": True, "offload_buffers": False, "fallback_allocation": True}
+    # 4 x 4 + 4 numbers, of 2 bytes each; the first weight's are of 4
+    assert accelerate.infer_auto_device_map(linears(), {"cpu": 112}, [], **sizes, **how) == {"": "cpu"}
+    assert accelerate.infer_auto_device_map(linears(), {"cpu": 111}, [], **sizes, **how)["1"] == "disk"

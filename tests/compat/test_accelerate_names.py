@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -31,6 +33,13 @@ def accelerator(**options):
 def test_name_when_taken_from_either_module(name):
     assert getattr(compat, name) is getattr(compat.utils, name)
     assert callable(getattr(compat, name)) or name.isupper() or name == "KwargsHandler"
+
+
+def test_name_when_several_modules_have_it_is_the_same_in_all():
+    for module in pkgutil.walk_packages(compat.__path__, f"{compat.__name__}."):
+        home = importlib.import_module(module.name)
+        listed = names.HOMES.keys() & set(getattr(home, "__all__", ()))
+        assert [name for name in listed if getattr(home, name) is not getattr(compat, name)] == [], home
 
 
 def test_unknown_name_when_asked_for_says_what_there_is():
@@ -221,6 +230,16 @@ def test_fp8_recipes_when_given_become_options():
         compat.FP8RecipeKwargs(backend="MSAMP").options()
 
 
+def test_profile_when_its_activities_are_named_records_them():
+    made = accelerator(kwargs_handlers=[compat.ProfileKwargs(activities=["cpu"])])
+    with made.profile() as profile:
+        torch.ones(2) + 1
+    assert "aten::add" in {event.key for event in profile.key_averages()}
+    assert len(compat.ProfileKwargs(activities=["CPU", "cuda", "privateuse1"]).options()["activities"]) == 3
+    with pytest.raises(ConfigError, match="'gpu' is none of torch's profiler, which has cpu, "):
+        compat.ProfileKwargs(activities=["gpu"]).options()
+
+
 def test_attribute_when_it_cannot_be_set_is_refused():
     made = accelerator()
     with pytest.raises(AttributeError):
@@ -259,6 +278,11 @@ def test_loaders_when_prepared_are_arranged_as_scripts_expect():
         ]  # accelerate fills nothing on one rank either
     with pytest.raises(ConfigError, match="at least 0, not -1"):
         made.skip_first_batches(loader, -1)
+    plain = compat.skip_first_batches(DataLoader(Stream(), batch_size=2), 1)
+    assert [[batch.tolist() for batch in plain] for _ in range(2)] == [[[2, 3], [4]]] * 2
+    assert len(compat.skip_first_batches(DataLoader(range(5)), 3)) == 2
+    with pytest.raises(ConfigError, match="takes a DataLoader, not a list"):
+        compat.skip_first_batches([1, 2], 1)
 
 
 def test_checkpoints_when_named_automatically_lie_in_the_project(tmp_path):
@@ -270,11 +294,14 @@ def test_checkpoints_when_named_automatically_lie_in_the_project(tmp_path):
     made.save_state()
     made.unwrap_model(model).weight.data.fill_(7.0)
     last = made.save_state("ignored")
-    assert [str(path) for path in tmp_path.iterdir()] == [last]
+    assert [str(path) for path in tmp_path.iterdir()] == [str(tmp_path / "checkpoints")]
+    assert [str(path) for path in (tmp_path / "checkpoints").iterdir()] == [last]
+    assert last == str(tmp_path / "checkpoints" / "checkpoint_1")
     model.weight.data.fill_(0.0)
     made.load_state()
     assert model.weight.item() == 7.0
     assert made.save_iteration == 2
+    made.load_state(tmp_path / "checkpoints" / "checkpoint_1")
 
 
 def test_tracker_when_it_is_the_scripts_own():

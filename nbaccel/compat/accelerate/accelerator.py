@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, final, get_args
 
 from torch import nn
@@ -137,6 +138,9 @@ class Accelerator:
         if parallelism_config is not None:
             parallelism_config.check(self._core.num_processes)
         self.parallelism_config = parallelism_config
+        if self.project_configuration.automatic_checkpoint_naming and self._core.project_dir is not None:
+            # There scripts look for them, and for tracker files beside them.
+            self._core._saving.project_dir = Path(self._core.project_dir) / "checkpoints"
         remember(self._core)
         self._state = AcceleratorState(accelerator=self._core)
 
@@ -288,9 +292,9 @@ class Accelerator:
         return options if seed is None else {**options, "seed": seed}
 
     def skip_first_batches(
-        self, dataloader: ShardedLoader | SkippedLoader, num_batches: int = 0
-    ) -> ShardedLoader | SkippedLoader:
-        """The prepared loader without the first `num_batches` of each epoch; passes over itself are whole."""
+        self, dataloader: DataLoader[Any] | ShardedLoader | SkippedLoader, num_batches: int = 0
+    ) -> SkippedLoader:
+        """The loader without the first `num_batches` of each epoch; passes over itself are whole."""
         return skip_first_batches(dataloader, num_batches)
 
     # The loop ----------------------------------------------------------------------------------------
@@ -322,7 +326,10 @@ class Accelerator:
     def save_state(
         self, output_dir: Any = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
     ) -> str:
-        """Saves everything prepared and registered; returns the folder."""
+        """Saves everything prepared and registered; returns the folder.
+
+        With automatic naming that is the next `checkpoint_<number>` of the project's folder `checkpoints`.
+        """
         project = self.project_configuration
         folder = None if project.automatic_checkpoint_naming else output_dir
         path = self._core.save_state(folder, safe_serialization=safe_serialization, **save_model_func_kwargs)

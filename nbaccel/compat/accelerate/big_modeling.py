@@ -28,6 +28,7 @@ __all__ = [
     "cpu_offload_with_hook",
     "disk_offload",
     "dispatch_model",
+    "dtype_named",
     "init_empty_weights",
     "init_on_device",
     "load_checkpoint_and_dispatch",
@@ -94,7 +95,7 @@ def load_checkpoint_and_dispatch(
     checkpoint: str | Path,
     device_map: str | Mapping[str, Place] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
-    no_split_module_classes: Collection[str] | None = None,
+    no_split_module_classes: Collection[str | type] | None = None,
     offload_folder: str | Path | None = None,
     offload_buffers: bool = False,
     dtype: str | torch.dtype | None = None,
@@ -113,7 +114,7 @@ def load_checkpoint_and_dispatch(
         max_memory,
         no_split_module_classes,
         offload_folder,
-        _dtype(dtype),
+        dtype_named(dtype),
         strict=strict,
         **_ours(options),
     )
@@ -142,7 +143,7 @@ def _map(given: str | Mapping[str, Place]) -> Any:
     return "balanced"
 
 
-def _dtype(given: str | torch.dtype | None) -> Any:
+def dtype_named(given: str | torch.dtype | None) -> Any:
     """ "float16" and "torch.float16" are torch.float16; anything else stays, to be refused there."""
     return getattr(torch, given.removeprefix("torch."), given) if isinstance(given, str) else given
 
@@ -181,7 +182,7 @@ def load_checkpoint_in_model(
     Raises:
         CheckpointError: a file is damaged, or is of another model.
     """
-    kept = {"dtype": _dtype(dtype), **_ours(options)}
+    kept = {"dtype": dtype_named(dtype), **_ours(options)}
     if device_map is None and dtype is None and not any(tensor.is_meta for tensor in model.parameters()):
         stored = for_model(model.state_dict().keys(), open_checkpoint(checkpoint))
         model.load_state_dict({name: one.read() for name, one in stored.items()}, strict=strict)

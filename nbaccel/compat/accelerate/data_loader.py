@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, final
 
 import torch
@@ -91,26 +92,28 @@ def prepare_data_loader(
 
 
 def skip_first_batches(
-    dataloader: ShardedLoader | SkippedLoader, num_batches: int = 0
-) -> ShardedLoader | SkippedLoader:
-    """The prepared loader without the first `num_batches` of each epoch; passes over itself are whole.
+    dataloader: DataLoader[Any] | ShardedLoader | SkippedLoader, num_batches: int = 0
+) -> SkippedLoader:
+    """The loader without the first `num_batches` of each epoch; passes over itself are whole.
+
+    Prepare a loader first: it reads none of what it skips, a plain DataLoader reads and drops it.
 
     Raises:
-        ConfigError: it was not prepared, or this is no number of batches.
+        ConfigError: it is no loader, or this is no number of batches.
     """
     if isinstance(dataloader, SkippedLoader):
         return SkippedLoader(dataloader.loader, dataloader.skip_batches + num_batches)
-    if not isinstance(dataloader, ShardedLoader):
-        raise ConfigError("skip_first_batches takes a prepared loader; prepare it first")
+    if not isinstance(dataloader, (DataLoader, ShardedLoader)):
+        raise ConfigError(f"skip_first_batches takes a DataLoader, not a {type(dataloader).__name__}")
     return SkippedLoader(dataloader, num_batches)
 
 
 @final
 class SkippedLoader:
-    """A prepared loader, each pass over which begins `skip_batches` after its epoch's first batch, wherever
-    `load_state` has put the loader; they are not read. Its other names are the loader's, and so are its epochs."""
+    """A loader, each pass over which begins `skip_batches` after its epoch's first batch, wherever `load_state` has put
+    the loader; of a prepared one they are not read. Its other names are the loader's, and so are its epochs."""
 
-    def __init__(self, loader: ShardedLoader, skip_batches: int) -> None:
+    def __init__(self, loader: DataLoader[Any] | ShardedLoader, skip_batches: int) -> None:
         if isinstance(skip_batches, bool) or not isinstance(skip_batches, int) or skip_batches < 0:
             raise ConfigError(
                 f"skip_first_batches takes a number of batches of at least 0, not {skip_batches!r}"
@@ -119,6 +122,9 @@ class SkippedLoader:
         self.skip_batches = skip_batches
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.loader, DataLoader):
+            yield from islice(self.loader, self.skip_batches, None)
+            return
         self.loader.skip_batches(0)  # of the pass to come, whether the last one was left early or not
         _begin_epoch(self.loader, self.loader.state_dict())
         self.loader.skip_batches(self.skip_batches)

@@ -20,7 +20,8 @@ __all__ = ["HOMES", "look_up"]
 _HERE = "nbaccel.compat.accelerate"
 _NAMES = {
     f"{_HERE}.accelerator": "Accelerator",
-    f"{_HERE}.big_modeling": "cpu_offload_with_hook load_checkpoint_in_model",
+    f"{_HERE}.big_modeling": "cpu_offload cpu_offload_with_hook disk_offload dispatch_model "
+    "load_checkpoint_and_dispatch load_checkpoint_in_model",
     f"{_HERE}.data_loader": "DataLoaderDispatcher DataLoaderShard SeedableRandomSampler prepare_data_loader "
     "skip_first_batches",
     f"{_HERE}.hooks": "UserCpuOffloadHook remove_hook_from_module remove_hook_from_submodules",
@@ -41,8 +42,8 @@ _NAMES = {
     f"{_HERE}.utils.deepspeed": "DummyOptim DummyScheduler get_active_deepspeed_plugin",
     f"{_HERE}.utils.fsdp_utils": "merge_fsdp_weights",
     f"{_HERE}.utils.memory": "clear_device_cache release_memory should_reduce_batch_size",
-    f"{_HERE}.utils.modeling": "convert_file_size_to_int get_balanced_memory get_max_memory load_state_dict "
-    "named_module_tensors set_module_tensor_to_device",
+    f"{_HERE}.utils.modeling": "convert_file_size_to_int get_balanced_memory get_max_memory "
+    "infer_auto_device_map load_state_dict named_module_tensors set_module_tensor_to_device",
     f"{_HERE}.utils.plugins": "DeepSpeedPlugin FullyShardedDataParallelPlugin TorchDynamoPlugin "
     "TorchTensorParallelPlugin",
     f"{_HERE}.utils.operations": "DistributedOperationException broadcast broadcast_object_list concatenate "
@@ -52,8 +53,7 @@ _NAMES = {
     f"{_HERE}.utils.other": "convert_bytes extract_model_from_parallel is_compiled_module merge_dicts "
     "patch_environment save set_seed str_to_bool synchronize_rng_state synchronize_rng_states tqdm wait_for_everyone",
     f"{_HERE}.utils.versions": "compare_versions is_torch_version",
-    "nbaccel": "cpu_offload disk_offload dispatch_model find_executable_batch_size find_tied_parameters "
-    "infer_auto_device_map init_empty_weights init_on_device load_checkpoint_and_dispatch retie_parameters",
+    "nbaccel": "find_executable_batch_size find_tied_parameters init_empty_weights init_on_device retie_parameters",
 }
 HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 

@@ -113,6 +113,12 @@ class Absent(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is torch._has_compatible_shallow_copy_type and isinstance(args[0], Absent):
+            # What nn.Module._apply asks before it puts something in a parameter's place.
+            raise ConfigError(
+                f"{args[0].weight.slots[0].name} is streamed: .to(), .cuda(), .half() and the like cannot change it; "
+                "remove_hooks(model) first"
+            )
         written = next(_written(func, name, args, kwargs), None)
         if written is not None:
             raise ConfigError(
@@ -156,7 +162,7 @@ _DESCRIBING = _getters(
 _DESCRIBING_METHODS = frozenset(
     {"__hash__", "__repr__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride"}
     | {"element_size", "storage_offset", "is_floating_point", "is_complex", "is_contiguous", "is_inference"}
-    | {"__set__", "__delete__", "requires_grad_", "retain_grad", "_has_compatible_shallow_copy_type"}
+    | {"__set__", "__delete__", "requires_grad_", "retain_grad"}
 )
 _PLACE = _getters("device", "is_cpu", "is_cuda") | {torch.Tensor.get_device}
 """Said of the device its part runs on: that is where what is computed with it has to be."""

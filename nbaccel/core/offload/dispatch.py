@@ -13,7 +13,7 @@ from torch import nn
 from nbaccel.core.offload.absent import Slot, Weight
 from nbaccel.core.offload.blocks import Block
 from nbaccel.core.offload.direct import direct_reader
-from nbaccel.core.offload.dispatched import Dispatch, dispatched_class, enter_class, real_state
+from nbaccel.core.offload.dispatched import Dispatch, dispatched_class, enter_class, real_state, unmoved
 from nbaccel.core.offload.hooks import Streamer, answer_on, compute_on, return_to_caller
 from nbaccel.core.offload.limits import free_memory
 from nbaccel.core.offload.matched import Matched
@@ -68,7 +68,13 @@ def install(
         raise
     handles += real_state(installing.blocks)
     workers = [worker for worker in (streamer, readahead) if worker is not None]
-    dispatch = Dispatch(plan=plan, device=device, blocks=installing.blocks, handles=handles, workers=workers)
+    dispatch = Dispatch(
+        plan=plan,
+        device=device,
+        blocks=installing.blocks,
+        handles=[*handles, *unmoved(model, installing.blocks)],
+        workers=workers,
+    )
     enter_class(model, cls, dispatch)
     return model
 

@@ -24,12 +24,14 @@ from nbaccel.errors import ConfigError
 
 __all__ = [
     "Dispatch",
+    "Unmoved",
     "dispatch_of",
     "dispatched_class",
     "enter_class",
     "is_dispatched",
     "real_state",
     "remove_hooks",
+    "unmoved",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,6 +40,10 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_always_called", "_forward_pre_hooks"
 _HOOKS_WITH = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _HELD_IN = (dict, OrderedDict, list, tuple)
 """Where a module may keep its parameters and other modules."""
+_UNMOVED = (
+    "this model is dispatched: its weights are where its device map puts them, and .to(), .cuda(), .half() and the "
+    "like change nothing. remove_hooks(model) makes it a plain model again"
+)
 
 
 @final
@@ -49,7 +55,7 @@ class Dispatch:
     device: torch.device
     """Where what is streamed runs."""
     blocks: Sequence[Block]
-    handles: Sequence[RemovableHandle]
+    handles: Sequence[RemovableHandle | Unmoved]
     workers: Sequence[Streamer | Readahead]
 
     @property
@@ -76,12 +82,7 @@ class _Methods:
         return dispatch_of(cast("nn.Module", self)).plan.table()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        warnings.warn(
-            "this model is dispatched: its weights are where its device map puts them, and .to(), .cuda(), "
-            ".half() and the like change nothing. remove_hooks(model) makes it a plain model again",
-            UserWarning,
-            stacklevel=3,
-        )
+        warnings.warn(_UNMOVED, UserWarning, stacklevel=3)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +101,29 @@ class _Methods:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """As its own class is copied, which may have a way of its own."""
         return copy.deepcopy(_plain_copy(cast("nn.Module", self)), memo)
+
+
+@final
+class Unmoved:
+    """Stands for `_apply`, which .to(), .half() and the like come down to, of a part with streamed weights: torch's
+    would read all of them and keep what it has read."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part = part
+        part.__dict__["_apply"] = self
+
+    def __call__(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        warnings.warn(_UNMOVED, UserWarning, stacklevel=3)
+        return self._part
+
+    def remove(self) -> None:
+        """Makes the part have its class's again."""
+        if self._part.__dict__.get("_apply") is self:
+            del self._part.__dict__["_apply"]
+
+    def __reduce__(self) -> Any:
+        """In a copied or pickled part, its class's."""
+        return getattr, (self._part, "_apply")
 
 
 @uncompiled
@@ -180,6 +204,16 @@ def real_state(blocks: Sequence[Block]) -> list[RemovableHandle]:
     return [m.register_state_dict_post_hook(Hook(fill)) for m in weights]  # type: ignore[no-untyped-call]
 
 
+def unmoved(model: nn.Module, blocks: Sequence[Block]) -> list[Unmoved]:
+    """For every part of the model that has streamed weights; the model's own class sees to the whole of it.
+
+    What is pickled in a way of its own, such as an fx.GraphModule, is left: its stand-ins refuse to be replaced.
+    """
+    owners = {slot.owner for block in blocks for weight in block.weights for slot in weight.slots}
+    parts = [part for part in model.modules() if part is not model and not owners.isdisjoint(part.modules())]
+    return [Unmoved(part) for part in parts if type(part).__reduce__ is object.__reduce__]
+
+
 def _plain_copy(model: nn.Module) -> nn.Module:
     """The same tree of modules without our hooks, with real weights; tensors are shared with `model`."""
     made: dict[nn.Module, nn.Module] = {}
@@ -201,7 +235,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         for key, value in module.__dict__.items():
             if key in _HOOKS or key in _HOOKS_WITH:
                 new.__dict__[key] = type(value)((k, v) for k, v in value.items() if k not in ours)
-            elif key != _ATTRIBUTE:
+            elif key != _ATTRIBUTE and not isinstance(value, Unmoved):
                 new.__dict__[key] = map_leaves(plain, value) if type(value) in _HELD_IN else plain(value)
     return made[model]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -29,13 +29,29 @@ def places_given(device_map: Mapping[str, str], parts: Sequence[Part], model: nn
                 f"the tensors that {part.name or 'the model'} has of its own lie in one place, not in {given}"
             )
         places.extend(given or {""})
+    odd = set(device_map) - {key for part in parts for key in _at_and_above(part)} - {""}
+    wrong = odd - {name for name, _ in model.named_modules(remove_duplicate=False)} if odd else set()
+    whole = {part.name for part in parts if not part.own}
+    for name in sorted(odd):
+        above = _above(name, whole)
+        if above is not None and (name in wrong or (above or "the model") in without):
+            raise ConfigError(
+                f"the device map names {name}, and {above or 'the model'} is placed as a whole: write {above!r}"
+            )
     if without:
         raise ConfigError(f"the device map gives no place to {listed(without)}; add them, or '' for the rest")
-    wrong = set(device_map) - {key for part in parts for key in _at_and_above(part)} - {""}
-    wrong -= {name for name, _ in model.named_modules(remove_duplicate=False)} if wrong else set()
     if wrong:
         raise ConfigError(f"the device map names {listed(sorted(wrong))}, which this model does not have")
     return places
+
+
+def _above(name: str, whole: Collection[str]) -> str | None:
+    """The name above this one that is among `whole`."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in whole:
+            return name
+    return None
 
 
 def _at_and_above(part: Part) -> Iterator[str]:

@@ -17,6 +17,7 @@ from nbaccel.core.nested import leaves, map_tensors
 from nbaccel.core.offload.blocks import Block, Buffer, Buffers
 from nbaccel.core.offload.direct import DirectReader
 from nbaccel.core.offload.units import Hook, Order, Unit, begins_again_after_fork
+from nbaccel.errors import ConfigError
 
 __all__ = ["Streamer", "answer_on", "compute_on", "return_to_caller"]
 
@@ -51,6 +52,7 @@ class Streamer:
 
     def _begin(self) -> None:
         """With nothing brought and nobody inside."""
+        self._brought = 0
         self._states = {block: _State() for unit in self._units for block in unit.blocks}
         self._buffers = Buffers(self._room)
         largest = max((block.num_bytes for block in self._states), default=0)
@@ -147,8 +149,29 @@ class Streamer:
 
         if any(is_weight(value) for _, value in leaves(output)):
             output = map_tensors(lambda value: value.clone() if is_weight(value) else value, output)
+        if torch.is_grad_enabled():
+            self._watch_gradients(unit, output)
         self._release(unit)
         return output
+
+    def _watch_gradients(self, unit: Unit, output: Any) -> None:
+        """Lets no gradient come back through a unit once anything else was brought, perhaps into its memory.
+
+        torch would say that something has been modified in place; under torch.utils.checkpoint it would say nothing,
+        and compute with other weights.
+        """
+        brought = self._brought
+
+        def refuse(gradient: torch.Tensor) -> None:
+            if self._brought != brought:
+                raise ConfigError(
+                    f"{unit.blocks[0].weights[0].slots[0].name} is streamed: it cannot be trained, and its values are "
+                    "gone when a gradient comes back through its layer; remove_hooks(model) first"
+                )
+
+        for _, value in leaves(output):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                value.register_hook(refuse)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Ends the thread; may be called twice."""
@@ -173,6 +196,7 @@ class Streamer:
         state.buffer = self._buffers.take(block.num_bytes, must=must)
         if state.buffer is None:
             return False
+        self._brought += 1
         state.coming = self._worker.submit(self._copy, block, state.buffer)
         return True
 

@@ -39,7 +39,7 @@ DeviceMap = Mode | Mapping[str, int | str | torch.device]
 def infer_auto_device_map(
     model: nn.Module,
     max_memory: MaxMemory = None,
-    no_split_module_classes: Collection[str] | None = None,
+    no_split_module_classes: Collection[str | type] | None = None,
     dtype: torch.dtype | None = None,
     special_dtypes: Mapping[str, torch.dtype] | None = None,
     *,
@@ -55,7 +55,7 @@ def infer_auto_device_map(
     Args:
         max_memory: bytes, or "20GB", by place; only these places and the disk are used. None: nine tenths
             of what is free on each accelerator and in main memory.
-        no_split_module_classes: names of classes that stay in one place; None: what the model names itself.
+        no_split_module_classes: classes that stay in one place, or their names; None: what the model names itself.
         dtype: what the weights will be held in, if not as they are; `special_dtypes` by name of a parameter.
         mode: "auto" and "balanced" divide a model that fits onto the accelerators evenly, and otherwise give
             the fast memory to what saves most time per byte; "sequential" fills one place after the other.
@@ -74,9 +74,20 @@ def infer_auto_device_map(
     unknown = (special_dtypes or {}).keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     if unknown:
         raise ConfigError(f"special_dtypes names {listed(sorted(unknown))}, which this model does not have")
-    parts = parts_of(model, no_split=no_split_module_classes, dtype=dtype, special_dtypes=special_dtypes)
-    tokens = tokens if batch is None else count_operations(parts, model, batch)
-    return _auto(parts, max_memory, mode, tokens, kv_cache, _folder(offload_folder)).device_map
+    folder = _folder(offload_folder)
+    plan = _planned(
+        model,
+        mode,
+        max_memory,
+        no_split_module_classes,
+        dtype,
+        tokens,
+        batch,
+        kv_cache,
+        folder,
+        special_dtypes,
+    )
+    return plan.device_map
 
 
 def load_checkpoint_and_dispatch(
@@ -84,7 +95,7 @@ def load_checkpoint_and_dispatch(
     checkpoint: str | Path,
     device_map: DeviceMap = "auto",
     max_memory: MaxMemory = None,
-    no_split_module_classes: Collection[str] | None = None,
+    no_split_module_classes: Collection[str | type] | None = None,
     offload_folder: str | Path | None = None,
     dtype: torch.dtype | None = None,
     *,
@@ -135,7 +146,7 @@ def dispatch_model(
     device_map: DeviceMap = "auto",
     *,
     max_memory: MaxMemory = None,
-    no_split_module_classes: Collection[str] | None = None,
+    no_split_module_classes: Collection[str | type] | None = None,
     main_device: int | str | torch.device | None = None,
     offload_folder: str | Path | None = None,
     tokens: int = 1,
@@ -210,15 +221,16 @@ def _planned(
     model: nn.Module,
     device_map: DeviceMap,
     max_memory: MaxMemory,
-    no_split: Collection[str] | None,
+    no_split: Collection[str | type] | None,
     dtype: torch.dtype | None,
     tokens: int,
     batch: Any,
     kv_cache: int | str,
     folder: Path | None,
+    special_dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Plan:
     if isinstance(device_map, str):
-        parts = parts_of(model, no_split=no_split, dtype=dtype)
+        parts = parts_of(model, no_split=no_split, dtype=dtype, special_dtypes=special_dtypes)
         tokens = tokens if batch is None else count_operations(parts, model, batch)
         return _auto(parts, max_memory, device_map, tokens, kv_cache, folder)
     if not isinstance(device_map, Mapping):
@@ -226,6 +238,11 @@ def _planned(
     if max_memory is not None:
         raise ConfigError(
             "max_memory limits what is placed by itself; the device map given places everything"
+        )
+    wrong = [name for name in device_map if not isinstance(name, str)]
+    if wrong:
+        raise ConfigError(
+            f"the device map names {wrong[0]!r}: write the place of each module by its name, {{'': 'cpu'}} for all"
         )
     named = {name: place_name(place) for name, place in device_map.items()}
     parts = parts_of(model, no_split=no_split, dtype=dtype, divided=named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ class Part:
 def parts_of(
     model: nn.Module,
     *,
-    no_split: Collection[str] | None = None,
+    no_split: Collection[str | type] | None = None,
     dtype: torch.dtype | None = None,
     special_dtypes: Mapping[str, torch.dtype] | None = None,
     divided: Collection[str] = (),
@@ -100,17 +101,35 @@ def parts_of(
     """The model's parts, in the order of registration. Linear in the number of modules.
 
     Args:
-        no_split: names of classes never to be divided; None: those the model names itself in
+        no_split: classes never to be divided, or their names; None: those the model names itself in
             `_no_split_modules`, as Hugging Face's do.
         dtype: what floating-point parameters will be held in; None: as they are.
         special_dtypes: the same, for single parameters by name.
         divided: names of modules or tensors that a device map places by themselves: what is above them
             is divided whatever its class.
+
+    Raises:
+        ConfigError: `no_split` holds what is no class.
     """
-    named = [no_split] if isinstance(no_split, str) else no_split
-    classes = frozenset(_own_no_split(model) if named is None else named)
+    classes = frozenset(_own_no_split(model) if no_split is None else _names_of(no_split))
     above = {name[:dot] for name in divided for dot, letter in enumerate(name) if letter == "."}
-    return _Walk(classes, dtype, special_dtypes or {}, above).parts(model)
+    walk = _Walk(classes, dtype, special_dtypes or {}, above)
+    parts = walk.parts(model)
+    if no_split is not None and classes and not any(walk.has(name) for name in classes):
+        warnings.warn(
+            f"no_split_module_classes names {listed(sorted(classes))}, and this {type(model).__name__} has no module "
+            "of such a class",
+            UserWarning,
+            stacklevel=4,
+        )
+    return parts
+
+
+def _names_of(classes: Collection[str | type]) -> Iterator[str]:
+    for one in [classes] if isinstance(classes, (str, type)) else classes:
+        if not isinstance(one, (str, type)):
+            raise ConfigError(f"no_split_module_classes holds {one!r}: give classes, or their names")
+        yield one if isinstance(one, str) else one.__name__
 
 
 def _own_no_split(model: nn.Module) -> Collection[str]:
@@ -185,6 +204,10 @@ class _Walk:
             for index in indices:
                 self._found[index].ties += (identity,)
         return self._found
+
+    def has(self, name: str) -> bool:
+        """Whether a module of a class of that name has been visited."""
+        return any(found.__name__ == name for found in self._classes)
 
     def _visit(self, name: str, module: nn.Module, caller_name: str, caller: nn.Module) -> None:
         """`caller` is the nearest module above, or this one, whose forward is called."""

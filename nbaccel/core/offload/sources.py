@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from nbaccel.errors import CheckpointError
 
 __all__ = ["for_model", "open_checkpoint"]
 
+_POINTER = b"version https://git-lfs"
+"""What git-lfs leaves in a file's place begins with it, see its docs/spec.md."""
+_ZIP = b"PK\x03\x04"
+"""What a torch file since 1.6 begins with; in a safetensors file it would be the length of the header, 67 MB."""
 _TORCH = (".bin", ".pt", ".pth")
 _OF_TRAINING = ("optimizer", "scheduler", "training_args", "rng_state", "random_states", "scaler")
 _INSIDE = ("state_dict", "model", "model_state_dict", "module")
@@ -115,7 +121,17 @@ def _indexed(index: Path) -> dict[str, Stored]:
 
 
 def _file(path: Path) -> dict[str, Stored]:
-    if path.suffix in _TORCH:
+    """By what it is, not by its name alone: a torch file may be called .ckpt, or anything."""
+    try:
+        with path.open("rb") as handle:
+            begin = handle.read(len(_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if begin == _POINTER:
+        raise CheckpointError(
+            f"{path} is only git-lfs's pointer to the file, which was not downloaded: `git lfs pull` there fetches it"
+        )
+    if begin.startswith(_ZIP) or path.suffix in _TORCH:
         return _torch_file(path)
     file = TensorFile(path)
     return {name: FileTensor(file, entry) for name, entry in file.entries.items()}
@@ -132,12 +148,27 @@ def _torch_file(path: Path) -> dict[str, Stored]:
                 raise
             mapped = False
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights alone: {str(error)[:500]}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, struct.error) as error:
+        raise CheckpointError(f"{path} cannot be read as weights alone: {_reason(path, error)}") from error
     state = _state_in(content)
     if not state:
         raise CheckpointError(f"{path} holds no tensors by name")
     return {name: Loaded(tensor, on_disk=mapped) for name, tensor in state.items()}
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why torch does not read a file, without its advice to run what the file holds."""
+    said = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    with path.open("rb") as handle:
+        begin = handle.read(len(_ZIP))
+    if not begin or (begin == _ZIP and not zipfile.is_zipfile(path)):
+        return f"it is truncated, download or copy it again ({said[:300]})"
+    if "global" not in said.lower():
+        return f"it is damaged, or no torch file ({said[:300]})"
+    return (
+        f"it holds more than tensors ({said.partition(' Please ')[0]}). Where you trust it, open it with torch and "
+        "save the model's state_dict() by itself"
+    )
 
 
 def _state_in(content: Any) -> dict[str, torch.Tensor]:

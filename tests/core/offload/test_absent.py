@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from nbaccel import remove_hooks
 from nbaccel.errors import ConfigError
@@ -105,7 +108,9 @@ def test_encoder_when_tokens_are_padded_answers_as_in_memory(tmp_path: Path) -> 
 @pytest.mark.parametrize("layers", [1, 2, 8])
 def test_training_streamed_weights_is_refused(layers: int, tmp_path: Path) -> None:
     _, loaded = both(lambda: linears(layers), tmp_path)
-    with pytest.raises(ConfigError, match=r"is streamed: it cannot be trained; remove_hooks\(model\) first"):
+    with pytest.raises(
+        ConfigError, match=r"is streamed: it cannot be trained.*; remove_hooks\(model\) first"
+    ):
         loaded(X).sum().backward()
     with pytest.raises(ConfigError, match="cannot be trained"):
         F.linear(X, loaded[0].weight).sum().backward()
@@ -133,8 +138,26 @@ def test_gradients_of_the_input_are_right_or_refused(layers: int, tmp_path: Path
         loaded(also).sum().backward()
         assert torch.equal(also.grad, x.grad)  # type: ignore[arg-type]
     else:
-        with pytest.raises(RuntimeError, match="inplace operation"):
+        with pytest.raises(ConfigError, match=r"is streamed: .* a gradient comes back through its layer"):
             loaded(also).sum().backward()
+
+
+class Recomputed(nn.Module):
+    """Whose activations are computed again in the backward pass, with weights that are brought again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = linears()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layers, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_gradients_through_what_is_recomputed_are_refused(tmp_path: Path) -> None:
+    _, loaded = both(lambda: nn.Sequential(Recomputed(), Recomputed()), tmp_path)
+    loaded.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"is streamed: .* a gradient comes back through its layer"):
+        loaded(X.clone().requires_grad_()).sum().backward()
 
 
 def _assign(model: Any) -> None:
@@ -206,6 +229,52 @@ def test_loading_into_a_streamed_layer_is_refused(tmp_path: Path) -> None:
     plain, loaded = both(linears, tmp_path)
     with pytest.warns(UserWarning, match="meta parameter"), pytest.raises(RuntimeError, match="remove_hooks"):
         loaded[0].load_state_dict(plain[0].state_dict())
+
+
+class Scaling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+MOVES: list[Callable[[nn.Module], Any]] = [
+    lambda part: part.to("cpu"),
+    lambda part: part.half(),
+    lambda part: part.to_empty(device="meta"),
+]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moving_a_part_with_streamed_weights_warns_and_changes_nothing(
+    move: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    plain, loaded = both(lambda: nn.Sequential(nn.Sequential(linears(), nn.LSTM(4, 4))), tmp_path)
+    for part in (loaded[0], loaded[0][0][1], loaded[0][1]):
+        with pytest.warns(UserWarning, match="this model is dispatched") as said:
+            assert move(part) is part
+        assert [warning.filename for warning in said] == [__file__], "said once, of this line"
+    assert all(p.is_meta for p in loaded.parameters())
+    with torch.no_grad():
+        assert torch.equal(loaded(X)[0], plain(X)[0])
+    copied = copy.deepcopy(loaded[0]).half()
+    assert {p.dtype for p in copied.parameters()} == {torch.float16}
+    part = pickle.loads(pickle.dumps(loaded[0][0])).half()
+    assert {p.dtype for p in part.parameters()} == {torch.float16}
+    part = remove_hooks(loaded)[0].half()
+    assert {p.dtype for p in part.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moving_a_part_that_is_pickled_in_its_own_way_is_refused(
+    move: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    _, loaded = both(lambda: nn.Sequential(torch.fx.symbolic_trace(Scaling())), tmp_path)
+    with pytest.raises(ConfigError, match=r"0\.scale is streamed: .*remove_hooks\(model\) first"):
+        move(loaded[0])
+    assert all(p.is_meta for p in loaded.parameters())
 
 
 def test_weight_that_only_is_read_in_place_of_another_is_not_written_to(tmp_path: Path) -> None:

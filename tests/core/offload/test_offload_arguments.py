@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from linecache import getline
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,47 @@ def test_class_that_is_not_divided_may_be_named_alone() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100)), nn.Linear(100, 100))
     whole = infer_auto_device_map(model[0], {"cpu": 50_000}, "Sequential")
     assert whole == {"": "disk"}
+
+
+def test_class_that_is_not_divided_may_be_given_itself() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100)), nn.Linear(100, 100))
+    for one in (nn.Sequential, [nn.Sequential], ["Sequential", "NotHere"]):
+        assert infer_auto_device_map(model[0], {"cpu": 50_000}, one) == {"": "disk"}
+    with pytest.raises(ConfigError, match="holds 3: give classes, or their names"):
+        infer_auto_device_map(model, {"cpu": 50_000}, [3])  # type: ignore[list-item]
+
+
+def test_class_that_is_not_in_the_model_is_said() -> None:
+    said = "names Liner, and this Linear has no module of such a class"
+    with pytest.warns(UserWarning, match=said) as first:
+        infer_auto_device_map(nn.Linear(4, 4), {"cpu": "1GB"}, ["Liner"])
+    with pytest.warns(UserWarning, match=said) as second:
+        dispatch_model(nn.Linear(4, 4), no_split_module_classes=["Liner"])
+    lines = [getline(__file__, one.lineno).split("(")[0].strip() for one in (first[0], second[0])]
+    assert lines == ["infer_auto_device_map", "dispatch_model"]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "said"),
+    [
+        ({0: "cpu"}, r"the device map names 0: write the place of each module by its name"),
+        ({"0.weight": "cpu", "1": "cpu"}, "names 0.weight, and 0 is placed as a whole: write '0'"),
+        ({"0.weight": "disk", "": "cpu"}, "names 0.weight, and 0 is placed as a whole: write '0'"),
+        ({"1.out_proj": "disk", "0": "cpu"}, "names 1.out_proj, and 1 is placed as a whole: write '1'"),
+        ({"1.out_proj": "disk"}, "names 1.out_proj, and 1 is placed as a whole: write '1'"),
+        ({"0": "cpu"}, "gives no place to 1; add them"),
+        ({"0.x.y": "disk", "2": "cpu", "": "cpu"}, "names 0.x.y, and 0 is placed as a whole"),
+        ({"2.x": "disk", "": "cpu"}, "names 2.x, which this model does not have"),
+    ],
+)
+def test_map_with_a_wrong_name_is_refused(device_map: dict[Any, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        dispatch_model(nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)), device_map)
+
+
+def test_map_that_names_a_models_only_tensors_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names bias, and the model is placed as a whole: write ''"):
+        dispatch_model(nn.Linear(4, 4), {"weight": "cpu", "bias": "cpu"})
 
 
 def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,44 @@ def test_truncated_file_says_what_is_missing(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_torch_file_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    torch.save({"state_dict": state(), "epoch": 1}, tmp_path / "last.ckpt")
+    check(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors", "ckpt"])
+def test_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 1234\n")
+    with pytest.raises(CheckpointError, match=rf"model\.{suffix} is only git-lfs's pointer.*git lfs pull"):
+        open_checkpoint(path)
+
+
+def test_truncated_torch_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    torch.save(state(), path)
+    whole = path.read_bytes()
+    for size in (len(whole) - 1000, 100, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"model\.bin .*it is truncated, download or copy it again"):
+            open_checkpoint(path)
+    torch.save(state(), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:30], b"<html>not found</html>"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.bin .*it is damaged, or no torch file \(.+\)"):
+            open_checkpoint(path)
+
+
+def test_torch_file_with_more_than_weights_says_what_it_holds(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(
+        CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict\(\)"
+    ) as raised:
+        open_checkpoint(tmp_path / "model.pt")
+    assert "weights_only" not in str(raised.value)
+
+
 def test_sizes_that_contradict_the_shape_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))

@@ -277,13 +277,24 @@ class ProfileKwargs:
     output_trace_dir: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """The options of torch.profiler.profile."""
+        """The options of torch.profiler.profile.
+
+        Raises:
+            ConfigError: torch's profiler has no such activity.
+        """
         from torch import profiler
 
         names = ("record_shapes", "profile_memory", "with_stack", "with_flops", "with_modules")
         made: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.activities is not None:
-            made["activities"] = [profiler.ProfilerActivity[one.upper()] for one in self.activities]
+            known = {name.lower(): one for name, one in profiler.ProfilerActivity.__members__.items()}
+            unknown = [one for one in self.activities if str(one).lower() not in known]
+            if unknown:
+                raise ConfigError(
+                    f"ProfileKwargs(activities=): {unknown[0]!r} is none of torch's profiler, which has "
+                    f"{', '.join(known)}"
+                )
+            made["activities"] = [known[one.lower()] for one in self.activities]
         if self.schedule_option is not None:
             made["schedule"] = profiler.schedule(**self.schedule_option)
         if self.on_trace_ready is not None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbaccel import find_tied_parameters, infer_auto_device_map, retie_parameters
-from nbaccel.compat.accelerate.big_modeling import load_checkpoint_in_model
+import nbaccel
+from nbaccel import find_tied_parameters, retie_parameters
+from nbaccel.compat.accelerate.big_modeling import dtype_named, load_checkpoint_in_model
 from nbaccel.compat.accelerate.names import look_up
 from nbaccel.core.offload.limits import memory_limits
 from nbaccel.core.offload.sources import open_checkpoint
@@ -36,14 +37,42 @@ convert_file_size_to_int = byte_count
 
 def get_max_memory(max_memory: MaxMemory = None) -> dict[int | str, int]:
     """Bytes by place, accelerators by number: what is given, else nine tenths of what is free."""
-    limits = memory_limits(max_memory)
-    return {int(place[5:]) if place.startswith("cuda:") else place: size for place, size in limits.items()}
+    return {_numbered(place): size for place, size in memory_limits(max_memory).items()}
+
+
+def _numbered(place: str) -> int | str:
+    """accelerate's name of a place: 0 for "cuda:0"."""
+    return int(place[5:]) if place.startswith("cuda:") else place
+
+
+def infer_auto_device_map(
+    model: nn.Module,
+    max_memory: MaxMemory = None,
+    no_split_module_classes: Collection[str | type] | None = None,
+    dtype: str | torch.dtype | None = None,
+    special_dtypes: Mapping[str, str | torch.dtype] | None = None,
+    verbose: bool = False,
+    clean_result: bool = True,
+    offload_buffers: bool = False,
+    fallback_allocation: bool = False,
+    **options: Any,
+) -> dict[str, int | str]:
+    """Where each part of the model should lie, accelerators by number; `options` are those of `nbaccel`'s function.
+
+    The last four of accelerate's arguments say how it goes about it. They are taken and change nothing: the map is
+    as short as can be, and every part that fits somewhere gets a place.
+    """
+    special = {name: dtype_named(one) for name, one in (special_dtypes or {}).items()}
+    found = nbaccel.infer_auto_device_map(
+        model, max_memory, no_split_module_classes, dtype_named(dtype), special, **options
+    )
+    return {name: _numbered(place) for name, place in found.items()}
 
 
 def get_balanced_memory(
     model: nn.Module,
     max_memory: MaxMemory = None,
-    no_split_module_classes: Collection[str] | None = None,
+    no_split_module_classes: Collection[str | type] | None = None,
     dtype: Any = None,
     special_dtypes: Any = None,
     low_zero: bool = False,
