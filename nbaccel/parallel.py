@@ -1,6 +1,7 @@
 """How a model can be spread over the ranks: the options of each strategy, as a user writes them.
 
     Accelerator(strategy="fsdp")
+    Accelerator(strategy="ddp", ddp=DDPOptions(bucket_cap_mb=50))
     Accelerator(strategy=FSDP(wrap="LlamaDecoderLayer", cpu_offload=True))
     Accelerator(strategy=FSDP(tensor_parallel=TensorParallel(size=2)))
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nbaccel.errors import ConfigError
 
@@ -21,6 +23,7 @@ __all__ = [
     "FSDP",
     "SHARDING_OF_ACCELERATE",
     "ContextParallel",
+    "DDPOptions",
     "DeepSpeed",
     "Megatron",
     "ParallelStyle",
@@ -46,6 +49,37 @@ SHARDING_OF_ACCELERATE: dict[str, Sharding] = {
     "4": "hybrid_shard",
 }
 """By the names and numbers of its configuration files and plugins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DDPOptions:
+    """What DistributedDataParallel is made with.
+
+    Raises:
+        ConfigError: a value that can never be honoured.
+    """
+
+    bucket_cap_mb: float | None = None
+    """Size of the buckets gradients are averaged in; None: torch's default; 0: each gradient by itself."""
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    """The same parameters are used in every step. Cannot go with gradient accumulation."""
+    gradient_as_bucket_view: bool = True
+    """Gradients live in the buckets: no copy, less memory."""
+    broadcast_buffers: bool = True
+    """Give all ranks rank 0's buffers before each forward."""
+    comm_hook: Literal["fp16", "bf16", "power_sgd"] | None = None
+    """Send gradients compressed."""
+    power_sgd_rank: int = 1
+    power_sgd_start: int = 1000
+    """Optimizer steps before PowerSGD begins to compress."""
+
+    def __post_init__(self) -> None:
+        _check_types("ddp", self)
+        if self.bucket_cap_mb is not None and not self.bucket_cap_mb >= 0:
+            raise ConfigError(f"ddp: bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number, 0 or more")
+        _count("ddp: power_sgd_rank", self.power_sgd_rank, 1)
+        _count("ddp: power_sgd_start", self.power_sgd_start, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +142,10 @@ class Pipeline:
     """Names of the layers that begin the second stage and later ones; None: stages of about as many parameters."""
 
     def __post_init__(self) -> None:
+        _check_types("pipeline", self)
         _count("pipeline: size", self.size, 0)
         if self.microbatches is not None:
             _count("pipeline: microbatches", self.microbatches, 1)
-        if not (self.loss is None or callable(self.loss)):
-            raise ConfigError(f"pipeline: loss is {self.loss!r}; it must be a function of (outputs, targets)")
-        if isinstance(self.split, str):
-            raise ConfigError(f"pipeline: split is {self.split!r}; it must be a list of names of layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +178,10 @@ class FSDP:
     planner chooses the fastest that fits, offload to main memory among them."""
     shard_size: int | None = None
     """Ranks that share one copy under hybrid_shard; None: those of one machine."""
-    wrap: Literal["auto", "none"] | str | int | Sequence[str] | Callable[[Any], bool] = "auto"
+    wrap: Literal["auto", "none"] | str | int | type | Sequence[str | type] | Callable[[Any], bool] = "auto"
     """Which modules are gathered one at a time. "auto": the blocks that repeat (or the classes the model names
-    itself in `_no_split_modules`); class names; a number: modules of at least so many parameters; a function
-    of the module; "none": the model as a whole."""
+    itself in `_no_split_modules`); classes or their names; a number: modules of at least so many parameters; a
+    function of the module; "none": the model as a whole."""
     reshard_after_forward: bool | int | None = None
     """Whether a block's parameters are given up after its forward; an int: kept sharded over so many ranks.
     None: as `sharding` says."""
@@ -172,13 +203,6 @@ class FSDP:
     """Cut sequences too; parameters are sharded over the ranks of one sequence as over the others."""
 
     def __post_init__(self) -> None:
-        _choice("fsdp: sharding", self.sharding, get_args(Sharding))
-        for name in ("param_dtype", "reduce_dtype"):
-            if getattr(self, name) is not None:
-                _choice(f"fsdp: {name}", getattr(self, name), get_args(Dtype))
-        for name in ("cpu_offload", "activation_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"fsdp: {name} is {getattr(self, name)!r}; it must be true or false")
         for name in ("forward_prefetch", "backward_prefetch"):
             _count(f"fsdp: {name}", getattr(self, name), 0)
         if self.shard_size is not None:
@@ -198,17 +222,20 @@ class FSDP:
                         f"fsdp: {name} cannot go with sharding='auto', which decides about it; name the sharding"
                     )
         reshard = self.reshard_after_forward
-        if not (reshard is None or isinstance(reshard, bool)):
+        if isinstance(reshard, int) and not isinstance(reshard, bool):
             _count("fsdp: reshard_after_forward", reshard, 2)
         if isinstance(self.wrap, int):
             _count("fsdp: wrap", self.wrap, 1)
         elif not (isinstance(self.wrap, str) or callable(self.wrap)) and not (
-            isinstance(self.wrap, Sequence) and self.wrap and all(isinstance(one, str) for one in self.wrap)
+            isinstance(self.wrap, Sequence)
+            and self.wrap
+            and all(isinstance(one, (str, type)) for one in self.wrap)
         ):
             raise ConfigError(
-                f"fsdp: wrap is {self.wrap!r}; it must be 'auto', 'none', class names, a number of parameters or "
-                "a function of a module"
+                f"fsdp: wrap is {self.wrap!r}; it must be 'auto', 'none', a class or its name, a list of them, a "
+                "number of parameters or a function of a module"
             )
+        _check_types("fsdp", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,19 +280,13 @@ class DeepSpeed:
     """Take optimizers of other classes than those known to treat each number by itself."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3, "auto"):
-            raise ConfigError(f"deepspeed: stage is {self.stage!r}; it must be 0, 1, 2, 3 or 'auto'")
-        for name in ("offload_optimizer", "offload_param"):
-            if getattr(self, name) is not None:
-                _choice(f"deepspeed: {name}", getattr(self, name), ("cpu", "nvme"))
+        _check_types("deepspeed", self)
         if self.offload_param is not None and self.stage != 3:
             raise ConfigError("deepspeed: offload_param needs stage=3, where parameters are sharded")
         if self.offload_optimizer == "nvme" and self.stage != 3:
             raise ConfigError("deepspeed: offload_optimizer='nvme' needs stage=3")
         if "nvme" in (self.offload_optimizer, self.offload_param) and not self.nvme_path:
             raise ConfigError("deepspeed: offloading to 'nvme' needs nvme_path, a folder on that disk")
-        if self.communication_dtype is not None:
-            _choice("deepspeed: communication_dtype", self.communication_dtype, ("fp16", "bf16", "fp32"))
         for name, least in _ZERO_SIZES.items():
             if getattr(self, name) is not None:
                 _count(f"deepspeed: {name}", getattr(self, name), least)
@@ -273,10 +294,6 @@ class DeepSpeed:
             raise ConfigError(
                 f"deepspeed: allgather_bucket_size is {self.allgather_bucket_size}; it must be an even number of "
                 "elements"
-            )
-        if isinstance(self.leaf_modules, str):
-            raise ConfigError(
-                f"deepspeed: leaf_modules is {self.leaf_modules!r}; it must be a list of class names"
             )
         for name in _STAGE_THREE:
             if getattr(self, name) and self.stage not in (3, "auto"):
@@ -296,8 +313,11 @@ StrategyLike: TypeAlias = str | FSDP | TensorParallel | DeepSpeed | ContextParal
 """What `strategy=` takes everywhere."""
 
 
-def named(strategy: object) -> dict[str, Any]:
+def named(strategy: object, where: str = "strategy") -> dict[str, Any]:
     """RunConfig's keys and values for what was given as `strategy=`: a name, or one of the classes here.
+
+    Args:
+        where: "strategy", and who asked for it if that is known: "strategy (from nbaccel.yaml:3)".
 
     Raises:
         ConfigError: it is neither.
@@ -321,14 +341,22 @@ def named(strategy: object) -> dict[str, Any]:
         return {"strategy": "megatron", "megatron": _mapping(strategy)}
     if isinstance(strategy, DeepSpeed):
         return {"strategy": "deepspeed", "deepspeed": _mapping(strategy)}
+    if isinstance(strategy, Mapping):
+        raise ConfigError(
+            f"{where} is {dict(strategy)!r}; it must be a name, with the options beside it in a key of that name: "
+            "`strategy: fsdp` and `fsdp: {wrap: LlamaDecoderLayer}`"
+        )
     raise ConfigError(
-        f"strategy is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...), "
+        f"{where} is {strategy!r}; it must be a name ('ddp', 'fsdp', …), FSDP(...), TensorParallel(...), "
         "ContextParallel(...), Pipeline(...), DeepSpeed(...) or Megatron(...)"
     )
 
 
 def read_options(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """The options of class `kind` from plain values, as YAML has them.
+
+    Args:
+        where: their key, and who asked for it if that is known: "fsdp (from nbaccel.yaml:3)".
 
     Raises:
         ConfigError: an option there is not, or a value that cannot be.
@@ -339,7 +367,12 @@ def read_options(kind: type[T], values: Mapping[str, Any], where: str) -> T:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f". There are {', '.join(sorted(known))}."
             raise ConfigError(f"{where} has no option {name!r}{hint}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        key, _, place = where.partition(" ")
+        found = str(error).removeprefix(f"{key}: ")
+        raise ConfigError(f"{where}: {found}" if place else str(error)) from error
 
 
 def _mapping(options: Any) -> dict[str, Any]:
@@ -351,9 +384,68 @@ def _mapping(options: Any) -> dict[str, Any]:
     }
 
 
-def _choice(what: str, value: object, choices: Sequence[str]) -> None:
+def _check_types(key: str, options: Any) -> None:
+    """That each option is of the type it is declared with; ranges are for the class itself to check."""
+    for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if not _fits(value, kind):
+            choices = [one for part in _parts(kind) if get_origin(part) is Literal for one in get_args(part)]
+            if choices and not _in_words(kind):
+                _choice(f"{key}: {name}", value, choices)
+            *others, last = [*map(repr, choices), *_in_words(kind)]
+            wanted = f"{', '.join(others)} or {last}" if others else last
+            raise ConfigError(f"{key}: {name} is {value!r}; it must be {wanted}")
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """The types of which a value may be one."""
+    if get_origin(kind) in (Union, UnionType):
+        for part in get_args(kind):
+            yield from _parts(part)
+    else:
+        yield kind
+
+
+def _fits(value: object, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is Literal:  # True equals 1, and is none of 0, 1, 2
+        return not isinstance(value, bool) and any(
+            value == one and isinstance(value, type(one)) for one in inner
+        )
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if origin is Sequence:
+        return (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and all(_fits(one, inner[0]) for one in value)
+        )
+    return kind is Any or isinstance(value, origin or kind)
+
+
+def _in_words(kind: Any) -> list[str]:
+    """What a value of this type is called, but for choices."""
+    words: dict[Any, str] = {
+        bool: "true or false",
+        int: "an int",
+        float: "a number",
+        str: "text",
+        Sequence: "a list of names",
+        Mapping: "keys with values",
+        Callable: "a function",
+        type: "a class",
+        TensorParallel: "TensorParallel(...); in YAML, the key tensor_parallel beside this one",
+        ContextParallel: "ContextParallel(...); in YAML, the key context_parallel beside this one",
+    }
+    parts = (get_origin(part) or part for part in _parts(kind))
+    return [words[part] for part in parts if part not in (Literal, NoneType)]
+
+
+def _choice(what: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
+        close = difflib.get_close_matches(str(value), map(str, choices), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, choices))}.{hint}")
 

@@ -103,8 +103,8 @@ def test_torch_is_imported_late_when_it_is_not_the_core(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_front_end_is_known_to_the_notebook_only(path: Path) -> None:
-    # cells run by IPython's own machinery: in the rank
-    if floor(name_of(path)) == "notebook" or name_of(path) in ("rank.shell", "rank.display"):
+    # cells read and run by IPython's own machinery: in the rank
+    if floor(name_of(path)) == "notebook" or name_of(path) in ("rank.cells", "rank.shell", "rank.display"):
         return
     known = ("IPython", "ipywidgets", "ipykernel")
     found = [f"{m}:{line}" for m, line in imports(path, everywhere=True) if m.partition(".")[0] in known]

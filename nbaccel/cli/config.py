@@ -43,6 +43,7 @@ def config(
     """
     if ctx.invoked_subcommand is not None:
         return
+    configfile.working_folder()  # refused before anything is asked
     path = target or (configfile.user_file() if user else Path(configfile.PROJECT_FILE))
     if path.exists() and not force:
         raise ConfigError(

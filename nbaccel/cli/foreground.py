@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, final
 
@@ -32,8 +33,9 @@ from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
 from nbaccel.session.sinks.base import Sink
 from nbaccel.session.sinks.folder import FolderSink
+from nbaccel.session.sinks.held import Stream
 from nbaccel.session.sinks.terminal import TerminalPanel
-from nbaccel.session.sinks.text import TextSink
+from nbaccel.session.sinks.text import TextSink, Write
 
 # So many ranks import what only some scripts need as quickly as a process that they are forked from.
 _FEW = 2
@@ -88,7 +90,7 @@ def start(request: Request, target: Target, host: HostPlace | None = None) -> Ru
     )
     panel = TerminalPanel(heading) if environment.is_tty and request.output != "none" else None
     text = TextSink(
-        _write if panel is None else panel.write,
+        _Outlet(_write if panel is None else panel.write, folder),
         num_ranks=plan.num_processes,
         mode=request.output,
         label="long",
@@ -127,10 +129,33 @@ def start(request: Request, target: Target, host: HostPlace | None = None) -> Ru
     return run
 
 
-def _write(text: str, stream: str) -> None:
+def _write(text: str, stream: Stream) -> None:
     file = getattr(sys, stream)
-    file.write(text)
-    file.flush()
+    if file is not None:  # it was closed before the command began
+        file.write(text)
+        file.flush()
+
+
+@final
+class _Outlet:
+    """The ranks' output on its way to this process's streams, each for as long as it can be written.
+
+    The run goes on without: it may be long, and worth more than what was printed of it.
+    """
+
+    def __init__(self, write: Write, folder: Path | None) -> None:
+        self._write = write
+        self._kept = f"its whole output is in {folder}" if folder else "its output is kept nowhere"
+
+    def __call__(self, text: str, stream: Stream) -> None:
+        try:
+            self._write(text, stream)
+        except OSError as error:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), getattr(sys, stream).fileno())
+            what = {"stdout": "standard output", "stderr": "standard error"}[stream]
+            why = "whoever read it has left" if isinstance(error, BrokenPipeError) else error.strerror
+            say(f"{what} cannot be written any more ({why}). The run goes on, {self._kept}; Ctrl-C ends it")
 
 
 @final
@@ -240,7 +265,7 @@ def exit_code(error: BaseException | None) -> int:
 
 
 def _worker_code(error: WorkerError) -> int:
-    """The script's own exit code where it has one."""
+    """The script's own exit code where it has one; a rank that left with 0 before the script's end has failed too."""
     cause = error.__cause__
     if isinstance(cause, SystemExit):
         left_with = cause.args[0] if cause.args else 1  # what travelled has its arguments, not its `code`

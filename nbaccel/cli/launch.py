@@ -18,6 +18,7 @@ from nbaccel.cli.runs import complete_run, find_run
 from nbaccel.cli.several import make_meeting, run_among_hosts
 from nbaccel.cli.target import find_target, read_run
 from nbaccel.errors import ConfigError
+from nbaccel.session.configfile import working_folder
 from nbaccel.session.request import make_request
 
 __all__ = ["launch"]
@@ -121,7 +122,7 @@ def launch(
             )
     if before is not None and script is None:
         script, arguments, module = before.target, before.arguments, before.module
-        os.chdir(before.cwd or ".")
+        _go_to(before.cwd or ".")
         for note in before.notes:
             say(note)
     meeting = make_meeting(nnodes, rdzv_endpoint, rdzv_id, interface, rdzv_conf)
@@ -156,8 +157,18 @@ def _not_given(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _go_to(folder: str) -> None:
+    """Work in the folder that the earlier run was started in."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"it was started in {folder}, which cannot be gone to ({error.strerror}): launch the script by its path"
+        ) from error
+
+
 def _leave_own_folder() -> None:
     """Take off the import path what Python put there for this command; the script gets its own folder."""
-    own = (os.getcwd(), os.path.dirname(os.path.abspath(sys.argv[0])))
+    own = (str(working_folder()), os.path.dirname(os.path.abspath(sys.argv[0])))
     if sys.path and os.path.abspath(sys.path[0]) in own and not getattr(sys.flags, "safe_path", False):
         del sys.path[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: instead of the process's.
     """
+    _escape_characters()
     try:
         code = nbaccel.main(args=arguments, prog_name="nbaccel", standalone_mode=False)
     except click.exceptions.Exit as leaving:
@@ -100,3 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _escape_characters() -> None:
+    """A character that an output's encoding lacks is written as an escape, instead of ending what prints it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")

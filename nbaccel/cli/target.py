@@ -6,7 +6,8 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nbaccel.cli.runs import read_json
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 from nbaccel.rank import script
+from nbaccel.rank.cells import read_cells
 
 __all__ = ["Earlier", "Target", "find_target", "read_run"]
 
@@ -77,14 +79,20 @@ def read_run(folder: Path) -> Earlier:
     """What the run in this folder was asked, to run it again.
 
     Raises:
-        ConfigError: it was no run of `nbaccel launch`.
+        ConfigError: it was no run of `nbaccel launch`, or its record is damaged.
     """
     facts, asked = read_json(folder / "run.json"), read_json(folder / "config.json")
     command = facts.get("command")
     if not isinstance(command, dict):
         raise ConfigError(f"{folder.name} was not started by `nbaccel launch`: it has no script to run again")
+    kinds = {"target": str, "arguments": list, "module": bool, "options": dict, "variables": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(command.get(name), kind)]:
+        raise ConfigError(
+            f"{folder / 'run.json'} is damaged: it does not say the run's {', '.join(wrong)}. "
+            "Launch the script by its path"
+        )
     asked.pop("sources", None)
-    target = str(command["target"])
+    target = command["target"]
     notes = []
     source = facts.get("source")
     if source is not None and os.path.exists(target) and _text(target) != source:
@@ -92,7 +100,7 @@ def read_run(folder: Path) -> Earlier:
     return Earlier(
         target=target,
         arguments=tuple(command["arguments"]),
-        module=bool(command["module"]),
+        module=command["module"],
         config=RunConfig.from_mapping(asked, place=f"the run {folder.name}"),
         cwd=str(facts.get("cwd", "")),
         options=command["options"],
@@ -121,20 +129,25 @@ def find_target(text: str, arguments: tuple[str, ...], *, module: bool) -> Targe
         raise ConfigError(f"{text} is a folder: give a script in it, or -m for a package")
     name = os.path.basename(path)
     if path.endswith(".ipynb"):
-        skipped = [
-            f"{cell.filename}: {line}" for cell in script.read_cells(path) for line in cell.skipped[:1]
-        ]
-        notes = (
-            (f"these lines are for IPython and are left out: {'; '.join(skipped[:5])}",) if skipped else ()
-        )
+        with _unwarned():
+            cells = read_cells(path)
+        skipped = [f"\n  {cell.filename}: {line}" for cell in cells for line in cell.skipped]
+        notes = (f"these lines are for IPython and are left out:{''.join(skipped)}",) if skipped else ()
         return Target(function=script.run_notebook, path=path, arguments=arguments, name=name, notes=notes)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the ranks will give them
+        with _unwarned():
             compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OSError) as error:
         raise ConfigError(f"{text} cannot be run: {type(error).__name__}: {error}") from error
     return Target(function=script.run_script, path=path, arguments=arguments, name=name)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without the warnings of what is compiled: the ranks will give them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _require_package(module: str) -> None:

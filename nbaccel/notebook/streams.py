@@ -16,9 +16,17 @@ class Streams:
         self._now = {"stdout": sys.stdout, "stderr": sys.stderr}
 
     def write(self, text: str, stream: str) -> None:
-        """`stream` is "stdout" or "stderr"; nothing happens where there is none, as under pythonw."""
-        if self._now[stream] is not None:
-            self._now[stream].write(text)
+        """`stream` is "stdout" or "stderr"; nothing happens where there is none, as under pythonw.
+
+        A character that the stream's encoding lacks is written as an escape.
+        """
+        file = self._now[stream]
+        if file is None:
+            return
+        try:
+            file.write(text)
+        except UnicodeEncodeError as error:
+            file.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
 
     def say(self, note: str) -> None:
         """One sentence of nbaccel's to the person."""

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib.util
 import io
-import json
 import linecache
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from nbaccel.errors import ConfigError
+from nbaccel.rank.cells import lines_of, read_cells
 
-__all__ = ["Cell", "find_module", "read_cells", "run_module", "run_notebook", "run_script"]
-
-_RUN_THE_BODY = ("%%time", "%%timeit", "%%capture", "%%prun")
-"""Cell magics whose cell means the same without them."""
+__all__ = ["find_module", "run_module", "run_notebook", "run_script"]
 
 
 def run_script(path: str, arguments: tuple[str, ...]) -> None:
@@ -80,68 +77,31 @@ def run_notebook(path: str, arguments: tuple[str, ...]) -> None:
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     namespace = _main(__file__=path, __package__=None, __spec__=None)
     namespace.setdefault("display", print)
-    for cell in read_cells(path):
-        if not cell.source.strip():
-            continue
-        # with its source at hand, for tracebacks and inspect.getsource
-        lines = cell.source.splitlines(keepends=True)
-        linecache.cache[cell.filename] = (len(cell.source), None, lines, cell.filename)
-        exec(compile(cell.source, cell.filename, "exec", dont_inherit=True), namespace)
+    cells = read_cells(path)
+    awaits = any(cell.awaits for cell in cells)
+    around: contextlib.AbstractContextManager[Any] = _event_loop() if awaits else contextlib.nullcontext()
+    with around as loop:
+        for cell in cells:
+            # with its source at hand, for tracebacks and inspect.getsource
+            lines = lines_of(cell.source)
+            linecache.cache[cell.filename] = (len(cell.source), None, lines, cell.filename)
+            result = eval(cell.code, namespace)
+            if cell.awaits:
+                loop.run_until_complete(result)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """A code cell of a notebook as plain Python."""
+@contextlib.contextmanager
+def _event_loop() -> Iterator[Any]:
+    """One for all cells: what one of them made, another may await."""
+    import asyncio  # its import takes time, and few notebooks need it
 
-    filename: str
-    """What tracebacks call it: "train.ipynb, cell 3"."""
-    source: str
-    skipped: tuple[str, ...] = ()
-    """Lines for IPython that plain Python has nothing for."""
-
-
-def read_cells(path: str) -> Iterator[Cell]:
-    """The code cells of a notebook file, in order, without what only IPython understands.
-
-    Raises:
-        ConfigError: the file is not a notebook.
-    """
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
     try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file)
-        cells = [cell for cell in document["cells"] if cell["cell_type"] == "code"]
-        sources = [
-            cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"]) for cell in cells
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a notebook that can be read: {error!r}") from error
-    for number, source in enumerate(sources, 1):
-        yield _plain(f"{os.path.basename(path)}, cell {number}", source)
-
-
-def _plain(filename: str, source: str) -> Cell:
-    lines = source.splitlines()
-    skipped = []
-    if lines and lines[0].startswith("%%"):
-        if not lines[0].startswith(_RUN_THE_BODY):
-            return Cell(filename=filename, source="", skipped=(lines[0],))
-        skipped.append(lines[0])
-        lines[0] = ""
-    if not _is_python("\n".join(lines)):
-        for index, line in enumerate(lines):
-            words = line.lstrip()
-            if words.startswith(("%", "!")) or words.endswith("?"):
-                skipped.append(words)
-                lines[index] = line[: len(line) - len(words)] + "pass"
-    return Cell(filename=filename, source="\n".join(lines) + "\n", skipped=tuple(skipped))
-
-
-def _is_python(source: str) -> bool:
-    try:
-        compile(source, "<cell>", "exec", dont_inherit=True)
-    except SyntaxError:
-        return False
-    return True
+        yield loop
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 def _main(**names: Any) -> dict[str, Any]:

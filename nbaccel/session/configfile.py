@@ -37,6 +37,7 @@ __all__ = [
     "override",
     "read_file",
     "user_file",
+    "working_folder",
 ]
 
 PROJECT_FILE = "nbaccel.yaml"
@@ -107,14 +108,14 @@ def find_file(asked: str | Path | None = None) -> Path | None:
     """The file in force: `asked`, else the project's, else the user's; None when there is none.
 
     Raises:
-        ConfigError: `asked` is not there; or the project has two.
+        ConfigError: `asked` is not there; the project has two; or the folder to search from has been deleted.
     """
     if asked is not None:
         path = Path(asked).expanduser()
         if not path.is_file():
             raise ConfigError(f"there is no configuration file {asked}")
         return path
-    here = Path.cwd()
+    here = working_folder()
     for folder in (here, *here.parents):
         both = [path for path in (folder / PROJECT_FILE, folder / _TOML) if _holds(path)]
         if len(both) > 1:
@@ -125,6 +126,20 @@ def find_file(asked: str | Path | None = None) -> Path | None:
             break  # the project ends here
     own = user_file()
     return own if own.is_file() else None
+
+
+def working_folder() -> Path:
+    """The folder this process is in.
+
+    Raises:
+        ConfigError: it has been deleted.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "the folder this process is in has been deleted: change to one that is there (`cd`), and start again"
+        ) from error
 
 
 def user_file(environ: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
@@ -288,7 +303,9 @@ def _read(path: Path) -> str:
 
 def _shown(path: Path) -> str:
     """The path as a person would name it."""
-    for base, sign in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if path.is_absolute() and path.is_relative_to(base):
+    if not path.is_absolute():
+        return str(path)
+    for base, sign in ((working_folder(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
             return f"{sign}{path.relative_to(base).as_posix()}"
     return str(path)

@@ -66,6 +66,14 @@ def test_run_is_launched_again_as_it_was(clean, runs_root: Path, nbaccel: Comman
     assert nbaccel("launch", "--from", "last", "--seed", 7).code == 2  # asked twice
     assert nbaccel("launch", "--from", "nothing").code == 2
 
+    for damaged in ({"target": "train.py"}, {**facts["command"], "arguments": 3}):
+        (newest / "run.json").write_text(json.dumps({**facts, "command": damaged}))
+        refused = nbaccel("launch", "--from", newest)
+        assert refused.code == 2
+        assert "run.json is damaged" in refused.err
+    (newest / "run.json").write_text(json.dumps({**facts, "cwd": "/nowhere"}))
+    assert "was started in /nowhere, which cannot be gone to" in nbaccel("launch", "--from", newest).err
+
     from nbaccel import notebook_launcher
 
     notebook_launcher(os.getpid, num_processes=1, device="cpu")

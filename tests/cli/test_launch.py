@@ -57,18 +57,21 @@ def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbacc
     cells = [
         "%matplotlib inline\nimport os, sys\n!ls",
         "%%bash\nls",
+        "import asyncio\nqueue = asyncio.Queue()\nawait queue.put(3)",
+        "three = await queue.get()\n!echo",
         "from nbaccel import notebook_launcher\ndef f():\n    return os.environ['RANK']",
-        "print(notebook_launcher(f, num_processes=2), sys.argv[1:])",
+        "print(notebook_launcher(f, num_processes=2), sys.argv[1:], three)",
         "if os.environ['RANK'] == '1':\n    1 / 0",
     ]
     document = {"cells": [{"cell_type": "code", "source": cell.splitlines(True)} for cell in cells]}
     Path("t.ipynb").write_text(json.dumps(document))
     done = nbaccel(*CPU, "--no-folder", "t.ipynb", "--own")
     assert done.code == 1
-    assert {"[rank 0] ['0'] ['--own']", "[rank 1] ['1'] ['--own']"} <= set(done.out.splitlines())
-    assert 'File "t.ipynb, cell 5", line 2' in done.err
+    assert {"[rank 0] ['0'] ['--own'] 3", "[rank 1] ['1'] ['--own'] 3"} <= set(done.out.splitlines())
+    assert 'File "t.ipynb, cell 7", line 2' in done.err
     assert "    1 / 0\nZeroDivisionError" in done.err
-    assert "t.ipynb, cell 1: %matplotlib inline; t.ipynb, cell 2: %%bash" in done.err
+    said = ("1: %matplotlib inline", "1: !ls", "2: %%bash", "4: !echo")
+    assert "".join(f"\n  t.ipynb, cell {line}" for line in said) in done.err
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbacc
         ("import sys; sys.exit('no data')", 1, "SystemExit: no data"),
         ("raise ValueError('boom')", 1, "ranks 0-1 of 2 failed: ValueError: boom"),
         ("os._exit(5)", 5, "exit code 5"),
+        ("os._exit(0)", 1, "ended without a result, exit code 0"),
         ("import signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "SIGKILL"),
         ("import time; print('in', flush=True); time.sleep(30)", 124, "max_time=1 s"),
     ],
@@ -99,6 +103,7 @@ def test_exit_code_is_the_documented_one(
         (["."], "is a folder"),
         (["bad.py"], "SyntaxError"),
         (["bad.ipynb"], "not a notebook"),
+        (["shell.ipynb"], "shell.ipynb, cell 1, line 2: 'files = !ls' takes a value from IPython"),
         (["--num-proceses", "2", "train.py"], "--num-processes"),
         (["-n", "two", "train.py"], "'two'"),
         (["-n", "0", "train.py"], "num_processes (from --num-processes) must be at least 1"),
@@ -117,10 +122,31 @@ def test_bad_input_is_refused_before_any_process_starts(
     script("print('ran')")
     script("def", "bad.py")
     script("[]", "bad.ipynb")
+    script('{"cells": [{"cell_type": "code", "source": "print(\'ran\')\\nfiles = !ls"}]}', "shell.ipynb")
     done = nbaccel("launch", "--device", "cpu", *arguments)
     assert done.code == 2
     assert words in done.err
     assert "ran" not in done.out
+
+
+def test_deleted_working_folder_is_said(
+    nbaccel: Command, script: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    name = Path(script("print('ran')")).resolve()
+    file = Path(script("seed: 1", "mine.yaml")).resolve()
+    folder = tmp_path / "deleted"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    for arguments in (
+        ("launch", name),
+        ("config", "show"),
+        ("config", "validate", file),
+        ("config", "--default"),
+    ):
+        done = nbaccel(*arguments)
+        assert done.code == 2
+        assert "the folder this process is in has been deleted" in done.err
 
 
 def test_unknown_command_names_the_nearest_one(nbaccel: Command):
@@ -206,6 +232,40 @@ def test_ctrl_c_leaves_nothing_behind(nbaccel: Command, script: Writer):
     wait_until(lambda: gone(below), 3, "the end of everything below the command")
     process.stdout.close()
     process.stderr.close()
+
+
+def test_output_goes_on_when_a_character_has_no_code_and_the_run_when_its_reader_leaves(
+    clean, nbaccel: Command, script: Writer, tmp_path: Path
+):
+    name = script("""
+        import os, sys, time
+        print("caf\\xe9 \\u2192", flush=True)
+        while not os.path.exists("left"):
+            time.sleep(0.05)
+        print("unread", flush=True)
+        print("on stderr", file=sys.stderr)
+    """)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "XDG_STATE_HOME": str(tmp_path / "state")}
+    process = subprocess.Popen(
+        command(*CPU, "--output", "all", name),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = {process.stdout.readline() for _ in range(2)}
+    process.stdout.close()
+    assert lines == {f"[rank {rank}] caf\\xe9 \\u2192\n" for rank in (0, 1)}
+    Path("left").touch()
+    assert process.stderr is not None
+    with process.stderr:
+        said = process.stderr.read()
+    assert process.wait(60) == 0, said
+    assert said.count("standard output cannot be written any more (whoever read it has left)") == 1
+    assert said_by(said, "on stderr") == {0, 1}
+    logs = subprocess.run(command("logs"), env=environment, capture_output=True, text=True, check=False)
+    assert logs.stdout.startswith("[rank 0] caf\\xe9 \\u2192\n[rank 0] unread\n"), logs.stderr
 
 
 def test_help_needs_no_torch():

@@ -113,7 +113,7 @@ def test_options_when_given_are_deepspeed_s() -> None:
     [
         ({"stage": 2, "prefetch_bucket_size": 5}, "prefetch_bucket_size needs stage=3"),
         ({"stage": 1, "leaf_modules": ["Expert"]}, "leaf_modules needs stage=3"),
-        ({"stage": 3, "leaf_modules": "Expert"}, "a list of class names"),
+        ({"stage": 3, "leaf_modules": "Expert"}, "a list of names"),
         ({"stage": 3, "reduce_bucket_size": 0}, "reduce_bucket_size is 0"),
         ({"stage": 2, "allgather_bucket_size": 9}, "allgather_bucket_size is 9; it must be an even number"),
         ({"stage": 3, "offload_optimizer": "nvme"}, "needs nvme_path"),

@@ -1,0 +1,113 @@
+"""The code cells of a notebook as plain Python, to be run as one script."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import json
+import os
+import re
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from nbaccel.errors import ConfigError
+
+__all__ = ["Cell", "lines_of", "read_cells"]
+
+_RUN_THE_BODY = ("%%time", "%%timeit", "%%capture", "%%prun")
+"""Cell magics whose cell means the same without them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A code cell of a notebook as plain Python."""
+
+    filename: str
+    """What tracebacks call it: "train.ipynb, cell 3"."""
+    source: str
+    code: CodeType
+    skipped: tuple[str, ...] = ()
+    """Lines for IPython that plain Python has nothing for."""
+
+    @property
+    def awaits(self) -> bool:
+        """Whether running `code` gives a coroutine: there is an `await` outside functions."""
+        return bool(self.code.co_flags & inspect.CO_COROUTINE)
+
+
+def read_cells(path: str) -> list[Cell]:
+    """The code cells of a notebook file, in order, without what only IPython understands.
+
+    Raises:
+        ConfigError: the file is not a notebook, or has a cell that is not Python; the message names the line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = json.load(file)
+        cells = [cell for cell in document["cells"] if cell["cell_type"] == "code"]
+        sources = [
+            cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"]) for cell in cells
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a notebook that can be read: {error!r}") from error
+    name = os.path.basename(path)
+    return [_plain(f"{name}, cell {number}", source) for number, source in enumerate(sources, 1)]
+
+
+def _plain(filename: str, source: str) -> Cell:
+    try:
+        return Cell(filename=filename, source=source, code=_compiled(source, filename))
+    except (SyntaxError, ValueError):
+        pass  # perhaps it is IPython's
+    lines, skipped = lines_of(source + "\n"), list[str]()
+    first = next(index for index, line in enumerate(lines) if line.strip())
+    if lines[first].startswith("%%") and not re.match(r"%%\w+\?", lines[first]):
+        skipped.append(lines[first].strip())
+        # lines keep their numbers
+        lines = ["\n", *lines[first + 1 :]] if lines[first].split()[0] in _RUN_THE_BODY else []
+        lines = ["\n"] * first + lines
+    source = "".join(_without_ipython(lines, filename, skipped))
+    try:
+        code = _compiled(source, filename)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{filename} cannot be run: {type(error).__name__}: {error}") from error
+    return Cell(filename=filename, source=source, code=code, skipped=tuple(skipped))
+
+
+def _compiled(source: str, filename: str) -> CodeType:
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    code: CodeType = compile(source, filename, "exec", flags=flags, dont_inherit=True)
+    return code
+
+
+def _without_ipython(lines: list[str], filename: str, skipped: list[str]) -> list[str]:
+    """`lines` with `pass` for each command of IPython's, found by its own rules; the commands go to `skipped`."""
+    # its import takes time, and few notebooks need it
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    rules: Any = TransformerManager
+    while True:
+        # one command at a time becomes a line that calls IPython, whatever number of lines it had
+        changed, new = rules().do_one_token_transform(lines)
+        if not changed or new == lines:
+            return lines
+        start = next(index for index, line in enumerate(new) if line != lines[index])
+        end = start + 1 + len(lines) - len(new)
+        call, command = new[start].strip(), "".join(lines[start:end]).strip()
+        if call.startswith("get_ipython()."):
+            skipped.append(command)
+            indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
+            new[start] = f"{indent}pass\n"
+        elif "get_ipython()." in call:
+            raise ConfigError(
+                f"{filename}, line {start + 1}: {command!r} takes a value from IPython, and a launched notebook "
+                "runs as plain Python. Write it in Python, as with subprocess.run"
+            )
+        lines = [*new[: start + 1], *["\n"] * (end - start - 1), *new[start + 1 :]]
+
+
+def lines_of(source: str) -> list[str]:
+    """As Python counts them: `str.splitlines` also cuts at characters that may stand within a text."""
+    return io.StringIO(source).readlines()

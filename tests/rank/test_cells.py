@@ -1,0 +1,72 @@
+"""A notebook's cells as plain Python: which lines are IPython's, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nbaccel.errors import ConfigError
+from nbaccel.rank.cells import Cell, read_cells
+
+
+def read(tmp_path: Path, *sources: str) -> list[Cell]:
+    path = tmp_path / "t.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": source} for source in sources]}))
+    return read_cells(str(path))
+
+
+KEPT = 'x = 2  # is this right?\ntext = """\n! keep me\n% keep me\nwho?\n"""\ny = (x\n% 2)\nz = "\\f|\u2028|\x0c"'
+
+
+@pytest.mark.parametrize(
+    ("lines", "skipped"),
+    [
+        ("!echo it's \"hi", ("!echo it's \"hi",)),
+        (
+            "%matplotlib inline\n%%latex?\n?print\nprint??",
+            ("%matplotlib inline", "%%latex?", "?print", "print??"),
+        ),
+        ("!pip install a \\\n   b", ("!pip install a \\\n   b",)),
+        ("if True:\n    !ls\n\n    %cd x\nelse: pass", ("!ls", "%cd x")),
+        ("\n%%time -q\n!ls", ("%%time -q", "!ls")),
+        ("assert True\n!!ls", ("!!ls",)),
+    ],
+)
+def test_only_commands_of_ipython_are_left_out(tmp_path: Path, lines: str, skipped: tuple[str, ...]):
+    (cell,) = read(tmp_path, f"{lines}\n{KEPT}\nwhere = 1 / 0")
+    assert cell.skipped == skipped
+    assert cell.source.endswith(f"{KEPT}\nwhere = 1 / 0\n")
+    found: dict[str, object] = {}
+    with pytest.raises(ZeroDivisionError) as raised:
+        exec(cell.code, found)
+    assert (found["x"], found["y"]) == (2, 0)
+    assert (found["text"], found["z"]) == ("\n! keep me\n% keep me\nwho?\n", "\f|\u2028|\x0c")
+    assert raised.tb.tb_next is not None
+    assert raised.tb.tb_next.tb_lineno == f"{lines}\n{KEPT}\n".count("\n") + 1  # as in the notebook
+
+
+def test_cell_of_python_alone_is_as_it_stands(tmp_path: Path):
+    (cell, empty) = read(tmp_path, KEPT, " \n")
+    assert (cell.source, cell.skipped) == (KEPT, ())
+    assert empty.skipped == ()
+
+
+def test_cell_for_another_language_is_left_out(tmp_path: Path):
+    (cell,) = read(tmp_path, "%%bash\nls 'x\n")
+    assert (cell.source, cell.skipped) == ("", ("%%bash",))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("\nfiles = !ls", "t.ipynb, cell 2, line 2: 'files = !ls' takes a value from IPython"),
+        ("x = %env HOME", "cell 2, line 1: 'x = %env HOME' takes a value from IPython"),
+        ("!ls\nx = = 3", r"cell 2 cannot be run: SyntaxError: .* \(t.ipynb, cell 2, line 2\)"),
+        ("x = '\0'", "cell 2 cannot be run: .* null bytes"),
+    ],
+)
+def test_cell_that_is_no_python_is_refused_by_its_line(tmp_path: Path, source: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path, "x = 1", source)
