@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import pdb
 import sys
+from code import InteractiveConsole
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any
+from types import CodeType, FrameType, TracebackType
+from typing import Any, NoReturn
 
 from nbaccel.errors import ConfigError
 from nbaccel.rank import here
@@ -31,12 +32,14 @@ _first: list[int] = [0]
 
 
 def install(rank: int) -> None:
-    """Let breakpoint() open the debugger here, unless PYTHONBREAKPOINT says otherwise.
+    """Let breakpoint() open the debugger here, unless PYTHONBREAKPOINT says otherwise; `interact` can be left in
+    every pdb of this process, `%debug`'s too.
 
     Args:
         rank: the first of this process.
     """
     _first[:] = [rank]
+    pdb.Pdb.do_interact = _interact  # type: ignore[method-assign,assignment]
     if "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _at_breakpoint
 
@@ -98,6 +101,55 @@ class _Debugger(pdb.Pdb):
             super().print_stack_trace()
         finally:
             self.stack = whole
+
+
+def _interact(debugger: pdb.Pdb, _: str) -> None:
+    """interact
+
+    Python with the names of this frame. quit() goes back to the debugger; an interrupt leaves that too.
+    """
+
+    def leave() -> NoReturn:
+        raise SystemExit
+
+    # pdb's own loop ends at the end of the file, which an input box has not, and goes on after an interrupt
+    frame = debugger.curframe
+    assert frame is not None
+    # before Python 3.13 a frame asked again forgets what was assigned in the debugger, which has its own copy
+    own = vars(debugger).get("curframe_locals")
+    names = {**frame.f_globals, **(frame.f_locals if own is None else own), "quit": leave, "exit": leave}
+    console, more = _Console(names), False
+    debugger.message("Python with the names of this frame; quit() goes back to the debugger")
+    while True:
+        line = input("... " if more else ">>> ")
+        word = line.strip()
+        if not more and (word in ("quit", "exit") or (word == "q" and "q" not in names)):
+            return
+        try:
+            more = console.push(line)
+        except SystemExit:
+            return
+
+
+class _Console(InteractiveConsole):
+    """Runs what is typed; an interrupt of it leaves, as one at the prompt does. Values are printed: the hook of the
+    rank keeps them for a cell."""
+
+    def runcode(self, code: CodeType) -> None:
+        hook, sys.displayhook = sys.displayhook, _print_value
+        try:
+            exec(code, self.locals)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:  # noqa: BLE001  # the person's own: it is shown, and the next line asked for
+            self.showtraceback()
+        finally:
+            sys.displayhook = hook
+
+
+def _print_value(value: object) -> None:
+    if value is not None:
+        print(repr(value))
 
 
 def _new() -> pdb.Pdb:

@@ -74,8 +74,8 @@ class Publisher:
         emit_display(Display(data=plain, metadata=_json(metadata or {}), name=name, update=update))
 
     def clear_output(self, wait: bool = False) -> None:
-        """Remove what this rank has shown, or inside an `Output` widget what it has shown there; with `wait`, when
-        it shows the next thing."""
+        """Remove what this rank has displayed, or inside an `Output` widget what it has displayed there; with `wait`,
+        when it displays the next thing. What was printed is one log of all ranks, and stays."""
         if events.active() and not clear_entered(wait):
             forget_areas()
             events.emit(Display(data={}, clear="next" if wait else "now"))

@@ -19,7 +19,7 @@ from typing import Any, final
 
 from nbaccel.rank.spec import Join, RunSpec
 
-__all__ = ["Membership"]
+__all__ = ["Membership", "num_called"]
 
 # Our own detector names a hang; a timeout would end ranks whose peer sits in a debugger.
 _FOR_EVER = timedelta(days=7)
@@ -87,7 +87,7 @@ class Membership:
         if self._group is None or c10d.group.WORLD is not self._group:
             return -1
         try:
-            return int(self._group._get_sequence_number_for_group())
+            return num_called(self._group)
         except RuntimeError:
             return 0  # a backend that does not count
 
@@ -116,7 +116,7 @@ class Membership:
         groups = list(world.pg_map)  # in the order they were made, which is every rank's
         kinds = getattr(c10d.ProcessGroup, "BackendType", None)
         gloo = getattr(c10d, "ProcessGroupGloo", None)
-        swappable = all(str(world.pg_map[group][0]) in ("gloo", "cpu:gloo") for group in groups)
+        swappable = all(_is_gloo(group) for group in groups)
         if kinds is None or gloo is None or not swappable or not hasattr(self._group, "_register_backend"):
             return False
         self._renew(generation)
@@ -173,6 +173,28 @@ class Membership:
         init_process_group.__doc__ = original.__doc__
         c10d.init_process_group = dist.init_process_group = init_process_group
         return original
+
+
+def num_called(group: Any, device: str = "") -> int:
+    """How many collectives this rank has called in a group by its present connection.
+
+    Args:
+        device: the kind of device whose connection is asked, as "cpu"; "" is the one the group stands for.
+
+    Raises:
+        RuntimeError: a backend that does not count, or no connection for such devices.
+    """
+    import torch
+
+    if not device and _is_gloo(group):
+        device = "cpu"  # the group's own count stays that of its first connection
+    counting = group._get_backend(torch.device(device)) if device else group
+    return int(counting._get_sequence_number_for_group())
+
+
+def _is_gloo(group: Any) -> bool:
+    """Whether gloo is all that a group has."""
+    return str(_c10d()._world.pg_map.get(group, ("",))[0]) in ("gloo", "cpu:gloo")
 
 
 @functools.cache

@@ -15,12 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any, final
 
 from nbaccel.rank import here
 from nbaccel.rank.free import close_connections
+from nbaccel.rank.membership import num_called
 from nbaccel.rank.spec import Free
 from nbaccel.rank.vitals import Gauge
 from nbaccel.wire.channel import Channel, ChannelClosed, pair
@@ -49,7 +50,7 @@ class Reporter:
 
     Args:
         local_rank: the index of this rank's accelerator.
-        moves: how often each thread, by its ident, has told of progress in a loop.
+        moves: how often each thread, by its ident, has told of progress in a loop or been given something to do.
         thread: the one that runs user code; None is the main thread.
     """
 
@@ -136,7 +137,8 @@ class _Place:
     when, as far as it was looked at.
 
     A frame seen twice is the same one only if the thread did not work in between: a frame's address is
-    used again by the next call. So nothing is said of a thread that computes, wakes up often or tells of progress.
+    used again by the next call. So nothing is said of a thread that computes, wakes up often, tells of progress or
+    has been given something to do.
     That it computes does not make it move: a wait for a GPU does so too, in one place.
 
     Whoever holds a frame keeps its variables alive after it has returned. On XLA a tensor that lives a moment longer
@@ -273,7 +275,7 @@ def _records() -> Records:
     if c10d is None or not getattr(c10d, "is_initialized", lambda: False)():
         return Records()
     groups = _groups(c10d)
-    found = tuple(_recorded(set(groups)))
+    found = tuple(_recorded(c10d))
     counts = () if found else tuple(_counts(c10d))
     return Records(found, tuple(groups.items()), counts)
 
@@ -287,25 +289,33 @@ def _groups(c10d: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _recorded(groups: Collection[str]) -> Iterator[Collective]:
-    """What was called in these groups, the oldest first."""
+def _recorded(c10d: Any) -> Iterator[Collective]:
+    """What was called in this rank's groups, the oldest first."""
     native = sys.modules.get("torch._C._distributed_c10d")
     now = time.time_ns()
-    of_group: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
-        if (dump := getattr(native, name, None)) is None:
+    entries: list[tuple[str, dict[str, Any]]] = []
+    for dump_name, device in (("_dump_fr_trace", "cpu"), ("_dump_nccl_trace", "cuda")):
+        if (dump := getattr(native, dump_name, None)) is None:
             continue
         # stacks are left out: the first dump with them imports 800 modules
         found = pickle.loads(dump(includeCollectives=True, includeStackTraces=False, onlyActive=False))
+        of_group: dict[str, list[dict[str, Any]]] = {
+            str(name): [] for name in list(c10d._world.pg_names.values())
+        }
         for entry in found.get("entries", ()):
-            group = str(entry["process_group"][0])
-            if group not in groups or entry.get("is_p2p"):
+            earlier = of_group.get(str(entry["process_group"][0]))
+            if earlier is None or entry.get("is_p2p"):
                 continue
-            earlier = of_group.setdefault((group, name), [])
+            # The numbers begin again when a group's name is given again or its connection is a new one.
             if earlier and entry["op_id"] <= earlier[-1]["op_id"]:
-                earlier.clear()  # a destroyed group's: its name has been given again
+                earlier.clear()
             earlier.append(entry)
-    entries = [(group, entry) for (group, _), of_one in of_group.items() for entry in of_one]
+        # asked for behind the records, so that it is no lower than the latest one's number
+        counts = {str(name): _count(group, device) for group, name in list(c10d._world.pg_names.items())}
+        for name, of_one in of_group.items():
+            called = counts.get(name)
+            # what lies past the count was called before that, by a rank that has called less since
+            entries += ((name, one) for one in of_one if called is None or one["collective_seq_id"] <= called)
     for group, entry in sorted(entries, key=lambda pair: int(pair[1]["time_created_ns"])):
         yield Collective(
             group=group,
@@ -320,8 +330,19 @@ def _recorded(groups: Collection[str]) -> Iterator[Collective]:
 
 
 def _counts(c10d: Any) -> Iterator[tuple[str, int]]:
+    """How many collectives were called in each group, where torch counts them."""
     for group, name in list(c10d._world.pg_names.items()):
-        try:
-            yield str(name), int(group._get_sequence_number_for_group())
-        except (RuntimeError, AttributeError):
-            continue  # a backend that does not count
+        if (count := _count(group)) is not None:
+            yield str(name), count
+
+
+def _count(group: Any, device: str = "") -> int | None:
+    """How many collectives a group's present connection has called; None when its backend does not count.
+
+    Args:
+        device: the kind of device whose connection is asked; "" is the one the group stands for.
+    """
+    try:
+        return num_called(group, device)
+    except (RuntimeError, AttributeError):
+        return None

@@ -278,7 +278,9 @@ def _loader(view: RankView, label: CellLabel) -> str:
     for worker in view.workers:
         if worker.process.state == "T":
             told.append(f"worker pid {worker.pid} is stopped (SIGSTOP)")
-        elif worker.frames and not worker.idle:
+        elif not worker.frames:  # it may be starting, at work or idle
+            told.append(f"worker pid {worker.pid} does not say where it is, as spawned ones never do")
+        elif not worker.idle:
             line = user_line(worker.frames) or worker.frames[0]
             told.append(f"worker pid {worker.pid} is in {line.function} {place(line, label)}")
     if not told:

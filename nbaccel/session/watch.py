@@ -9,6 +9,7 @@ Nothing runs between calls.
 from __future__ import annotations
 
 import contextvars
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ _FIRST_LOOK = 1.0
 _PERIOD = 0.5
 # From the moment a rank stands still to the pulse that sees it.
 _LAG = 1.0
-
+_FIGURES = re.compile(r"\d+ (s|%)")
 
 # A rank that nobody waits for may do nothing for long; its call is not ended for it.
 _WAITS = frozenset({"mismatch", "absent", "slow", "peer", "start"})
@@ -160,6 +161,7 @@ class Watch:
 
     def _look_after(self, vigil: _Vigil) -> None:
         due, told, not_before = list(vigil.stages), False, 0.0
+        said: set[str] = set()
         self._probes.pulse()
         while not vigil.over.wait(_PERIOD):
             still = max(self._probes.pulse().values(), default=0.0)
@@ -172,7 +174,11 @@ class Watch:
             elif due and still >= max(due[0].after - _LAG, not_before):
                 stall = self._judge(due[0])
                 if stall is not None:
-                    vigil.tell(stall)
+                    # a wait that looks up now and then, as that for a DataLoader does, is one and the same
+                    findings = _timeless(stall.text)
+                    if due[0].does != "word" or not findings <= said:
+                        vigil.tell(stall)
+                    said |= findings
                     due, told, not_before = due[1:], told or stall.report is not None, 0.0
                 elif still > due[0].after + _LAG:
                     # it computes, or somebody debugs it: ask less often
@@ -189,6 +195,11 @@ class Watch:
             return None
         text = "\n".join(one.text for one in found[:4])
         return Stall(text, None if stage.does == "word" else report, final=stage.does == "end")
+
+
+def _timeless(text: str) -> set[str]:
+    """The findings that are told, but for how long they have lasted and how busy ranks are."""
+    return set(_FIGURES.sub("", text).splitlines())
 
 
 def _stages(stall_after: float, hang_after: float) -> tuple[_Stage, ...]:

@@ -107,12 +107,23 @@ notebook_launcher(look, num_processes=2)
 
 def test_an_interrupt_at_the_prompt_ends_the_debugger(live: Kernel) -> None:
     live.run(FAILS, answers=[])
-    looking = live.start("%nbaccel debug", answers=["p secret"])
-    live.pump(lambda: len(looking.asked) == 2, 30, "the prompt")
-    live.settle(0.5)
-    live.interrupt()
-    live.finish(looking, timeout=20)
-    assert "42" in looking.stdout
+    for typed in (["p secret"], ["interact", "secret"]):
+        looking = live.start("%nbaccel debug", answers=[*typed])
+        live.pump(lambda: len(looking.asked) == len(typed) + 1, 30, "the prompt")  # noqa: B023  # called at once
+        live.settle(0.5)
+        live.interrupt()
+        live.finish(looking, timeout=20)
+        assert "42" in looking.stdout
+    live.ok("last_run().release()", answers=[])
+
+
+def test_python_at_a_frame_is_left_for_the_debugger(live: Kernel) -> None:
+    live.run(FAILS, answers=[])
+    typed = ["secret = 50", "interact", "def twice():", "    return secret * 2", "", "twice() + 1000"]
+    for leaves in ("quit()", "q", "raise SystemExit"):
+        looked = live.ok("%nbaccel debug", answers=[*typed, leaves, "p secret + 2000", "q"])
+        assert "1100" in looked.stdout
+        assert "2050" in looked.stdout
     live.ok("last_run().release()", answers=[])
 
 

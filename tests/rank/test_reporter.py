@@ -13,7 +13,10 @@ import pytest
 
 from nbaccel import launch
 from nbaccel.rank import here
+from nbaccel.rank.port import Port
 from nbaccel.rank.reporter import _Place, _stacks, _usage
+from nbaccel.rank.spec import Exit
+from nbaccel.wire.channel import Channel, pair
 
 
 def looked(place: _Place, wanted: Callable[[list[str]], bool]) -> list[str]:
@@ -78,6 +81,38 @@ def test_thread_that_tells_of_progress_has_moved_though_it_stands_in_one_place()
     finally:
         stop.set()
         thread.join()
+
+
+def test_thread_has_moved_when_it_was_given_the_same_call_again() -> None:
+    ours, theirs = map(Channel, pair())
+    port = Port(theirs)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        for _ in range(2):
+            port.next_command()
+            begun.set()
+            go_on.wait()
+            go_on.clear()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    place = _Place(thread, port.moves)
+    try:
+        ours.send(Exit())
+        looked(place, lambda _: begun.is_set() and place.look() > 0)
+        begun.clear()
+        go_on.set()
+        ours.send(Exit())
+        assert begun.wait(30)
+        time.sleep(1.5)  # so long that its few wake-ups tell nothing
+        assert place.look() == 0
+        assert set(place._seen.values()) == {place._looked}
+    finally:
+        go_on.set()
+        thread.join()
+        ours.close()
+        theirs.close()
 
 
 def used() -> float:

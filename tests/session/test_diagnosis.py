@@ -142,6 +142,14 @@ def test_a_stuck_loader_worker_is_named_with_its_line() -> None:
     assert [(one.kind, one.seconds) for one in alone] == [("loader", 40)]
 
 
+def test_a_spawned_loader_worker_is_not_said_to_have_nothing_to_do() -> None:
+    fetch = Line(f"{TORCH}/utils/data/dataloader.py", 700, "_MultiProcessingDataLoaderIter._next_data", 40)
+    spawned = WorkerView(pid=555, name="w", process=RUNS)
+    assert text(view(0, fetch, at(14), workers=(spawned,))) == (
+        "rank 0: it waits for its DataLoader: worker pid 555 does not say where it is, as spawned ones never do"
+    )
+
+
 def test_a_stopped_rank_and_a_silent_one_are_told_apart() -> None:
     stopped = view(1, condition="stopped", seconds=9.0)
     silent = view(2, at(78, "match"), condition="silent", seconds=9.0, process=RUNS)
