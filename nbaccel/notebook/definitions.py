@@ -1,8 +1,10 @@
 """Which of the notebook's own definitions a `%%ranks` cell needs, and its ranks do not have yet.
 
 Functions, classes and modules that ordinary cells defined or imported are there in the ranks as well, the
-newest of each: those a cell names, and those that these refer to in turn. Data is not: it is pushed on
-purpose. A name that a `%%ranks` cell binds is the ranks' own until the notebook defines it anew.
+newest of each: those a cell names, and those that these refer to in turn. They bring the data they refer to, as in
+`Session.run`, and are sent again when some of it has changed in the notebook (see `marks`). Other data is pushed on
+purpose. A name that a `%%ranks` cell binds is the ranks' own until the notebook defines it anew; data that a rank
+has made stays (see `rank.worker`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from nbaccel.rank.namespace import PREBOUND
+from nbaccel.notebook.marks import Mark, Sight, see
+from nbaccel.rank.namespace import PREBOUND, is_definition
 
-__all__ = ["Definitions", "Missing", "is_definition"]
+__all__ = ["Definitions", "Missing"]
 
 _ABSENT = object()
 # What IPython keeps for a person: the last values and inputs.
@@ -35,11 +38,6 @@ _WRAPPERS = (
 )
 
 
-def is_definition(value: object) -> bool:
-    """Whether this is a function, class or module rather than data."""
-    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
     """What some ranks lack."""
@@ -49,6 +47,10 @@ class Missing:
     """By name."""
     reloaded: tuple[str, ...]
     """Modules the ranks have as they were before the notebook reloaded them."""
+    data: Mapping[str, Mark]
+    """What is sent along, since definitions refer to it."""
+    again: tuple[str, ...]
+    """Of that, what the ranks have had in this state and may have trained since."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class _Process:
     pid: int | None
     names: dict[str, object] = field(default_factory=dict)
     """What each name was in the notebook when the process got it, or bound it itself."""
+    data: dict[str, Mark] = field(default_factory=dict)
+    """What the notebook's data was when it was last sent along."""
     specs: dict[str, object] = field(default_factory=dict)
     """Of the modules it got something from: a reloaded one has another."""
 
@@ -79,21 +83,32 @@ class Definitions:
             source: Python, magics already transformed; nothing is needed when it cannot be parsed.
             notebook: the kernel's namespace.
         """
-        needed = _reached(_names(source)[0], notebook)
-        specs = _specs(needed.values())
-        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        reach = _Reach(notebook)
+        reach.follow(_names(source)[0])
+        specs = _specs(reach.definitions.values())
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], list[int]] = {}
         for rank, pid in pids.items():
             known = self._process(rank, pid)
             stale = tuple(name for name, spec in specs.items() if known.specs.get(name, spec) is not spec)
+            had = {name for name, sight in reach.data.items() if known.data.get(name) == sight.mark}
             names = tuple(
                 name
-                for name, value in needed.items()
-                if known.names.get(name, _ABSENT) is not value or _home(value) in stale
+                for name, value in reach.definitions.items()
+                if known.names.get(name, _ABSENT) is not value
+                or _home(value) in stale
+                or reach.data_of[name] - had
             )
-            groups.setdefault((names, stale), []).append(rank)
+            again = tuple(sorted(one for one in had & reach.brought_by(names) if reach.data[one].learns))
+            groups.setdefault((names, stale, again), []).append(rank)
         return [
-            Missing(ranks=tuple(ranks), values={name: needed[name] for name in names}, reloaded=stale)
-            for (names, stale), ranks in groups.items()
+            Missing(
+                ranks=tuple(ranks),
+                values={name: reach.definitions[name] for name in names},
+                reloaded=stale,
+                data={name: reach.data[name].mark for name in reach.brought_by(names)},
+                again=again,
+            )
+            for (names, stale, again), ranks in groups.items()
             if names
         ]
 
@@ -102,7 +117,30 @@ class Definitions:
         for rank in sent.ranks:
             known = self._process(rank, pids[rank])
             known.names.update(sent.values)
+            known.data.update(sent.data)
             known.specs.update(_specs(sent.values.values()))
+
+    def note_called(
+        self, call: object, notebook: Mapping[str, Any], pids: Mapping[int, int | None]
+    ) -> Callable[[], None]:
+        """These ranks are sent a function and its arguments otherwise than for a cell: data comes along.
+
+        Returns: what undoes it, for a call that has never begun.
+        """
+        known = [one for rank, pid in pids.items() if (one := self._known.get(rank)) and one.pid == pid]
+        if not known:
+            return lambda: None  # no cell has run there
+        reach = _Reach(notebook)
+        reach.follow(reach.referred(see(call).code))
+        for one in known:
+            one.data.update({name: sight.mark for name, sight in reach.data.items()})
+
+        def undo() -> None:
+            for one in known:
+                for name in reach.data:
+                    one.data.pop(name, None)
+
+        return undo
 
     def note_bound(self, source: str, notebook: Mapping[str, Any], pids: Mapping[int, int | None]) -> None:
         """A cell has run: the names it binds are the ranks' own, whatever the notebook's are now."""
@@ -131,33 +169,78 @@ class Definitions:
 # ── what definitions refer to ─────────────────────────────────────────────────────────────────────────
 
 
-def _reached(names: Iterable[str], notebook: Mapping[str, Any]) -> dict[str, Any]:
-    """The notebook's definitions of these names, and of those that their code refers to in turn."""
-    found: dict[str, Any] = {}
-    left = sorted(names, reverse=True)
-    while left:
-        name = left.pop()
-        value = notebook.get(name)
-        if name in found or name in PREBOUND or not is_definition(value) or _SHORTHANDS.fullmatch(name):
-            continue
-        if getattr(value, "__name__", "") != "get_ipython":
-            found[name] = value
-            left += sorted(_referred(value, notebook), reverse=True)
-    return found
+@final
+class _Reach:
+    """The notebook's definitions and data that some names lead to.
 
+    Attributes:
+        definitions: by name; those named, and those that their code refers to in turn.
+        data: by name, what the code of these refers to.
+        data_of: by definition, the data that its own code refers to.
+    """
 
-def _referred(definition: object, notebook: Mapping[str, Any]) -> set[str]:
-    """The global names in the code of a definition of the notebook's."""
-    names: set[str] = set()
-    left, seen = [definition], {id(definition)}
-    while left:
-        value = left.pop()
-        if isinstance(value, types.FunctionType) and value.__globals__ is notebook:
-            names |= _globals_of(value.__code__)
-        new = [part for part in _parts(value, notebook.get("__name__")) if id(part) not in seen]
-        seen.update(map(id, new))
-        left += new
-    return names
+    def __init__(self, notebook: Mapping[str, Any]) -> None:
+        self._notebook = notebook
+        self.definitions: dict[str, Any] = {}
+        self.data: dict[str, Sight] = {}
+        self.data_of: dict[str, frozenset[str]] = {}
+        self._refers: dict[str, set[str]] = {}
+
+    def follow(self, names: Iterable[str]) -> None:
+        """Reach what these lead to."""
+        left = sorted(names, reverse=True)
+        while left:
+            name = left.pop()
+            value = self._notebook.get(name)
+            if name in self.definitions or not is_definition(value) or not self._is_brought(name):
+                continue
+            referred = self.referred([value])
+            self.definitions[name], self._refers[name] = value, referred
+            self.data_of[name] = frozenset(referred & self.data.keys())
+            left += sorted(referred, reverse=True)
+
+    def referred(self, definitions: Iterable[object]) -> set[str]:
+        """The global names in the code of these, as far as it is the notebook's, and in code within the data of
+        such names."""
+        names: set[str] = set()
+        left = list(definitions)
+        seen = set(map(id, left))
+        while left:
+            value = left.pop()
+            new = list(_parts(value, self._notebook.get("__name__")))
+            if isinstance(value, types.FunctionType) and value.__globals__ is self._notebook:
+                found = _globals_of(value.__code__) - names
+                names |= found
+                for name in found & self._notebook.keys():
+                    new += self._code_within(name)
+            new = [part for part in new if id(part) not in seen]
+            seen.update(map(id, new))
+            left += new
+        return names
+
+    def brought_by(self, names: Iterable[str]) -> set[str]:
+        """The data that travels when these definitions do."""
+        left, seen, brought = list(names), set(names), set[str]()
+        while left:
+            name = left.pop()
+            brought |= self.data_of[name]
+            new = (self._refers[name] & self.definitions.keys()) - seen
+            seen |= new
+            left += new
+        return brought
+
+    def _code_within(self, name: str) -> tuple[object, ...]:
+        """Of data, which is looked at once."""
+        if name not in self.data:
+            if is_definition(self._notebook[name]) or not self._is_brought(name):
+                return ()
+            self.data[name] = see(self._notebook[name])
+        return self.data[name].code
+
+    def _is_brought(self, name: str) -> bool:
+        if name in PREBOUND or _SHORTHANDS.fullmatch(name):
+            return False
+        return getattr(self._notebook[name], "__name__", "") != "get_ipython"
 
 
 def _parts(value: object, module: object) -> Iterator[object]:
@@ -177,6 +260,8 @@ def _parts(value: object, module: object) -> Iterator[object]:
     elif isinstance(value, _WRAPPERS):
         for name in ("__func__", "__wrapped__", "fget", "fset", "fdel", "func"):
             yield getattr(value, name, None)
+        if isinstance(value, functools.partial):
+            yield from (*value.args, *value.keywords.values())
 
 
 @functools.lru_cache(maxsize=4096)

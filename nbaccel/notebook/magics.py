@@ -9,7 +9,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 from IPython import display as ipython
@@ -20,9 +20,9 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from nbaccel.errors import ConfigError, LaunchError, WorkerError
 from nbaccel.notebook import debugger
-from nbaccel.notebook.definitions import Definitions, is_definition
 from nbaccel.notebook.session import Session
 from nbaccel.notebook.tables import status_table, variables_table
+from nbaccel.rank.namespace import is_definition
 from nbaccel.rank.shell import Shown
 from nbaccel.session.results import Results, rank_ranges
 
@@ -43,9 +43,8 @@ class RankMagics(Magics):
         self.front: Any = shell
         self.session: Session | None = None
         self.auto = False
-        self._definitions = Definitions()
         self._told: set[str] = set()
-        """Names of the ranks' own that hide one of the notebook's, once that was said."""
+        """Names of which a person has been told what becomes of them."""
 
     @line_magic
     def nbaccel(self, line: str) -> Any:
@@ -76,20 +75,29 @@ class RankMagics(Magics):
             _hint_at_data(error, notebook)
             raise
         finally:
-            self._definitions.note_bound(source, notebook, pids)
+            session.definitions.note_bound(source, notebook, pids)
         _show(results)
 
     def _send_definitions(self, session: Session, source: str, pids: Mapping[int, int | None]) -> None:
         """Before a cell, and in calls of their own: what arrived is known, whatever becomes of the cell."""
-        notebook = self.front.user_ns
-        for name in self._definitions.hidden(source, notebook):
-            if name not in self._told:
-                self._told.add(name)
-                told = f"{name} is each rank's own in %%ranks cells"
-                print(f"nbaccel: {told}: give the notebook's another name to use it there", file=sys.stderr)
-        for missing in self._definitions.missing(source, notebook, pids):
+        notebook, definitions = self.front.user_ns, session.definitions
+        for name in definitions.hidden(source, notebook):
+            told = f"{name} is each rank's own in %%ranks cells"
+            self._tell(name, f"{told}: give the notebook's another name to use it there")
+        for missing in definitions.missing(source, notebook, pids):
+            for name in missing.again:
+                told = (
+                    f"{name} goes to the ranks again as it is in the notebook, with {_listed(missing.values)}"
+                )
+                self._tell(name, f"{told}: make in a %%ranks cell what the ranks train there")
             session.define(missing.values, missing.ranks, reloaded=missing.reloaded)
-            self._definitions.note_sent(missing, pids)
+            definitions.note_sent(missing, pids)
+
+    def _tell(self, name: str, told: str) -> None:
+        """Once of each name."""
+        if name not in self._told:
+            self._told.add(name)
+            print(f"nbaccel: {told}", file=sys.stderr)
 
     def _subcommand(self, line: str) -> Any:
         try:
@@ -98,6 +106,8 @@ class RankMagics(Magics):
             raise UsageError(f"%nbaccel {line}: {error}") from None
         if name not in SUBCOMMANDS:
             raise UsageError(f"%nbaccel {name}: there is {', '.join(sorted(SUBCOMMANDS))}")
+        if arguments and name in _BARE:
+            raise UsageError(f"%nbaccel {name} takes no argument; nothing was done: {' '.join(arguments)}")
         try:
             return SUBCOMMANDS[name](self, arguments)
         except ConfigError as error:
@@ -118,7 +128,6 @@ class RankMagics(Magics):
     def use(self, session: Session | None) -> None:
         """Drive this session from now on; the one before is ended."""
         before, self.session = self.session, session
-        self._definitions = Definitions()
         if before is not None and before is not session:
             before.close()
 
@@ -157,8 +166,15 @@ class RankMagics(Magics):
         try:
             found = session.complete(text, cursor, _ranks_or_all(head, session) if in_ranks else None)
         except (WorkerError, LaunchError, ConfigError):
-            found = []  # a key press is no place for errors
-        return {"completions": [SimpleCompletion(text=name, type="rank") for name in found]}
+            return {"completions": []}  # a key press is no place for errors
+        before = lines[line][: context.cursor_position].removesuffix(found.fragment)
+        a_name = not found.fragment or found.fragment.isidentifier()
+        return {
+            "completions": [SimpleCompletion(text=name, type="rank") for name in found.texts],
+            "matched_fragment": found.fragment,
+            # attributes and keys are those of the ranks' objects; names may be the notebook's as well
+            "suppress": bool(found.texts) and (not a_name or before.endswith(("'", '"'))),
+        }
 
 
 def parse_ranks(text: str, num_ranks: int) -> tuple[int, ...]:
@@ -199,6 +215,11 @@ def _ranks_or_all(head: str, session: Session) -> tuple[int, ...] | None:
         return parse_ranks(head.removeprefix("%%ranks"), session.num_processes)
     except UsageError:
         return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _show(results: Results) -> None:
@@ -318,9 +339,11 @@ def _vars(magics: RankMagics, arguments: Sequence[str]) -> None:
 
 
 def _push(magics: RankMagics, arguments: Sequence[str]) -> None:
+    if not arguments:
+        raise UsageError("%nbaccel push NAME…: write the names of what is to be sent to all ranks")
     missing = [name for name in arguments if name not in magics.front.user_ns]
-    if missing or not arguments:
-        raise UsageError(f"%nbaccel push NAME…: {', '.join(missing) or 'no name'} is not in the notebook")
+    if missing:
+        raise UsageError(f"%nbaccel push: there is no {', no '.join(missing)} in the notebook")
     magics.running().push(**{name: magics.front.user_ns[name] for name in arguments})
 
 
@@ -361,3 +384,4 @@ SUBCOMMANDS: dict[str, Callable[[RankMagics, Sequence[str]], Any]] = {
     "vars": _vars,
 }
 """By name."""
+_BARE = frozenset({"interrupt", "restart", "stacks", "status", "stop"})  # what follows would mean nothing

@@ -6,6 +6,7 @@ import functools
 import json
 import operator
 import sys
+import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, final, get_args
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
+from nbaccel.notebook.definitions import Definitions
 from nbaccel.notebook.front import Dashboard, Front, LateFront, build_front
 from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
 from nbaccel.notebook.streams import Streams, say
@@ -28,6 +30,7 @@ from nbaccel.session.environment import probe
 from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.looking import look_at
+from nbaccel.session.outcome import interrupted
 from nbaccel.session.relay import Relay
 from nbaccel.session.request import Configuration, make_folder, read_config, read_variables
 from nbaccel.session.resolve import Plan, resolve
@@ -43,6 +46,8 @@ from nbaccel.session.state import RunState
 from nbaccel.wire import payload
 
 __all__ = ["Session", "idle_sessions"]
+
+_PATIENCE = 2.0  # seconds until a person is told why nothing happens
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 """Of this process, for the doctor."""
@@ -130,6 +135,8 @@ class Session:
         for note in self._plan.notes:
             say(note)
         self._latest: CallInFlight | None = None
+        self.definitions = Definitions()
+        """What the ranks know of the notebook's names, for `%%ranks` cells."""
         if replaces is not None:
             replaces.close()
         self._relay = self._start()
@@ -214,17 +221,19 @@ class Session:
         """What `notebook_launcher(f, session=…)` does."""
         return self._perform(task, dashboard="auto")
 
-    def complete(self, text: str, cursor: int, ranks: Collection[int] | None = None) -> list[str]:
+    def complete(self, text: str, cursor: int, ranks: Collection[int] | None = None) -> shell.Completions:
         """What could stand at `cursor` in a cell, by the first of these ranks' names; nothing while they work."""
+        nothing = shell.Completions("", ())
         if self._relay.busy:
-            return []
+            return nothing
         first = self._checked(ranks)[0]
         run = self._submit(_task(shell.complete, (text, cursor), {}, "complete"), ranks=[first], shown=False)
         try:
-            return list(run.result(timeout=2.0)[0])
+            found: shell.Completions = run.result(timeout=2.0)[0]
         except TimeoutError:
             run.interrupt()
-            return []
+            return nothing
+        return found
 
     # ── the ranks ─────────────────────────────────────────────────────────────────────────────────
 
@@ -289,9 +298,17 @@ class Session:
         self._relay = self._start()
 
     def close(self) -> None:
-        """End the ranks and what they started; may be called twice."""
-        self._relay.close()
-        self._relay.join()
+        """End the ranks and what they started; may be called twice.
+
+        Raises:
+            KeyboardInterrupt: ■ was pressed meanwhile; the session has ended all the same.
+        """
+        with Presses() as presses:
+            self._relay.close()
+            self._relay.join()
+            presses.absorb()
+        if presses.pressed:
+            raise interrupted(f"the {self.name} was ending, and has ended")
 
     def __enter__(self) -> Session:
         return self
@@ -329,7 +346,7 @@ class Session:
                 if presses.wait(None) == "press":
                     relay.close()
                     relay.join()
-                    raise KeyboardInterrupt("the session was still starting")
+                    raise interrupted("the session was still starting")
         if relay.ready.exception() is not None:
             relay.join()
         relay.ready.result()
@@ -394,16 +411,24 @@ class Session:
             call,
             name=task.name,
             folder=folder,
-            meanwhile=None if shows is None else shows.meanwhile,
+            meanwhile=None if shows is None else _Waiting(call, shows.meanwhile),
             heading=None if front is None else front.heading,
             show=None if front is None else front.show,
         )
         made.append(run)
         if is_persons(task.function):
             self._latest = call
+            self._note_what_comes_along(call, task)
         # last: the relay's thread takes the interpreter from here on
         self._relay.submit(call)
         return run
+
+    def _note_what_comes_along(self, call: CallInFlight, task: Task) -> None:
+        """The notebook's data that the call's functions refer to: `%%ranks` cells need not send it again."""
+        pids = {rank: self.state.ranks[rank].pid for rank in call.ranks}
+        notebook = sys.modules["__main__"].__dict__
+        undo = self.definitions.note_called((task.function, task.args, task.kwargs), notebook, pids)
+        call.future.add_done_callback(lambda _: None if call.id >= 0 else undo())
 
     def _finish(self, run: Run) -> Results:
         with Presses() as presses:
@@ -456,6 +481,22 @@ class Session:
             task.function, task.name, cell_source(), plan, self._environment, task.args, task.kwargs
         )
         return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=say)
+
+
+@final
+class _Waiting:
+    """For the thread that waits for a call: what is shown meanwhile, and a word when the call has to wait itself."""
+
+    def __init__(self, call: CallInFlight, meanwhile: Callable[[], None]) -> None:
+        self._call, self._meanwhile = call, meanwhile
+        self._tell_at: float | None = time.monotonic() + _PATIENCE
+
+    def __call__(self) -> None:
+        self._meanwhile()
+        if self._tell_at is not None and time.monotonic() >= self._tell_at:
+            self._tell_at = None
+            if self._call.id < 0:
+                say("the ranks are still busy with what was asked of them before; this comes next")
 
 
 def _task(

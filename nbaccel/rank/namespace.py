@@ -11,13 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["PREBOUND", "Variable", "pull", "push", "reload", "variables"]
+__all__ = ["PREBOUND", "Variable", "is_definition", "pull", "push", "reload", "variables"]
 
 PREBOUND = ("rank", "local_rank", "world_size", "device", "dist")
 """What every rank of a session finds in its namespace."""
 _MAX_ITEMS = 100_000
 _CHUNK = 1 << 24
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+_DEFINITIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    type,
+    types.GenericAlias,
+    types.UnionType,
+    functools.partial,
+)
 
 _T = TypeVar("_T")
 
@@ -37,6 +47,17 @@ class Variable:
     """Of its value, not of its place in memory; empty where it has none that can be compared."""
     value: str = ""
     """A short text, for numbers and strings."""
+
+
+def is_definition(value: object) -> bool:
+    """Whether this is a function, a class, a module or an alias of a type rather than data.
+
+    A function may have some arguments filled in, or be one of the notebook's that something else wraps and calls.
+    """
+    if isinstance(value, _DEFINITIONS) or type(value).__module__ == "typing":
+        return True
+    within = getattr(value, "__dict__", {}).get("__wrapped__") if callable(value) else None
+    return isinstance(within, types.FunctionType) and within.__module__ == "__main__"
 
 
 def push(values: Mapping[str, Any]) -> None:
@@ -70,8 +91,7 @@ def variables() -> list[Variable]:
     hidden = set(getattr(shell, "user_ns_hidden", ())) | {"In", "Out", "exit", "quit", "get_ipython"}
     found = []
     for name, value in sorted(sys.modules["__main__"].__dict__.items()):
-        skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-        if name.startswith("_") or name in hidden or name in PREBOUND or isinstance(value, skipped):
+        if name.startswith("_") or name in hidden or name in PREBOUND or is_definition(value):
             continue
         found.append(_describe(name, value))
     return found

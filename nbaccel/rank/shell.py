@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from nbaccel.rank import here
 from nbaccel.rank.display import Publisher
 
-__all__ = ["Cell", "Shown", "complete", "run_cell", "set_displayhook", "warm_up"]
+__all__ = ["Cell", "Completions", "Shown", "complete", "run_cell", "set_displayhook", "warm_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,14 @@ class Shown:
 
     def __repr__(self) -> str:
         return str(self.data.get("text/plain", ""))
+
+
+class Completions(NamedTuple):
+    """What could stand in the place of a few characters."""
+
+    fragment: str
+    """Those before the cursor that each text is to replace."""
+    texts: tuple[str, ...]
 
 
 def run_cell(cell: Cell) -> Shown | None:
@@ -80,14 +88,14 @@ def run_cell(cell: Cell) -> Shown | None:
     return shown
 
 
-def complete(text: str, cursor: int) -> list[str]:
-    """What could stand at `cursor`, by this rank's own names; whole words."""
+def complete(text: str, cursor: int) -> Completions:
+    """What could stand at `cursor`, by this rank's own names."""
     shell = _shell()
     line_start = text.rfind("\n", 0, cursor) + 1
     line_end = text.find("\n", cursor)
     line = text[line_start : line_end if line_end >= 0 else None]
-    _, matches = shell.complete("", line, cursor - line_start)
-    return list(matches)[:500]
+    fragment, matches = shell.complete("", line, cursor - line_start)
+    return Completions(fragment, tuple(matches[:500]))
 
 
 def warm_up() -> None:

@@ -24,6 +24,7 @@ from nbaccel.session.ending import Action, Ending, Reason
 from nbaccel.session.fates import fates, start_failure
 from nbaccel.session.group import Group
 from nbaccel.session.idle import Idle
+from nbaccel.session.outcome import interrupted
 from nbaccel.session.report import CellLabel, explain_exit
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import RunState, for_next_call
@@ -214,7 +215,7 @@ class Calls:
             call.resolve()  # who presses again does not wait until the group is whole
         elif call is not None and call in self._waiting:
             self._waiting.remove(call)
-            call.resolve(KeyboardInterrupt("interrupted before its turn came"))
+            call.resolve(interrupted("interrupted before its turn came: the ranks go on with an earlier one"))
 
     def _is_coming_back(self, call: CallInFlight) -> bool:
         """Whether a session's ranks were asked so recently that they may still stop and keep their variables."""

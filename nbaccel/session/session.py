@@ -16,6 +16,7 @@ from typing import Any, Literal
 from nbaccel.config import RunConfig
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError
+from nbaccel.rank.notices import read_notices
 from nbaccel.rank.spec import HostPlace, RunSpec
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
@@ -182,6 +183,7 @@ def make_spec(
         cwd=os.getcwd(),
         sys_path=tuple(os.path.abspath(entry) if entry == "" else entry for entry in sys.path),
         argv=tuple(sys.argv),
+        notices=read_notices(env),
         config=config.to_json(),
         collective_timeout=config.collective_timeout,
         backend=plan.backend if plan.backend != "nccl" else "cpu:gloo,cuda:nccl",

@@ -27,6 +27,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, state_home: None) -> Iterator
     kernel.ok("%load_ext nbaccel")
     kernel.ok("%nbaccel start -n 3 --device cpu --grace 2", timeout=120)
     kernel.ok("%%ranks\nimport torch, time, os\ntorch.set_num_threads(1)")
+    kernel.ok("session = get_ipython().magics_manager.registry['RankMagics'].session")
     yield kernel
     kernel.close()
 
@@ -161,6 +162,54 @@ def test_own_data_stays_when_a_function_brings_the_notebooks(live: Kernel) -> No
     assert shown(live, "%%ranks\nlook()") == "[0-2] ('rank', 2)"
 
 
+def test_newest_data_is_seen_in_every_way_of_calling_a_function_that_refers_to_it(live: Kernel) -> None:
+    live.ok(
+        "import nbaccel\nclass Settings: pass\nsettings = Settings()\nsettings.lr = LR = 1\n"
+        "def h(): return LR, settings.lr\ndef by_way(): return h()"
+    )
+    assert shown(live, "%%ranks\nh()") == "[0-2] (1, 1)"
+    assert live.ok("settings.lr = LR = 2\nlist(session.run(h))").result == "[(2, 2), (2, 2), (2, 2)]"
+    live.ok("settings.lr = LR = 1")
+    assert shown(live, "%%ranks\nh()") == "[0-2] (1, 1)"
+    live.ok("settings.lr = LR = 3")
+    assert shown(live, "%%ranks\nby_way()") == "[0-2] (3, 3)"
+    live.ok("LR = 4")
+    assert live.ok("list(nbaccel.notebook_launcher(h, session=session))").result == "[(4, 3), (4, 3), (4, 3)]"
+    live.ok("%%ranks 1\nLR = 'of the rank'\nsettings.lr = 'changed by the rank'")
+    assert shown(live, "%%ranks 1\nh()") == "[1] ('of the rank', 'changed by the rank')"
+    live.ok("LR = 5")
+    assert shown(live, "%%ranks\nh()") == "[0,2] (5, 3)\n[1] ('of the rank', 3)"
+
+
+def test_model_that_the_ranks_have_trained_is_not_sent_again_without_a_word(live: Kernel) -> None:
+    live.ok(
+        "import torch\nweight = torch.zeros(1, requires_grad=True)\n"
+        "def step():\n    with torch.no_grad(): return weight.add_(STEP)\nSTEP = 1"
+    )
+    live.ok("%%ranks\nstep();")
+    assert shown(live, "%%ranks\nfloat(step())") == "[0-2] 2.0"
+    live.ok("STEP = 5")
+    cell = live.ok("%%ranks\nfloat(step())")
+    assert [data["text/plain"] for data in cell.displays] == ["[0-2] 5.0"], "as in session.run"
+    assert "weight goes to the ranks again as it is in the notebook, with step" in cell.stderr
+
+
+def test_functions_in_any_form_are_there_when_a_cell_needs_them(live: Kernel) -> None:
+    live.ok(
+        "import functools\nOFFSET = 1\n@functools.cache\ndef cached(n): return n + OFFSET\n"
+        "Batch = dict[str, int]\npart = functools.partial(cached, 5)\ndef through(): return cached(0)"
+    )
+    assert shown(live, "%%ranks\nmine: Batch = {'a': cached(2)}\nmine, part(), through()") == (
+        "[0-2] ({'a': 3}, 6, 1)"
+    )
+    live.ok("OFFSET = 2")
+    assert shown(live, "%%ranks\ncached(2), part()") == "[0-2] (4, 7)"
+    assert "cached" not in live.ok("%nbaccel vars").stdout
+    live.ok("@functools.cache\ndef cached(n): return 'anew'")
+    assert live.ok("list(session.run(through))").result == "['anew', 'anew', 'anew']"
+    assert shown(live, "%%ranks\ncached(2)") == "[0-2] 'anew'"
+
+
 def test_needed_definitions_are_those_not_yet_sent() -> None:
     def first() -> None: ...
 
@@ -231,6 +280,48 @@ def test_definition_is_sent_anew_when_what_it_calls_has_changed() -> None:
     assert [set(one.values) for one in known.missing("unrelated()", notebook, ranks)] == [{"unrelated"}]
 
 
+def test_definition_is_sent_anew_when_data_it_brings_has_changed() -> None:
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    exec(
+        "class Config:\n    rate = 1\n    def scaled(self): return self.rate * SCALE\n"
+        "cfg, SCALE, items = Config(), 2, [1]\n"
+        "def uses(): return cfg.scaled(), rank, _1\ndef other(): return len(items)\n"
+        "def both(): return uses(), other()\nrank, _1 = 1, 1",
+        notebook,
+    )
+    known, ranks = Definitions(), {0: 100}
+
+    def sent() -> list[tuple[set[str], set[str]]]:
+        found = known.missing("both()", notebook, ranks)
+        for one in found:
+            known.note_sent(one, ranks)
+        return [(set(one.values), set(one.data)) for one in found]
+
+    assert sent() == [({"both", "uses", "other"}, {"cfg", "SCALE", "items"})]
+    assert sent() == []
+    notebook["SCALE"] = 3  # by way of cfg's class
+    assert sent() == [({"uses"}, {"cfg", "SCALE"})]
+    notebook["cfg"].rate = 2
+    assert sent() == [({"uses"}, {"cfg", "SCALE"})]
+    notebook["items"].append(2)
+    assert sent() == [({"other"}, {"items"})]
+    notebook["rank"] = notebook["_1"] = 5
+    assert sent() == []
+
+
+def test_data_counts_as_sent_when_a_call_has_brought_it_unless_that_never_began() -> None:
+    notebook: dict[str, Any] = {"__name__": "__main__", "LR": 1}
+    exec("def h(): return LR", notebook)
+    known, ranks = Definitions(), {0: 100}
+    (sent,) = known.missing("h()", notebook, ranks)
+    known.note_sent(sent, ranks)
+    notebook["LR"] = 2
+    undo = known.note_called((print, (notebook["h"],), {}), notebook, ranks)
+    assert known.missing("h()", notebook, ranks) == []
+    undo()
+    assert [set(one.values) for one in known.missing("h()", notebook, ranks)] == [{"h"}]
+
+
 def test_definition_arrives_when_a_rank_was_left_out_or_replaced(live: Kernel) -> None:
     live.ok("def one(): return 'one'")
     assert shown(live, "%%ranks 0\none()") == "[0] 'one'"
@@ -290,14 +381,33 @@ def test_a_ranks_own_name_stays_and_is_told_when_the_notebook_has_one_too(live: 
 def test_completions_are_the_ranks_names_in_a_ranks_cell(live: Kernel) -> None:
     live.ok("%%ranks\nvery_long_name_of_rank = {'a': 1}")
     code = "%%ranks\nx = 1\nvery_long_na"
-    assert "very_long_name_of_rank" in complete(live, code)
-    assert "very_long_name_of_rank" not in complete(live, "very_long_na")
+    assert "%%ranks\nx = 1\nvery_long_name_of_rank" in completed(live, code)
+    assert "very_long_name_of_rank" not in completed(live, "very_long_na")
 
 
-def complete(kernel: Kernel, code: str) -> list[str]:
+@pytest.mark.parametrize(
+    ("line", "whole"),
+    [
+        ("text_of_rank.capi", "text_of_rank.capitalize"),
+        ("x = text_of_rank.capi", "x = text_of_rank.capitalize"),
+        ("print(text_of_rank.capi", "print(text_of_rank.capitalize"),
+        ("keys_of_rank['al", "keys_of_rank['alpha"),
+        ("text_of_both.capi", "text_of_both.capitalize"),
+    ],
+)
+def test_completion_keeps_the_object_when_an_attribute_or_a_key_is_asked_for(
+    live: Kernel, line: str, whole: str
+) -> None:
+    live.ok("%%ranks\ntext_of_rank, text_of_both, keys_of_rank = 'a', 'b', {'alpha': 1}")
+    live.ok("text_of_both = 'c'")
+    assert completed(live, "%%ranks\nx = 1\n" + line) == ["%%ranks\nx = 1\n" + whole]
+
+
+def completed(kernel: Kernel, code: str) -> list[str]:
+    """What the cell may become."""
     client = kernel._client
-    reply = client.complete(code, len(code), reply=True, timeout=20)
-    return list(reply["content"]["matches"])
+    reply = client.complete(code, len(code), reply=True, timeout=20)["content"]
+    return [code[: reply["cursor_start"]] + text + code[reply["cursor_end"] :] for text in reply["matches"]]
 
 
 # ── %nbaccel ──────────────────────────────────────────────────────────────────────────────────────────
@@ -322,6 +432,18 @@ def test_session_goes_on_when_another_is_started_with_a_bad_option(live: Kernel)
 def test_cell_goes_on_when_it_asks_to_debug_a_rank_that_is_not_there(live: Kernel) -> None:
     assert "there is no rank 7: the ranks are 0 to 2" in live.run("%nbaccel debug 7", answers=[]).output
     assert shown(live, "%%ranks\n1 + 1") == "[0-2] 2"
+
+
+@pytest.mark.parametrize("name", ["restart", "stop", "status", "interrupt", "stacks"])
+def test_nothing_is_done_when_a_subcommand_for_all_ranks_is_given_one(live: Kernel, name: str) -> None:
+    live.ok("%%ranks\nkept_here = 5")
+    assert f"UsageError: %nbaccel {name} takes no argument" in plain(live.run(f"%nbaccel {name} 1").output)
+    assert shown(live, "%%ranks\nkept_here") == "[0-2] 5"
+
+
+def test_names_are_asked_for_when_nothing_is_pushed(live: Kernel) -> None:
+    assert "push NAME…: write the names of what is to be sent" in live.run("%nbaccel push").output
+    assert "push: there is no nowhere in the notebook" in live.run("%nbaccel push session nowhere").output
 
 
 def test_vars_mark_what_differs_when_listed(live: Kernel) -> None:
@@ -387,6 +509,18 @@ def test_interrupt_says_where_ranks_were_and_keeps_them(live: Kernel) -> None:
     assert pids(live) == before
     assert shown(live, "%%ranks 1\ncount > 5") == "[1] True"
     assert shown(live, "%%ranks\nt = torch.ones(1); dist.all_reduce(t); float(t)") == "[0-2] 3.0"
+
+
+def test_cell_that_waits_says_so_and_is_one_line_when_interrupted(live: Kernel) -> None:
+    live.ok("import time\nnap = session.submit(time.sleep, 60)")
+    cell = live.start("%%ranks\nrank")
+    live.pump(lambda: "the ranks are still busy" in cell.stderr, 20, "why nothing happens")
+    live.interrupt()
+    live.finish(cell, timeout=20)
+    assert re.fullmatch("KeyboardInterrupt: interrupted before its turn came: .*", plain(cell.traceback))
+    live.ok("%nbaccel interrupt")
+    assert live.run("nap.result(timeout=20)").error == "KeyboardInterrupt"
+    assert shown(live, "%%ranks\n1 + 1") == "[0-2] 2"
 
 
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────

@@ -130,8 +130,8 @@ def test_variables_tell_what_differs_when_ranks_disagree(session: Session) -> No
 
 def test_completions_are_the_ranks_names_when_asked(session: Session) -> None:
     session.push(train_loss=0.5)
-    assert "train_loss" in session.complete("x = train_l", 11)
-    assert any(name.endswith("all_reduce") for name in session.complete("dist.all_r", 10))
+    assert "train_loss" in session.complete("x = train_l", 11).texts
+    assert any(name.endswith("all_reduce") for name in session.complete("dist.all_r", 10).texts)
 
 
 def test_unknown_rank_is_refused_when_chosen(session: Session) -> None:
@@ -321,6 +321,43 @@ def test_wrappers_and_groups_work_when_ranks_were_freed_from_a_collective(sessio
     session.execute(
         "other = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)); del model, other"
     )
+
+
+def come_never(op: str, absent: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_rank() == absent:
+        if op == "all_reduce":
+            return
+        time.sleep(60)
+    dist.barrier() if op == "barrier" else dist.all_reduce(torch.ones(1))
+
+
+def test_missing_rank_is_named_when_ranks_were_freed_from_collectives_before(session: Session) -> None:
+    session.execute("dist.barrier()")
+    with pytest.raises(WorkerError):
+        session.run(fail_on, 1)
+    # of rank 1 torch's records still hold what it called before: a barrier, and one of the same number
+    for op, what in (("all_reduce", "its function returned"), ("barrier", "it is in come_never")):
+        run = session.submit(come_never, op, 1)
+        missing = f"rank 1 has not called {op} #1; {what}"
+        wait_for(lambda run=run, missing=missing: missing in run.stacks().headlines()[0])
+        run.interrupt()
+        with pytest.raises(KeyboardInterrupt, match=f"ranks 0,2 waited in {op}"):
+            run.result(timeout=20)
+
+
+def test_group_is_made_again_when_a_rank_fails_behind_others_after_an_interrupt(session: Session) -> None:
+    nap = session.submit(time.sleep, 60)
+    time.sleep(0.3)
+    nap.interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        nap.result(timeout=20)
+    with pytest.raises(WorkerError, match="rank 1 of 3 failed: ZeroDivisionError"):
+        session.execute("if rank == 1: 1/0\nwork = dist.all_reduce(torch.ones(1), async_op=True)")
+    assert session.submit(mean_of_ranks).result(timeout=20) == [1.0, 1.0, 1.0]
+    session.execute("work = None")
 
 
 def test_ranks_come_back_when_interrupted_twice_in_a_row(session: Session) -> None:

@@ -43,6 +43,17 @@ def test_nothing_is_left_when_a_session_is_closed() -> None:
         session.run(pid)
 
 
+def test_session_has_ended_when_its_end_was_interrupted() -> None:
+    session = Session(2, device="cpu")
+    press = f"os.kill({os.getpid()}, signal.SIGINT)"
+    session.execute(f"import atexit, os, signal; atexit.register(lambda: {press})", ranks=[1])
+    with pytest.raises(KeyboardInterrupt, match="was ending, and has ended") as caught:
+        session.close()
+    assert caught.value._render_traceback_() == ["KeyboardInterrupt: the session was ending, and has ended"]  # type: ignore[attr-defined]
+    session.close()
+    assert session.closed
+
+
 def test_ranks_are_fresh_when_a_session_is_restarted() -> None:
     with Session(2, device="cpu") as session:
         before = session.run(pid)
