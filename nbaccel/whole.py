@@ -10,10 +10,13 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["assembled_by", "is_divided", "whole"]
+__all__ = ["assembled_by", "gathered", "is_divided", "whole"]
 
 assembled_by: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 """By a module that holds some of its model's layers only: what puts the others into it, on all ranks together."""
+
+gathered: dict[int, tuple[Tensor, Tensor]] = {}
+"""By the identity of a tensor that a launch's ranks made whole: itself, and what is sent in its place."""
 
 
 def is_divided(tensor: Any) -> bool:

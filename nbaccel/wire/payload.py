@@ -1,17 +1,14 @@
 """A value on its way to another process: pickled once, its large buffers in one shared memory file.
 
 The receiver maps the file privately, so any number of ranks share one copy of every tensor and array and
-still may write to theirs. Torch offers pickle no out-of-band buffers, hence a reducer of our own: it
-sends each storage once and keeps views and ties. Functions and classes of the notebook (of `__main__`)
-travel by value; in a rank they land in its `__main__`, where plain pickle finds them by name.
+still may write to theirs; `wire.tensors` has what that takes of torch. Functions and classes of the notebook (of
+`__main__`) travel by value; in a rank they land in its `__main__`, where plain pickle finds them by name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import inspect
 import io
 import linecache
 import mmap
@@ -28,19 +25,19 @@ from typing import Any, NamedTuple, final
 import cloudpickle
 
 from nbaccel.errors import PayloadError
-from nbaccel.whole import is_divided
 from nbaccel.wire.annotations import named_by
 from nbaccel.wire.content import INLINE, Content, Reader, seal, write_at
+from nbaccel.wire.tensors import TorchReducer, function_made_anew, same
 from nbaccel.wire.unpicklable import explain
 
-__all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "unpack"]
+__all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "tensors_and_modules", "unpack"]
 
 _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _LruCache = type(functools.lru_cache(lambda: None))
 # What every receiver has, and finds by name.
-_EVERYWHERE = frozenset({cloudpickle.Pickler.__module__, __name__})
+_EVERYWHERE = frozenset({cloudpickle.Pickler.__module__, __name__, TorchReducer.__module__})
 
 
 class Parcel(NamedTuple):
@@ -105,7 +102,8 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
         except PayloadError:
             raise
         except Exception as error:  # any __reduce__ may raise anything
-            raise PayloadError(explain(value, error, outward=outward)) from error
+            pickles = functools.partial(_pickles, outward=outward)
+            raise PayloadError(explain(value, error, pickles, outward=outward)) from error
         sidecar = bool(pickler.names or pickler.classes or pickler.sources)
         if sidecar:
             pickler.dump((pickler.names, pickler.classes, pickler.sources))
@@ -123,7 +121,7 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
             inline=file.small,
             sidecar=sidecar,
             modules=tuple(sorted(pickler.modules)),
-            on_device=pickler.on_device,
+            on_device=pickler.torch.on_device,
         )
         if parcel.inline is not None:
             return parcel, None
@@ -132,6 +130,17 @@ def pack(value: Any, *, outward: bool) -> tuple[Parcel, int | None]:
         file.close()
     seal(fd)
     return parcel, fd
+
+
+def tensors_and_modules(value: Any) -> list[Any]:
+    """Those that `pack` would send from a rank, each once, and modules without what is in them.
+
+    Up to the first part that cannot be pickled: of that `pack` tells.
+    """
+    found: list[Any] = []
+    with contextlib.suppress(Exception):  # any __reduce__ may raise anything
+        _Pickler(_Nowhere(), outward=False, seen=found).dump(value)
+    return found
 
 
 def unpack(parcel: Parcel, fd: int | None = None) -> tuple[Any, Sidecar]:
@@ -176,15 +185,14 @@ def install(sidecar: Sidecar, main: types.ModuleType, *, replace: bool = False) 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle, with torch storages out of band and the notebook's `__main__` kept one namespace."""
 
-    def __init__(self, file: Any, *, outward: bool) -> None:
+    def __init__(self, file: Any, *, outward: bool, seen: list[Any] | None = None) -> None:
+        self.torch = TorchReducer(outward=outward, seen=seen)
         self.buffers: list[pickle.PickleBuffer] = []
         self.names: dict[str, Any] = {}
         self.classes: dict[str, type] = {}
         self.sources: dict[str, str] = {}
         self.modules: set[str] = set()
-        self.on_device = False
         self._outward = outward
-        self._storages: dict[int, _Storage] = {}
         super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
         main = sys.modules.get("__main__")
         if outward and main is not None:
@@ -199,28 +207,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, types.FunctionType)):
-            made_anew = _compiled_of(obj) or _dispatching_of(obj)
+            made_anew = function_made_anew(obj) or _dispatching_of(obj)
             return self._definition(obj) if made_anew is None else made_anew
-        torch = sys.modules.get("torch")
-        if torch is not None and hasattr(torch, "nn"):
-            kind = type(obj)
-            if kind is torch.storage.TypedStorage:
-                return _typed, (self._storage(obj._untyped_storage), obj.dtype)
-            if kind is torch.UntypedStorage:
-                return _untyped, (self._storage(obj),)
-            if isinstance(obj, torch.Tensor) and obj.device.type in ("xla", "tpu"):
-                return self._without_storage(obj)
-            if (
-                not self._outward
-                and isinstance(obj, torch.nn.Module)
-                and (inner := _inner_module(obj)) is not None
-            ):
-                return _same, (inner,)
-            if not self._outward and isinstance(obj, torch.nn.Module) and _is_divided(obj):
-                raise PayloadError(
-                    f"the parameters of this {type(obj).__name__} are divided among the ranks (FSDP, tensor "
-                    "parallel, DeepSpeed); send accelerator.get_state_dict(model), called on every rank, in its place"
-                )
+        if (reduced := self.torch.reduce(obj)) is not None:
+            return reduced
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _exception, (type(obj), obj.args), obj.__dict__ or None
         if (rebuilt := _rebuilt(obj)) is not None:
@@ -262,24 +252,6 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 if lines:
                     self.sources[filename] = "".join(lines)
 
-    def _without_storage(self, tensor: Any) -> Any:
-        """A tensor whose values only the runtime can read, as torch_xla's and TorchTPU's are."""
-        import torch
-
-        self.on_device |= self._outward
-        values, needs_grad = tensor.detach().cpu(), tensor.requires_grad
-        if not self._outward and not isinstance(tensor, torch.nn.Parameter):
-            return _same, (values.requires_grad_(needs_grad),)
-        return _placed, (values, tensor.device.type if self._outward else "cpu", type(tensor), needs_grad)
-
-    def _storage(self, storage: Any) -> _Storage:
-        """The one stand-in of a storage, however many tensors share it."""
-        key = storage._cdata
-        if key not in self._storages:
-            self._storages[key] = _Storage(storage, keep_device=self._outward)
-            self.on_device |= self._outward and storage.device.type != "cpu"
-        return self._storages[key]
-
 
 @final
 class MainGlobals(dict[str, Any]):
@@ -289,63 +261,24 @@ class MainGlobals(dict[str, Any]):
         return _main_globals, ()
 
 
+def _pickles(value: Any, *, outward: bool) -> bool:
+    try:
+        _Pickler(_Nowhere(), outward=outward).dump(value)
+    except Exception:  # noqa: BLE001  # any __reduce__ may raise anything: the question is only whether it does
+        return False
+    return True
+
+
 @final
-class _Storage:
-    """Stands for one torch storage in a pickle; becomes an UntypedStorage over the received buffer."""
+class _Nowhere(io.RawIOBase):
+    """A file that keeps nothing."""
 
-    def __init__(self, storage: Any, *, keep_device: bool) -> None:
-        self._device = storage.device.type if keep_device else "cpu"
-        self._storage = storage.cpu()  # itself when it is there already
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        size = self._storage.nbytes()
-        memory = (ctypes.c_char * size).from_address(self._storage.data_ptr()) if size else bytearray()
-        return _load_storage, (pickle.PickleBuffer(memory), self._device)
+    def write(self, data: Any) -> int:
+        return len(data)
 
 
 def _main_globals() -> dict[str, Any]:
     return sys.modules["__main__"].__dict__
-
-
-def _load_storage(buffer: Any, device: str) -> Any:
-    import torch
-
-    view = memoryview(buffer)
-    empty = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
-    storage = torch.frombuffer(view.cast("B"), dtype=torch.uint8).untyped_storage() if view.nbytes else empty
-    # without an index: the receiving rank's own device
-    return storage if device == "cpu" else storage.to(device=torch.device(device))
-
-
-def _typed(storage: Any, dtype: Any) -> Any:
-    import torch
-
-    return torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
-        wrap_storage=storage, dtype=dtype, _internal=True
-    )
-
-
-def _untyped(storage: Any) -> Any:
-    return storage
-
-
-def _placed(values: Any, device: str, kind: type, needs_grad: bool) -> Any:
-    """A tensor, or a parameter, on the receiver's own device of this kind."""
-    import torch
-
-    if device == "xla":
-        import torch_xla
-
-        values = values.to(torch_xla.device())
-    elif device == "tpu":
-        values = values.to(device)
-    if issubclass(kind, torch.nn.Parameter):
-        return torch.nn.Parameter(values, requires_grad=needs_grad)
-    return values.requires_grad_(needs_grad)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
@@ -365,7 +298,7 @@ def _rebuilt(obj: Any) -> tuple[Any, ...] | None:
     if type(obj) is functools.cached_property:
         return _cached_property, (obj.func, obj.attrname)
     if isinstance(obj, types.MethodType) and obj.__name__ == "get_ipython" and "IPython" in sys.modules:
-        return _same, (sys.modules["IPython"].get_ipython,)  # the rank's own shell, for `!ls` and `%time`
+        return same, (sys.modules["IPython"].get_ipython,)  # the rank's own shell, for `!ls` and `%time`
     return None
 
 
@@ -378,28 +311,6 @@ def _cached_property(function: Callable[[Any], Any], name: str | None) -> Any:
     made = functools.cached_property(function)
     made.attrname = name  # a class that is built piece by piece tells nobody its name
     return made
-
-
-def _compiled_of(function: Any) -> tuple[Any, ...] | None:
-    """How to compile anew what `torch.compile` has made of a function of the notebook; else None."""
-    original = getattr(function, "_torchdynamo_orig_callable", None)
-    if not isinstance(original, types.FunctionType) or original.__module__ != "__main__":
-        return None
-    held = inspect.getclosurevars(function).nonlocals
-    context, backend = held.get("self"), held.get("callback")
-    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
-        backend = inner
-    options = {
-        "dynamic": getattr(context, "_dynamic", None),
-        "fullgraph": getattr(context, "fullgraph", False),
-    }
-    return _compiled, (original, {**options, "backend": backend or "inductor"})
-
-
-def _compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    import torch
-
-    return torch.compile(function, **options)
 
 
 def _with_annotations(obj: type | types.FunctionType, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -441,21 +352,6 @@ def _register(function: Any, registry: Mapping[type, Callable[..., Any]]) -> Non
     for kind, implementation in registry.items():
         function.register(kind, implementation)
     functools.update_wrapper(function, registry[object])
-
-
-def _inner_module(module: Any) -> Any | None:
-    """The user's own module inside a wrapper that only makes sense in its rank, else None."""
-    torch = sys.modules["torch"]
-    if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-        return module.module
-    if type(module).__name__ in ("_FabricModule", "DeepSpeedEngine"):
-        return module.module
-    return getattr(module, "_orig_mod", None)  # what torch.compile keeps the original under
-
-
-def _is_divided(module: Any) -> bool:
-    # Where ZeRO divides the optimizer only, its place there hangs on each parameter.
-    return any(is_divided(p) or hasattr(p, "_hp_mapping") for p in module.parameters())
 
 
 def _notebook_class(identity: str, name: str) -> type:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dis
 import functools
-import io
 import linecache
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-
-import cloudpickle
 
 __all__ = ["explain"]
 
@@ -30,15 +27,16 @@ _INSTEAD = {
 }
 
 
-def explain(value: Any, error: BaseException, *, outward: bool) -> str:
+def explain(value: Any, error: BaseException, pickles: Callable[[Any], bool], *, outward: bool) -> str:
     """A sentence that names the innermost part of `value` that does not pickle.
 
     Args:
         value: (function, args, kwargs), or a return value.
         error: what pickling it raised.
+        pickles: whether a part of it can be pickled.
         outward: whether it was on its way to the ranks, and not back.
     """
-    steps = _innermost(value, "" if outward else "the returned value")
+    steps = _innermost(value, "" if outward else "the returned value", pickles)
     if not steps:
         return f"it cannot be pickled: {error}"
     (start, outer, _), (path, culprit, where) = steps[0], steps[-1]
@@ -63,16 +61,16 @@ def _type_name(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
-def _innermost(value: Any, path: str) -> list[tuple[str, Any, str]]:
+def _innermost(value: Any, path: str, pickles: Callable[[Any], bool]) -> list[tuple[str, Any, str]]:
     """Follow what fails to pickle to a part none of whose own parts fails: each step's (path, part, use)."""
     where, seen = "", set()
-    if _pickles(value):
+    if pickles(value):
         return []
     steps = [(path or "the value", value, "")]
     for _ in range(_MAX_STEPS):
         seen.add(id(value))
         for label, part, use in _parts(value, path):
-            if id(part) not in seen and not _pickles(part):
+            if id(part) not in seen and not pickles(part):
                 path, value, where = label, part, use or where
                 steps.append((path, value, where))
                 break
@@ -81,21 +79,6 @@ def _innermost(value: Any, path: str) -> list[tuple[str, Any, str]]:
     # what the person called by a name: a variable, an argument, or all that was returned
     named = next((at for at, step in enumerate(steps) if step[0].startswith(_NAMED)), 0)
     return steps[named:]
-
-
-def _pickles(value: Any) -> bool:
-    try:
-        cloudpickle.Pickler(_Nowhere(), protocol=5, buffer_callback=lambda _: None).dump(value)
-    except Exception:  # noqa: BLE001  # any __reduce__ may raise anything: the question is only whether it does
-        return False
-    return True
-
-
-class _Nowhere(io.RawIOBase):
-    """A file that keeps nothing."""
-
-    def write(self, data: Any) -> int:
-        return len(data)
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:

@@ -1,4 +1,4 @@
-"""Models that a launch divided among its ranks come back plain and whole, as the user's own class."""
+"""Models and tensors that a launch divided among its ranks come back plain and whole, as the user's own class."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.down(self.up(x).relu())) * self.scale
 
+    def generate(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)
+
 
 def double(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
     return output * 2
@@ -80,28 +83,72 @@ def test_divided_model_comes_back_plain_and_whole(
     assert model.reduce is torch.distributed.all_reduce
     assert vars(model).keys() - vars(Net()) <= {"forward"}
     assert model.forward == types.MethodType(Net.forward, model)
+    assert model.generate == types.MethodType(Net.generate, model)
     torch.testing.assert_close(model(X), output, atol=1e-6, rtol=1e-6)
     model(X).sum().backward()  # and it can be trained on
     assert model.up.weight.grad is not None
 
 
+class Held:
+    """What the user keeps a model in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
 def test_every_rank_has_its_copy_of_what_torch_alone_divided() -> None:
-    def train() -> list[nn.Module]:
+    def train() -> dict[str, Any]:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         torch.distributed.init_process_group("gloo")
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
-        before = model(X).detach()
-        for layer in model:
-            fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        fully_shard(model)
+        normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5), normed)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+        for layer in (model[0], normed):  # the other stays as it is
+            fully_shard(layer, mp_policy=policy)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        model(X).sum().backward()
+        norm = nn.utils.clip_grad_norm_(normed.parameters(), 1.0)
+        optimizer.step()
         model(X)  # leaves its last layers gathered
-        return [model, before]
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        return {
+            "optimizer": optimizer,
+            "held": Held(model),
+            "scheduler": scheduler,
+            "states": (model.state_dict(), optimizer.state_dict()),
+            "norms": [norm],
+        }
 
-    for model, before in notebook_launcher(train, num_processes=2, device="cpu"):
-        assert [type(part) for part in model] == [nn.Linear, nn.Linear]
-        torch.testing.assert_close(model(X), before)
+    for found in notebook_launcher(train, num_processes=2, device="cpu"):
+        model, optimizer, (state, states) = found["held"].model, found["optimizer"], found["states"]
+        assert [isinstance(part, nn.Linear) for part in model] == [True] * 3
+        assert {type(tensor) for tensor in [*state.values(), *found["norms"]]} == {torch.Tensor}
+        torch.testing.assert_close(dict(state), dict(model.state_dict()))
+        assert optimizer.param_groups[0]["params"] == [*model.parameters()]
+        assert found["scheduler"].optimizer is optimizer
+        moment = optimizer.state[model[0].weight]["exp_avg"]
+        assert moment.shape == (3, 4)
+        assert torch.equal(states["state"][0]["exp_avg"], moment)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        model(X).sum().backward()
+        optimizer.step()  # and it can be trained on
+        assert not any(map(torch.equal, model.parameters(), before))
+
+
+def test_tensor_that_one_rank_alone_returns_is_refused() -> None:
+    def half() -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        tensor = distribute_tensor(torch.arange(8.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+        return [tensor] if torch.distributed.get_rank() == 1 else None
+
+    with pytest.raises(
+        WorkerError, match=r"DTensor of shape \(8,\) is .*, but rank 0 returns no such tensor"
+    ):
+        notebook_launcher(half, num_processes=2, device="cpu")
 
 
 def test_every_rank_has_the_whole_model_of_a_pipeline() -> None:

@@ -122,6 +122,48 @@ def test_tensor_of_any_kind_arrives(tensor: torch.Tensor) -> None:
     assert torch.equal(back.to_dense(), tensor.to_dense()) if tensor.is_sparse else torch.equal(back, tensor)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("outward", [True, False])
+def test_dtype_without_a_typed_storage_travels(dtype: torch.dtype, outward: bool) -> None:
+    base = torch.arange(100_000).remainder(200).to(dtype)
+    marked = base[3:7].clone()
+    marked.label = "mine"  # type: ignore[attr-defined]
+    frozen = torch.nn.Parameter(base, requires_grad=False)
+    (back, view, parameter, labelled), _, parcel = opened((base, base[5:], frozen, marked), outward=outward)
+    assert torch.equal(back.view(torch.uint8), base.view(torch.uint8))
+    assert (back.dtype, parameter.dtype, type(parameter)) == (dtype, dtype, torch.nn.Parameter)
+    assert view.data_ptr() - back.data_ptr() == 5 * dtype.itemsize
+    assert len(parcel.buffers) == 1
+    assert labelled.label == "mine"
+
+
+def computed_weights() -> list[torch.nn.Module]:
+    ways = torch.nn.utils.parametrizations
+    return [
+        ways.weight_norm(torch.nn.Linear(4, 4)),
+        ways.spectral_norm(torch.nn.Linear(4, 4)),
+        ways.orthogonal(torch.nn.Linear(4, 4)),
+        ways.weight_norm(torch.nn.LSTM(4, 4), "weight_hh_l0"),
+    ]
+
+
+@pytest.mark.parametrize("outward", [True, False])
+def test_module_whose_weight_is_computed_travels(outward: bool) -> None:
+    modules = torch.nn.ModuleList(computed_weights()).eval()
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    back, first = round_trip((modules, next(modules.parameters())), outward=outward)
+    assert next(back.parameters()) is first
+    for module, arrived in zip(modules, back, strict=True):
+        assert isinstance(arrived, type(module).__bases__[0])
+        assert arrived.state_dict().keys() == module.state_dict().keys()
+        torch.testing.assert_close(arrived(x), module(x))
+    torch.nn.utils.parametrize.remove_parametrizations(back[0], "weight")
+    assert type(back[0]) is torch.nn.Linear
+    assert type(modules[0]) is not torch.nn.Linear
+
+
 def test_numpy_array_is_out_of_band_and_writable() -> None:
     array = np.arange(100_000)
     back, _, parcel = opened(array)
@@ -201,6 +243,10 @@ def test_divided_module_is_refused_with_what_to_return() -> None:
         "    pack({'model': model}, outward=False)\n"
         "except Exception as error:\n"
         "    print(type(error).__name__, error)\n"
+        "try:\n"
+        "    pack([next(model.parameters())], outward=False)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
         "torch.distributed.destroy_process_group()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
@@ -208,6 +254,8 @@ def test_divided_module_is_refused_with_what_to_return() -> None:
         done.stderr
     )
     assert "send accelerator.get_state_dict(model)" in done.stdout
+    assert "PayloadError this DTensor of shape (4, 4) is divided among the ranks" in done.stdout
+    assert "send its full_tensor(), or accelerator.get_state_dict(model)" in done.stdout
 
 
 def test_decorated_definitions_of_a_notebook_travel(main: types.ModuleType) -> None:
@@ -331,6 +379,12 @@ def test_what_cannot_come_back_is_named_as_returned() -> None:
     said = str(caught.value)
     assert said.startswith("the returned value['model']['lock'] is a _thread.lock")
     assert "create it inside" not in said
+
+
+def test_what_travels_is_not_named_for_what_does_not() -> None:
+    with pytest.raises(PayloadError) as caught:
+        pack({"model": computed_weights()[0], "deep": [1, lock]}, outward=False)
+    assert str(caught.value).startswith("the returned value['deep'][1] is a _thread.lock")
 
 
 def test_long_way_inside_a_librarys_object_is_left_out() -> None:
