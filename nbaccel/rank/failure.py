@@ -18,6 +18,14 @@ _MAX_FRAMES = 60
 _MAX_CHAIN = 5
 _MAX_GROUP = 8
 _MAX_MESSAGE = 20_000  # characters
+# What torch says, and what it means to who wrote the loop.
+_MEANINGS = {
+    "got mixed torch.Tensor and DTensor": (
+        "Each rank has a part of these parameters (DTensors), and they are whole only while the prepared model itself "
+        "is called: not in another method of it, in one of its layers called directly, or in a loss computed from its "
+        "parameters. See 'What does not go' in docs/strategies.md."
+    ),
+}
 
 
 def describe(error: BaseException, *, depth: int = 0) -> ExceptionInfo:
@@ -33,10 +41,12 @@ def describe(error: BaseException, *, depth: int = 0) -> ExceptionInfo:
     if depth < _MAX_CHAIN and any(base.__name__ == "BaseExceptionGroup" for base in type(error).__mro__):
         inner = getattr(error, "exceptions", ())[:_MAX_GROUP]
     kind = type(error)
+    said = "".join(traceback.format_exception_only(kind, error)).rstrip("\n")
+    meanings = [meaning for words, meaning in _MEANINGS.items() if words in said]
     module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
     return ExceptionInfo(
         type_name=f"{module}{kind.__qualname__}",
-        message=_bounded("".join(traceback.format_exception_only(kind, error)).rstrip("\n")),
+        message="\n".join([_bounded(said), *meanings]),
         frames=_frames(error.__traceback__),
         cause=cause,
         context=context,

@@ -146,7 +146,9 @@ def _differing_parameters(by_rank: Sequence[Mapping[str, int]], model: str, when
         "a layer that only some ranks have: look for a branch on the rank"
         if any(bad[0] not in sums for sums in by_rank)
         else "a layer made or re-initialised without the same seed on all ranks, a parameter updated outside "
-        "the prepared model, an optimizer with options of its own on a rank, or a branch on the rank"
+        "the prepared model, an optimizer with options of its own on a rank, loss.backward() in place of "
+        "acc.backward(loss), a backward that reaches a part of the parameters only "
+        "(DDPOptions(find_unused_parameters=True)), or a branch on the rank"
     )
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     return [f"{when} parameter {bad[0]!r}{more} of {model}: {who}. Likely cause: {cause}."]

@@ -12,7 +12,7 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["Wrap", "find_blocks", "keep_ties_together", "owners", "repeated_blocks"]
 
-Wrap = str | int | Sequence[str] | Callable[[Any], bool]
+Wrap = str | int | type | Sequence[str | type] | Callable[[Any], bool]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
 _READING = (nn.MultiheadAttention,)  # never call what is in them, but read its parameters
 
@@ -21,14 +21,14 @@ def find_blocks(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
     """The modules below `model` that `wrap` names, in the order they are registered, outer before inner.
 
     Args:
-        wrap: "auto", "none", class names, a number of parameters, or a function; see `FSDP.wrap`.
+        wrap: "auto", "none", classes or their names, a number of parameters, or a function; see `FSDP.wrap`.
 
     Raises:
         ConfigError: the model has no module of that class, or a container was chosen, which is never called.
     """
     if isinstance(wrap, int):
         return _by_size(model, wrap)
-    if callable(wrap):
+    if callable(wrap) and not isinstance(wrap, type):
         chosen = [module for module in _below(model) if wrap(module)]
         uncalled = _uncalled(model)
         held = [type(module).__name__ for module in chosen if module in uncalled]
@@ -43,7 +43,8 @@ def find_blocks(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
         names = getattr(model, "_no_split_modules", None)
         found = _by_class(model, names) if names else []
         return found or repeated_blocks(model)
-    names = [wrap] if isinstance(wrap, str) else list(wrap)
+    listed = [wrap] if isinstance(wrap, (str, type)) else list(wrap)
+    names = [one if isinstance(one, str) else one.__name__ for one in listed]
     there = {type(module).__name__ for module in model.modules()}
     missing = [name for name in names if name not in there]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any, final
@@ -20,6 +21,7 @@ class _Recomputed:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._forward: Callable[..., Any] = module.forward
+        functools.update_wrapper(self, self._forward, updated=())  # callers read a forward's signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from nbaccel.core.checkpoint.divided import lay_out_as
 from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
@@ -23,8 +24,10 @@ __all__ = [
     "clip_sharded_value",
     "combine_norms",
     "gather_state_dict",
+    "lay_out_loaded",
     "point_optimizer",
     "present",
+    "refuse_hooks",
     "refuse_undivided",
     "require_same_model",
     "share_values",
@@ -100,6 +103,22 @@ def refuse_undivided(optimizer: Optimizer, strategy: str, names: Iterable[str] =
             raise ConfigError(
                 f"{name} cannot go with strategy {strategy!r}: it {_UNDIVIDED[name]}, of which each rank has a part "
                 "here. Use strategy 'ddp', or an optimizer that treats each number by itself (AdamW, SGD, …)"
+            )
+
+
+def refuse_hooks(named: Iterable[tuple[str, Tensor]], strategy: str) -> None:
+    """For strategies that put others in place of these parameters, on which their hooks would not be.
+
+    Raises:
+        ConfigError: one has a hook on its gradient.
+    """
+    for name, parameter in named:
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ConfigError(
+                f"{name} has a hook on its gradient, which would not be called: strategy {strategy!r} puts another "
+                "parameter in its place. Change gradients between backward and step (acc.clip_grad_value_, or p.grad, "
+                "of which each rank has a part), register_post_accumulate_grad_hook after prepare, or use strategy "
+                "'ddp'"
             )
 
 
@@ -203,3 +222,12 @@ def gather_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Any]:
             continue
         state[name] = whole(value, keep=keep) if isinstance(value, Tensor) else value
     return state if keep else {}
+
+
+def lay_out_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets a module's `load_state_dict` take whole tensors, as `gather_state_dict` gives them: each rank keeps its
+    part. A pre-hook of it."""
+    for name, own in (*module._parameters.items(), *module._buffers.items()):
+        given = state.get(prefix + name)
+        if isinstance(given, Tensor) and not isinstance(given, DTensor):
+            state[prefix + name] = lay_out_as(own, given)

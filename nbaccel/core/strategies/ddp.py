@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, cast, final
+from typing import Any, cast, final
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from nbaccel.core.strategies.base import (
 )
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.parallel import DDPOptions
 
 __all__ = ["DDP", "DDPOptions"]
 
@@ -35,32 +36,6 @@ _BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DDPOptions:
-    """What DistributedDataParallel is made with."""
-
-    bucket_cap_mb: float | None = None
-    """Size of the buckets gradients are averaged in; None: torch's default."""
-    find_unused_parameters: bool = False
-    static_graph: bool = False
-    """The same parameters are used in every step. Cannot go with gradient accumulation."""
-    gradient_as_bucket_view: bool = True
-    """Gradients live in the buckets: no copy, less memory."""
-    broadcast_buffers: bool = True
-    """Give all ranks rank 0's buffers before each forward."""
-    comm_hook: Literal["fp16", "bf16", "power_sgd"] | None = None
-    """Send gradients compressed."""
-    power_sgd_rank: int = 1
-    power_sgd_start: int = 1000
-    """Optimizer steps before PowerSGD begins to compress."""
-
-    def __post_init__(self) -> None:
-        if self.comm_hook not in (None, "fp16", "bf16", "power_sgd"):
-            raise ConfigError(
-                f"comm_hook is {self.comm_hook!r}; it must be 'fp16', 'bf16', 'power_sgd' or None"
-            )
 
 
 @final
@@ -79,6 +54,9 @@ class DDP(Strategy):
         self._world = world
         self._options = options
         self.apart: set[nn.Module] = set()
+        self._wrapped: WeakSet[DistributedDataParallel] = WeakSet()
+        self._retained = False
+        """Whether the last backward has left its graph to another one."""
 
     @property
     def data_axis(self) -> DataAxis:
@@ -98,9 +76,24 @@ class DDP(Strategy):
             broadcast_module(module, world=self._world)
             return module
         share_composed(module, self._world)
-        return self._made_of(module, place=place, share=True)
+        wrapped = self._made_of(module, place=place, share=True, views=self._may_view(module))
+        self._wrapped.add(wrapped)
+        return wrapped
 
-    def _made_of(self, module: nn.Module, *, place: bool, share: bool) -> DistributedDataParallel:
+    def _may_view(self, module: nn.Module) -> bool:
+        """Whether the gradients of `module` can lie in buckets of its own. Those of parameters that it shares with a
+        model wrapped before cannot, and are taken out of the other's."""
+        own = set(module.parameters())
+        others = [one for one in self._wrapped if not own.isdisjoint(one.parameters())]
+        for other in others:
+            if other.gradient_as_bucket_view:
+                place = bool(other.device_ids)
+                set_up_anew(other, self._made_of(other.module, place=place, share=False, views=False))
+        return self._options.gradient_as_bucket_view and not others
+
+    def _made_of(
+        self, module: nn.Module, *, place: bool, share: bool, views: bool
+    ) -> DistributedDataParallel:
         options = self._options
         indexed = self._world.device.type != "cpu" and place
         # torch 2.13 warns whoever names an old option, its default too
@@ -112,7 +105,7 @@ class DDP(Strategy):
             bucket_cap_mb=options.bucket_cap_mb,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
-            gradient_as_bucket_view=options.gradient_as_bucket_view,
+            gradient_as_bucket_view=views,
             init_sync=share,
         )
         _register_hook(wrapped, options)
@@ -122,7 +115,10 @@ class DDP(Strategy):
         if isinstance(module, DistributedDataParallel):
             # buffers that are each rank's own stay so
             fresh = self._made_of(
-                module.module, place=bool(module.device_ids), share=self._options.broadcast_buffers
+                module.module,
+                place=bool(module.device_ids),
+                share=self._options.broadcast_buffers,
+                views=module.gradient_as_bucket_view,
             )
             set_up_anew(module, fresh)
         elif trainable(module):
@@ -165,6 +161,14 @@ class DDP(Strategy):
             # What DDP's forward does when it expects to synchronise; this one had run without.
             module.reducer.prepare_for_backward(outputs if self._options.find_unused_parameters else [])
 
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        if self._retained:
+            for module in modules:
+                if isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync:
+                    _expect_another(module.reducer, loss)
+        self._retained = bool(options.get("retain_graph") or options.get("create_graph"))
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         from torch.distributed.algorithms.join import Join
 
@@ -176,6 +180,16 @@ class DDP(Strategy):
 
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self.unwrap(module).state_dict()
+
+
+def _expect_another(reducer: Any, loss: Tensor) -> None:
+    """Lets a backward average its gradients although the one before it on the same forward has done so: torch averages
+    in one backward for each forward, and those of another would stay on their rank."""
+    try:
+        reducer._rebuild_buckets()  # as before a forward: what the first backward ever has noted is for one
+    except RuntimeError:  # the backward before has reached a part only, and this one brings the rest
+        return
+    reducer.prepare_for_backward([loss])
 
 
 def _register_hook(module: DistributedDataParallel, options: DDPOptions) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -33,8 +34,10 @@ from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
     clip_sharded_value,
     gather_state_dict,
+    lay_out_loaded,
     point_optimizer,
     present,
+    refuse_hooks,
     refuse_undivided,
     require_same_model,
     share_values,
@@ -79,8 +82,8 @@ class FullyShardedDataParallel(Strategy):
         """The sharded parameter of each that the user's optimizers may still hold."""
         self._parts: list[FSDPModule] = []
         """What is gathered at a time, of all models."""
-        self._shards: list[Tensor] = []
-        """The sharded parameters of all models; a gathered module names whole ones in their place."""
+        self._shards: dict[Tensor, str] = {}
+        """The sharded parameters of all models with their names; a gathered module names whole ones in their place."""
         self._watched: WeakSet[Optimizer] = WeakSet()
         """Optimizers before whose steps nothing stays gathered."""
 
@@ -97,6 +100,7 @@ class FullyShardedDataParallel(Strategy):
             raise ConfigError(
                 "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
             )
+        self._refuse_shared(module)
         refuse_composed(module, self.name)
         for optimizer in optimizers:
             refuse_undivided(optimizer, self.name)
@@ -108,6 +112,7 @@ class FullyShardedDataParallel(Strategy):
         blocks = self._blocks(module)
         parts = [*self._norms(module), *reversed(blocks), *self._embeddings(module, blocks), module]
         parts = list(dict.fromkeys(parts))
+        refuse_hooks(module.named_parameters(), self.name)
         _refuse_unfit(module, parts)
         for part in parts:
             self._shard(part, module, styles, optimizers)
@@ -117,6 +122,9 @@ class FullyShardedDataParallel(Strategy):
             for block in blocks or [module]:
                 recompute_in_backward(block)
         self._prefetch(blocks)
+        if callable(getattr(module, "generate", None)):
+            # It may call what is in the model and never the model itself, as an adapter's does, or an encoder first.
+            register_fsdp_forward_method(module, "generate")
         return module, list(optimizers)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
@@ -138,10 +146,16 @@ class FullyShardedDataParallel(Strategy):
         follows. If none does, as in an evaluation, later forwards would compute with the weights of before a step,
         and the module's parameters would be whole ones, which have no gradients."""
         self._parts += [part for part in parts if isinstance(part, FSDPModule)]
-        self._shards += module.parameters()
+        self._shards.update({shard: name for name, shard in module.named_parameters()})
         module.register_forward_hook(self._after_forward)
+        for one in module.modules():
+            one.register_load_state_dict_pre_hook(self._before_loading)  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             self._watch(optimizer)
+
+    def _before_loading(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        self._reshard()
+        lay_out_loaded(module, state, prefix)
 
     def _watch(self, optimizer: Optimizer) -> None:
         if optimizer not in self._watched:
@@ -157,6 +171,16 @@ class FullyShardedDataParallel(Strategy):
     def _reshard(self, *_: Any) -> None:
         for part in self._parts:
             part.reshard()
+
+    def _refuse_shared(self, module: nn.Module) -> None:
+        self._reshard()  # a gathered module names whole parameters, not the shards that are looked for
+        for name, parameter in module.named_parameters():
+            if parameter in self._shards:
+                raise ConfigError(
+                    f"{name} is a parameter of another model that was prepared before, and strategy 'fsdp' gathers a "
+                    "parameter for one model only: put both into one module whose forward calls them, or use strategy "
+                    "'ddp'"
+                )
 
     # What is gathered together -----------------------------------------------------------------------
 
@@ -175,7 +199,8 @@ class FullyShardedDataParallel(Strategy):
         """What a Hugging Face model embeds its inputs and outputs with, unless that is small beside a block: gathered
         with the rest of the model it would stay whole throughout the step. Where `wrap` looks at each module itself, it
         has chosen."""
-        by_name = isinstance(self._options.wrap, Sequence) and self._options.wrap != "none"
+        wrap = self._options.wrap
+        by_name = isinstance(wrap, (Sequence, type)) and wrap != "none"
         if not by_name or not blocks:
             return []
         least, inside = max(map(_size, blocks)) / 4, {one for block in blocks for one in block.modules()}
@@ -260,6 +285,16 @@ class FullyShardedDataParallel(Strategy):
     def sync_in_backward(self, module: nn.Module, outputs: list[Tensor]) -> None:
         self.set_sync(module, True)
 
+    def backward(self, loss: Tensor, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        for shard, name in self._shards.items():
+            if shard._backward_hooks:
+                raise ConfigError(
+                    f"register_hook was called on {name} after prepare, and under strategy 'fsdp' that hook is not "
+                    "called: gradients come to whole parameters. Use register_post_accumulate_grad_hook, which sees "
+                    "this rank's part of the averaged gradient, or change p.grad between backward and step"
+                )
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+
     def join(self, modules: list[nn.Module]) -> AbstractContextManager[Any]:
         raise ConfigError(
             "join_uneven_inputs cannot go with strategy 'fsdp': every rank gathers parameters in each step. Use a "
@@ -308,8 +343,15 @@ def _refuse_unfit(module: nn.Module, parts: Sequence[nn.Module]) -> None:
     """Says what torch would fail over, some of it in the first forward only.
 
     Raises:
-        ConfigError: a parameter cannot be cut, or not together with others.
+        ConfigError: a parameter or its gradient cannot be cut, or not together with others.
     """
+    for name, one in module.named_modules():
+        weight = one._parameters.get("weight")
+        if getattr(one, "sparse", False) is True and weight is not None and weight.requires_grad:
+            raise ConfigError(
+                f"{name or 'the model'} is an {type(one).__name__}(sparse=True), whose sparse gradient strategy 'fsdp' "
+                "cannot divide: make it with sparse=False, or use strategy 'ddp'"
+            )
     names = {parameter: name for name, parameter in module.named_parameters()}
     first: dict[nn.Module, nn.Parameter] = {}
     for parameter, part in owners(module, set(parts)):

@@ -19,8 +19,10 @@ from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
     clip_sharded_value,
     gather_state_dict,
+    lay_out_loaded,
     point_optimizer,
     present,
+    refuse_hooks,
     refuse_undivided,
     require_same_model,
     share_values,
@@ -59,6 +61,10 @@ class TensorParallelism(Strategy):
             refuse_undivided(optimizer, self.name)
         require_same_model(module, self._world)
         styles = styles_of(module, self._options, self._world.size)
+        parts = [(name, one) for name, one in module.named_modules() if one in styles]
+        refuse_hooks(
+            ((f"{name}.{own}", p) for name, one in parts for own, p in one.named_parameters()), self.name
+        )
         before = dict(module.named_parameters(remove_duplicate=False))
         materialise(module, module, self._world.device)
         share_values(module.modules(), self._world)
@@ -68,6 +74,8 @@ class TensorParallelism(Strategy):
         self._replaced.update({old: after[name] for name, old in before.items() if old is not after[name]})
         for optimizer in optimizers:
             point_optimizer(optimizer, self._replaced)
+        for one in module.modules():
+            one.register_load_state_dict_pre_hook(lay_out_loaded)  # type: ignore[no-untyped-call]
         return module, list(optimizers)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:

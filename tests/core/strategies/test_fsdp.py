@@ -1,4 +1,4 @@
-"""What FSDP2 gathers together and what apart: tied parameters, embeddings. Its numbers: test_same_numbers."""
+"""What FSDP2 gathers together, what apart and when: tied parameters, embeddings. Its numbers: test_same_numbers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import Job, Trained, difference, train
+from tiny import VOCABULARY, Block, Job, TinyLM, Trained, difference, train
 from torch import nn
 
-from nbaccel import FSDP
+from nbaccel import FSDP, TensorParallel
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -131,3 +131,56 @@ def test_blocks_by_size_when_attention_reads_its_layers_are_around_it() -> None:
     (alone,) = run_ranks(encoder, "single", num_processes=1)
     for losses in run_ranks(encoder, FSDP(wrap=50)):
         assert losses == pytest.approx(alone, abs=1e-5)
+
+
+class Adapted(nn.Module):
+    """As an adapter around a model: `generate` calls the model in it and never itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = TinyLM()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.base(tokens)
+
+    @torch.no_grad()
+    def generate(self, tokens: torch.Tensor) -> list[list[int]]:
+        for _ in range(4):
+            tokens = torch.cat([tokens, self.base(tokens)[:, -1:].argmax(-1)], 1)
+        return tokens.tolist()
+
+
+def back_to_the_best(strategy: Any) -> tuple[list[float], list[list[list[int]]]]:
+    """Losses and texts of a model that is set back to the weights of an earlier step, whole and in a part."""
+    from nbaccel.core import Accelerator
+
+    acc = Accelerator(cpu=True, strategy=strategy)
+    torch.manual_seed(5)
+    model: Any = Adapted()
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    inner = acc.unwrap_model(model)
+    tokens = torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1))
+    texts, losses, best = [inner.generate(tokens)], [], {}
+    for step in range(6):
+        loss = nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        if step == 3:  # gathered for a backward as it is
+            inner.load_state_dict(best)
+            continue
+        if step == 4:
+            inner.base.load_state_dict({name.removeprefix("base."): one for name, one in best.items()})
+            continue
+        acc.step(loss, optimizer)
+        losses.append(loss.item())
+        if step == 1:
+            best = {name: one.clone() for name, one in acc.get_state_dict(model).items()}
+    inner.load_state_dict(inner.state_dict())
+    return losses, [*texts, inner.generate(tokens)]
+
+
+def test_whole_weights_are_taken_and_generate_gathers_whatever_it_calls() -> None:
+    ((losses, texts),) = run_ranks(back_to_the_best, "single", num_processes=1)
+    divided = TensorParallel(plan={"base.blocks.*.up": "column", "base.blocks.*.down": "row"})
+    for strategy in (FSDP(wrap=Block), FSDP(wrap=[Block, "Embedding"], tensor_parallel=divided), divided):
+        for theirs, written in run_ranks(back_to_the_best, strategy):
+            assert theirs == pytest.approx(losses, abs=1e-5)
+            assert written == texts

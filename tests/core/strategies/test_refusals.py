@@ -43,6 +43,35 @@ def two_types() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
 
 
+def hooked() -> nn.Module:
+    made = nn.Sequential(nn.Linear(2, 2))
+    made[0].weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    return made
+
+
+def hooked_late() -> str:
+    acc = Accelerator(cpu=True, strategy="fsdp")
+    model = acc.prepare(nn.Linear(2, 2))
+    model.weight.register_post_accumulate_grad_hook(lambda _: None)  # torch calls these
+    acc.backward(model(torch.ones(1, 2)).sum())
+    model.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    try:
+        acc.backward(model(torch.ones(1, 2)).sum())
+    except ConfigError as error:
+        return str(error)
+    return "was taken"
+
+
+def shared() -> str:
+    acc, encoder = Accelerator(cpu=True, strategy="fsdp"), nn.Linear(2, 2)
+    acc.prepare(nn.Sequential(encoder, nn.ReLU()))(torch.ones(1, 2))  # gathered, for a backward
+    try:
+        acc.prepare(nn.Sequential(encoder, nn.Tanh()))
+    except ConfigError as error:
+        return str(error)
+    return "was taken"
+
+
 class Adafactor(torch.optim.Adafactor):
     """One of the user's own."""
 
@@ -64,6 +93,11 @@ def sharded() -> dict[str, str]:
         "fsdp, scalar": said("fsdp", with_parameter(torch.tensor(1.0))),
         "fsdp, two types": said(FSDP(wrap="none"), two_types()),
         "fsdp, two types apart": said(FSDP(wrap="Linear"), two_types()),
+        "fsdp, hook": said("fsdp", hooked()),
+        "fsdp, late hook": hooked_late(),
+        "fsdp, shared": shared(),
+        "fsdp, sparse": said("fsdp", nn.Sequential(nn.Embedding(4, 2, sparse=True))),
+        "divided, hook": said(plan, hooked()),
         "fsdp, inside attention": said(
             FSDP(wrap=lambda one: isinstance(one, nn.Linear)), nn.TransformerEncoderLayer(4, 2, 8)
         ),
@@ -83,6 +117,11 @@ def test_what_cannot_be_sharded_is_named() -> None:
             in found["fsdp, two types"]
         )
         assert found["fsdp, two types apart"] == "was taken"
+        assert "0.weight has a hook on its gradient" in found["fsdp, hook"]
+        assert found["divided, hook"] == found["fsdp, hook"].replace("'fsdp'", "'tensor_parallel'")
+        assert "register_hook was called on weight after prepare" in found["fsdp, late hook"]
+        assert "0.weight is a parameter of another model that was prepared before" in found["fsdp, shared"]
+        assert "0 is an Embedding(sparse=True)" in found["fsdp, sparse"]
         assert "NonDynamicallyQuantizableLinear, which is never called" in found["fsdp, inside attention"]
 
 
@@ -104,9 +143,19 @@ def under_zero() -> dict[str, str]:
         acc = Accelerator(cpu=True, strategy=DeepSpeed(stage=stage))
         return acc.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
+    def of_bf16() -> str:
+        net = nn.Linear(2, 2).to(torch.bfloat16)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            said(DeepSpeed(stage=2), net, mixed_precision="no")
+        return "".join(str(one.message) for one in told if "mixed_precision" in str(one.message))
+
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model, optimizer = prepared(1)
     return {
+        "sparse": said(DeepSpeed(stage=2), nn.Sequential(nn.Embedding(4, 2, sparse=True))),
+        "two types in a group": said(DeepSpeed(stage=2), two_types()),
+        "bf16": of_bf16(),
         "two models": caught(of_two),
         "group": caught(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
         "weights": caught(lambda: model.load_state_dict(model.state_dict())),
@@ -121,7 +170,11 @@ def under_zero() -> dict[str, str]:
 @needs("deepspeed")
 @pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
 def test_what_zero_cannot_do_is_named() -> None:
-    for found in run_ranks(under_zero):
+    for rank, found in enumerate(run_ranks(under_zero)):
+        assert "0 is an Embedding(sparse=True)" in found["sparse"]
+        assert "sparse=False" in found["sparse"]
+        assert "parameters of group 0 of the optimizer are torch.float32" in found["two types in a group"]
+        assert ("mixed_precision='bf16'" in found["bf16"]) == (rank == 0)
         assert "group 0 of the optimizer has parameters that are not the model's" in found["two models"]
         assert "add_param_group cannot go with ZeRO" in found["group"]
         assert "acc.load_model(model, folder)" in found["weights"]

@@ -1,0 +1,30 @@
+"""What is added to an exception's words that say little to who wrote the loop."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from nbaccel.rank.failure import describe
+from tests.core.ranks import run_ranks
+
+
+def mixed() -> str:
+    torch.distributed.init_process_group("gloo")
+    part = distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)), [Replicate()])
+    try:
+        torch.ones(2) * part.requires_grad_() + torch.ones(2)
+    except RuntimeError as error:
+        return describe(error).message
+    return ""
+
+
+def test_words_when_parameters_are_used_outside_their_model_say_so() -> None:
+    (said,) = run_ranks(mixed, num_processes=1)
+    assert said.startswith("RuntimeError: aten.")
+    assert said.endswith("See 'What does not go' in docs/strategies.md.")
+
+
+def test_words_of_other_errors_are_their_own() -> None:
+    assert describe(RuntimeError("no such thing")).message == "RuntimeError: no such thing"
