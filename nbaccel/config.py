@@ -19,6 +19,7 @@ from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import (
     FSDP,
     ContextParallel,
+    DDPOptions,
     DeepSpeed,
     Megatron,
     Pipeline,
@@ -71,17 +72,8 @@ _FLAGS = (
     "verify",
     "xla_spmd",
 )
-_DDP_OPTIONS = (
-    "bucket_cap_mb",
-    "find_unused_parameters",
-    "static_graph",
-    "gradient_as_bucket_view",
-    "broadcast_buffers",
-    "comm_hook",
-    "power_sgd_rank",
-    "power_sgd_start",
-)
 _OPTIONS: dict[str, type] = {
+    "ddp": DDPOptions,
     "fsdp": FSDP,
     "tensor_parallel": TensorParallel,
     "deepspeed": DeepSpeed,
@@ -93,8 +85,13 @@ _OPTIONS: dict[str, type] = {
 _COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _TEXTS = ("project_dir", "stop_after", "resume")
 # Known from elsewhere under another name.
-_LATER: dict[str, dict[str, str]] = {
-    "strategy": {"megatron_lm": "here it is 'megatron', or Megatron(size=…)"}
+_ELSEWHERE: dict[str, dict[str, str]] = {
+    "strategy": {"megatron_lm": "here it is 'megatron', or Megatron(size=…)"},
+    "device": dict.fromkeys(("gpu", "nvidia", "rocm"), "here it is 'cuda', on AMD's too"),
+    "mixed_precision": {
+        **dict.fromkeys(("fp32", "float32", "32"), "here it is 'no'"),
+        **dict.fromkeys(("float16", "half", "16"), "here it is 'fp16'"),
+    },
 }
 
 
@@ -214,15 +211,10 @@ class RunConfig:
             isinstance(self.compile, bool) or self.compile in _COMPILE_MODES,
             f"true, false or a mode of torch.compile: {', '.join(map(repr, _COMPILE_MODES))}",
         )
-        self._require("ddp", isinstance(self.ddp, Mapping), "options by name, as in {bucket_cap_mb: 50}")
-        for name in self.ddp if isinstance(self.ddp, Mapping) else ():
-            if name not in _DDP_OPTIONS:
-                raise ConfigError(
-                    f"{self._where('ddp')} has no option {name!r}{_nearest(name, _DDP_OPTIONS)}"
-                )
         for name, kind in _OPTIONS.items():
             options = getattr(self, name)
-            self._require(name, isinstance(options, Mapping), "options by name, as in {size: 2}")
+            example = "{bucket_cap_mb: 50}" if name == "ddp" else "{size: 2}"
+            self._require(name, isinstance(options, Mapping), f"options by name, as in {example}")
             if options is not None:
                 read_options(kind, options, self._where(name))
         every, clip, listed = self.save_every, self.gradient_clipping, self.devices
@@ -256,14 +248,13 @@ class RunConfig:
             raise ConfigError(f"{self._where(name)} must be at least 1, not {value}")
 
     def _require_choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
-        later = _LATER.get(name, {})
-        if value in later:
-            raise ConfigError(f"{self._where(name)} is {value!r}: {later[str(value)]}")
+        elsewhere, word = _ELSEWHERE.get(name, {}), str(value).lower()
+        if word in elsewhere:
+            raise ConfigError(f"{self._where(name)} is {value!r}: {elsewhere[word]}")
         if value not in choices:
-            known = [choice for choice in choices if choice not in later]
-            close = difflib.get_close_matches(str(value), known, n=1)
+            close = difflib.get_close_matches(word, choices, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            allowed = ", ".join(map(repr, known))
+            allowed = ", ".join(map(repr, choices))
             raise ConfigError(f"{self._where(name)} is {value!r}; it must be one of {allowed}.{hint}")
 
     def to_json(self) -> str:
@@ -338,7 +329,7 @@ def combine(*configs: RunConfig) -> RunConfig:
 
 def _expanded(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The keys that stand for a strategy given as an object."""
-    found = named(values.get("strategy"))
+    found = named(values.get("strategy"), f"strategy (from {place})" if place else "strategy")
     twice = [key for key in found if key != "strategy" and values.get(key) is not None]
     if twice:
         raise ConfigError(

@@ -6,6 +6,7 @@ NbaccelError
 ├── LaunchError            the ranks could not be brought up
 ├── WorkerError            a rank failed while it ran the user's code
 ├── RunTimeout             the run took longer than its `max_time`
+├── RunInterrupted         a run that a task awaited was interrupted or killed
 ├── CollectiveMismatch     ranks called the same collective with different shapes or types
 ├── CheckpointError        a checkpoint is incomplete, damaged, or of another model
 └── TrustError             ranks that should be equal are not
@@ -14,6 +15,8 @@ NbaccelError
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +26,7 @@ __all__ = [
     "LeftLoopError",
     "NbaccelError",
     "PayloadError",
+    "RunInterrupted",
     "RunTimeout",
     "TrustError",
     "WorkerError",
@@ -86,7 +90,28 @@ class WorkerError(NbaccelError, RuntimeError):
 
 
 class RunTimeout(NbaccelError, TimeoutError):
-    """The run was ended because it took longer than `max_time`."""
+    """The run was ended because it took longer than `max_time`.
+
+    Args:
+        results: what the ranks had returned, in rank order; None for those that had not.
+    """
+
+    def __init__(self, message: str, *, results: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.results = results
+
+
+class RunInterrupted(NbaccelError, RuntimeError):
+    """A run was interrupted or killed while a task awaited it; `Run.result` raises KeyboardInterrupt for the same,
+    which would end the event loop, and with it a notebook's kernel.
+
+    Args:
+        results: what the ranks had returned, in rank order; None for those that had not.
+    """
+
+    def __init__(self, message: str, *, results: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 class CollectiveMismatch(NbaccelError, RuntimeError):

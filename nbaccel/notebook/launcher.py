@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -69,7 +71,7 @@ def notebook_launcher(
         LaunchError: the ranks could not be brought up.
         WorkerError: a rank failed; its own exception is the `__cause__`.
         RunTimeout: it took longer than `max_time`.
-        KeyboardInterrupt: it was interrupted (■).
+        KeyboardInterrupt: it was interrupted (■); its `results` are what ranks returned all the same.
     """
     if not isinstance(args, (tuple, list)):
         raise ConfigError(f"args must be a tuple, not {type(args).__name__}: write args=({args!r:.60},)")
@@ -78,7 +80,7 @@ def notebook_launcher(
         return _run_in(session, function, tuple(args), kwargs, options)
     if inline:
         return _run_inline(function, tuple(args), kwargs, options)
-    request = make_request(function, tuple(args), kwargs, opened_by=str(culprit() or ""), **options)
+    request = make_request(function, tuple(args), kwargs, str(culprit() or ""), **options)
     if request.plan.in_place:
         with asked_here(request.config):
             return Results([request.task.function(*request.task.args, **request.task.kwargs)])
@@ -159,11 +161,16 @@ def launch(
     Raises:
         ConfigError: something asked cannot be done; nothing was started.
     """
+    if "args" in foreign:
+        raise ConfigError(
+            "launch takes the function's arguments as they are: launch(train, 1, 2) instead of "
+            "launch(train, args=(1, 2)); notebook_launcher takes args="
+        )
     request = make_request(
         function,
         args,
         kwargs,
-        opened_by=str(culprit() or ""),
+        str(culprit() or ""),
         num_processes=num_processes,
         mixed_precision=mixed_precision,
         device=device,
@@ -193,7 +200,22 @@ def launch(
         raise ConfigError(
             "launch() in a process that already is a rank (RANK and WORLD_SIZE are set): call the function itself"
         )
-    return _start(request)
+    run = _start(request)
+    if request.environment.kernel != "ipykernel":  # whose end everybody expects to end its runs
+        _in_background[:] = [(pid, one) for pid, one in _in_background if not one.done()]
+        _in_background.append((os.getpid(), run))
+    return run
+
+
+_in_background: list[tuple[int, Run]] = []
+"""Runs that `launch` has left to themselves, each with the process that launched it."""
+
+
+@atexit.register
+def _tell_of_unfinished() -> None:
+    for pid, run in _in_background:
+        if pid == os.getpid() and not run.done():
+            say(f"{run.name} was still running and ends with this process: run.result() waits for it")
 
 
 _last: list[Run] = []

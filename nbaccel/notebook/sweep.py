@@ -113,7 +113,7 @@ def _requests(
     fn: Callable[..., Any], trials: Sequence[Trial], called: str, options: Mapping[str, Any]
 ) -> list[Request]:
     """One for each trial, all checked; each resolved for the whole machine."""
-    first = make_request(fn, *_call(trials[0]), opened_by=str(culprit() or ""), name=called, **options)
+    first = make_request(fn, *_call(trials[0]), str(culprit() or ""), name=called, **options)
     return [
         replace(first, task=make_task(fn, *_call(trial), name=f"{called}-{trial.number}", returns="rank0"))
         for trial in trials

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nbaccel.config import RUN_CONFIG_VARIABLE
+from nbaccel.rank.notices import Notices
 from nbaccel.wire.payload import Parcel
 
 __all__ = ["Call", "Exit", "Free", "HostPlace", "Join", "Place", "RunSpec", "rank_environ"]
@@ -55,6 +56,8 @@ class RunSpec:
     cwd: str
     sys_path: tuple[str, ...]
     argv: tuple[str, ...]
+    notices: Notices = field(default_factory=Notices)
+    """What its loggers and warnings are set to."""
     config: str
     """The RunConfig as JSON."""
     collective_timeout: float | None = None

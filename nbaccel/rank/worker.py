@@ -31,6 +31,8 @@ from nbaccel.rank.comms import relay_comms
 from nbaccel.rank.failure import describe
 from nbaccel.rank.input import relay_input
 from nbaccel.rank.membership import Membership
+from nbaccel.rank.namespace import is_definition
+from nbaccel.rank.notices import take_over_notices
 from nbaccel.rank.pickling import by_value_in_main
 from nbaccel.rank.port import Port
 from nbaccel.rank.process import call_here, call_process, die_with_parent
@@ -59,12 +61,14 @@ __all__ = [
 
 
 def take_over(spec: RunSpec) -> None:
-    """Take the notebook's environment, folder, import path and arguments, and an empty `__main__`."""
+    """Take the notebook's environment, folder, import path, arguments and settings of loggers and warnings, and
+    an empty `__main__`."""
     os.environ.clear()
     os.environ.update(spec.environ)
     os.chdir(spec.cwd)
     sys.path[:] = spec.sys_path
     sys.argv[:] = spec.argv
+    take_over_notices(spec.notices)
     sys.modules["__main__"] = empty_main()
 
 
@@ -276,7 +280,7 @@ class Server:
                 debugger.forget_before(function)
                 value = call_here(function, args, kwargs)
                 if self._membership is None:  # a session's models live on, divided as they are
-                    value = make_whole(value, keep=call.returns)
+                    make_whole(value, keep=call.returns)
                 display.show_figures()
                 _tell_of_peers()
                 events.call_ends(None if self._replica is None else threading.get_ident())
@@ -323,7 +327,7 @@ class Server:
         for name, value in list(names.items()):
             if before.get(name, _ABSENT) is value:
                 continue
-            if isinstance(value, (type, types.FunctionType, types.ModuleType)) or name.startswith("__"):
+            if is_definition(value) or name.startswith("__"):
                 continue
             if name not in before or self._came.get(name, value) is before[name]:
                 self._came[name] = value

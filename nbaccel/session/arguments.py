@@ -80,7 +80,8 @@ def foreign_arguments(
 
 def _unknown(name: str, own: Iterable[str]) -> str:
     options = (option.name for option in fields(RunConfig))
-    close = difflib.get_close_matches(name, [*own, *options, *_NO_EFFECT, *_READERS], n=1)
+    known = {*own, *options, *_NO_EFFECT, *_READERS} - {name}  # some are another function's
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
         f"unknown argument {name!r}.{hint} Arguments of your own function go into args=(…) and kwargs={{…}}."

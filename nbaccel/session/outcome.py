@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nbaccel.errors import NbaccelError, PayloadError, RunTimeout, WorkerError
@@ -15,7 +15,7 @@ from nbaccel.session.watch import Stall
 from nbaccel.wire import payload
 from nbaccel.wire.events import Died, Raised
 
-__all__ = ["Ended", "conclude"]
+__all__ = ["Ended", "conclude", "interrupted"]
 
 Sent = tuple[payload.Parcel, int | None]
 """A parcel and the descriptor of its content."""
@@ -50,12 +50,15 @@ class Ended(NamedTuple):
 def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
     """The values, or what to raise instead."""
     if ended.reason in ("interrupted", "killed"):
-        return _interrupted("; ".join([_where(ended, label), *ended.notes]))
+        results, notes = _came_back(ended)
+        return interrupted("; ".join([_where(ended, label), *ended.notes, *notes]), results)
     if ended.startup_error is not None:
         return ended.startup_error
     if ended.reason == "timeout":
+        results, notes = _came_back(ended)
+        where = "\n".join([_where(ended, label), *notes])
         return RunTimeout(
-            f"the run took longer than max_time={ended.limits.run:g} s.\n{_where(ended, label)}"
+            f"the run took longer than max_time={ended.limits.run:g} s.\n{where}", results=results
         )
     if ended.reason == "hung" and ended.hung is not None:
         return _hung(ended, ended.hung)
@@ -63,13 +66,29 @@ def conclude(ended: Ended, label: CellLabel) -> Results | BaseException:
         return _worker_error(ended, label)
     values = Results([None] * len(ended.ranks), ranks=ended.ranks)
     for at, rank in enumerate(ended.ranks):
-        parcel, fd = ended.values[rank]
-        if parcel is not None:
-            try:
-                values[at] = payload.unpack(parcel, fd)[0]
-            except Exception as error:  # noqa: BLE001  # opening it runs the person's own code
-                return _cannot_open(rank, error)
+        try:
+            values[at] = _value(ended, rank)
+        except Exception as error:  # noqa: BLE001  # opening it runs the person's own code
+            return _cannot_open(rank, error)
     return values
+
+
+def _value(ended: Ended, rank: int) -> Any:
+    parcel, fd = ended.values.get(rank, (None, None))
+    return None if parcel is None else payload.unpack(parcel, fd)[0]
+
+
+def _came_back(ended: Ended) -> tuple[Results, list[str]]:
+    """What ranks returned that were asked to stop, and what to say of it."""
+    values, notes = Results([None] * len(ended.ranks), ranks=ended.ranks), []
+    for at, rank in enumerate(ended.ranks):
+        try:
+            values[at] = _value(ended, rank)
+        except Exception as error:  # noqa: BLE001  # opening it runs the person's own code
+            notes.append(str(_cannot_open(rank, error)))
+    if not ended.keep and any(value is not None for value in values):  # a session's call is no `last_run`
+        notes.append("nbaccel.last_run().exception().results has what came back")
+    return values, notes
 
 
 def _cannot_open(rank: int, error: Exception) -> PayloadError:
@@ -96,9 +115,14 @@ def _hung(ended: Ended, stall: Stall) -> WorkerError:
     return WorkerError("\n".join(lines).replace("WorkerError: ", ""), ranks=culprits, rendered=tuple(lines))
 
 
-def _interrupted(text: str) -> KeyboardInterrupt:
-    """Without our own frames in a notebook: where the ranks were is what matters."""
+def interrupted(text: str, results: Sequence[Any] = ()) -> KeyboardInterrupt:
+    """A KeyboardInterrupt that a notebook shows without our own frames: where the ranks were is what matters.
+
+    Args:
+        results: what came back all the same.
+    """
     error: Any = KeyboardInterrupt(text)
+    error.results = results
     error._render_traceback_ = functools.partial(list, [f"KeyboardInterrupt: {text}"])  # IPython's protocol
     return error  # type: ignore[no-any-return]
 

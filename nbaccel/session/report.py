@@ -21,6 +21,7 @@ __all__ = [
     "causes",
     "explain_exit",
     "first_failures",
+    "of_several",
     "render",
     "user_place",
     "waited_in",
@@ -132,7 +133,8 @@ def _lines(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel, *, colour
         at = f" (at {where})" if (where := user_place(first.info, label)) else ""
         yield _paint(f"{title}{who} failed: {first.info.headline}{at}", _BOLD + _RED, colour)
     else:
-        yield _paint(f"{title}{who} {explain_exit(first.exitcode, first.detail)}", _BOLD + _RED, colour)
+        end = of_several(explain_exit(first.exitcode, first.detail), len(ranks))
+        yield _paint(f"{title}{who} {end}", _BOLD + _RED, colour)
         if first.detail:
             yield first.detail
         if words := outcome.last_words.get(ranks[0]):
@@ -151,10 +153,12 @@ def _fates(outcome: Outcome, ranks: tuple[int, ...], label: CellLabel) -> Iterab
         if rank not in ranks:
             fates.setdefault(_fate(outcome, rank, label), []).append(rank)
     for fate, who in fates.items():
-        if len(who) > 1:
-            yield f"ranks {rank_ranges(who)} {f'were {fate[4:]}' if fate.startswith('was ') else fate}"
-        else:
-            yield f"rank {who[0]} {fate}"
+        yield f"rank{'s' if len(who) > 1 else ''} {rank_ranges(who)} {of_several(fate, len(who))}"
+
+
+def of_several(fate: str, count: int) -> str:
+    """What became of a rank, said of so many."""
+    return f"were {fate[4:]}" if count > 1 and fate.startswith("was ") else fate
 
 
 def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:

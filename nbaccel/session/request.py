@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nbaccel.config import RunConfig, combine, duration_seconds
+from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig, combine, duration_seconds
 from nbaccel.errors import ConfigError
 from nbaccel.session.arguments import foreign_arguments
 from nbaccel.session.ending import Limits
@@ -47,6 +47,15 @@ _OWN_NAMES = frozenset(
         "returns",
         "stall_after",
         "start_timeout",
+    }
+)
+# torchrun's variables that a rank's own values go over (`rank.spec.rank_environ`).
+_PLACE_NAMES = frozenset(
+    {
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
+        *("TORCHELASTIC_USE_AGENT_STORE", RUN_CONFIG_VARIABLE),
     }
 )
 _launches = itertools.count()
@@ -119,6 +128,8 @@ def make_request(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
+    opened_by: str = "",
+    /,
     *,
     config: Configuration | None = None,
     returns: Any = "all",
@@ -132,7 +143,6 @@ def make_request(
     env: Mapping[str, str] | None = None,
     name: str | None = None,
     folder: str | Path | bool | None = None,
-    opened_by: str = "",
     **options: Any,
 ) -> Request:
     """Everything that can be found wrong before a process starts is found here.
@@ -186,12 +196,17 @@ def read_variables(env: Mapping[str, str] | None) -> dict[str, str]:
     """What an `env=` argument asks.
 
     Raises:
-        ConfigError: it is no mapping, or has what no environment can hold.
+        ConfigError: it is no mapping, or has what no environment can hold or what tells a rank its place.
     """
     if env is not None and (not isinstance(env, Mapping) or None in env.values()):
         raise ConfigError(f"env must be a mapping of variables, as {{'NAME': 'value'}}, not {env!r:.60}")
     found = {str(key): str(value) for key, value in (env or {}).items()}
     for name, value in found.items():
+        if name in _PLACE_NAMES:
+            raise ConfigError(
+                f"env has {name}, which tells a rank its place and is set for each: leave it out "
+                "(how many ranks there are is num_processes=)"
+            )
         if not name or "=" in name or "\0" in name + value:
             raise ConfigError(f"env has {name!r}={value!r:.60}, which no environment can hold")
     return found

@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, final
 
-from nbaccel.errors import ConfigError
+from nbaccel.errors import ConfigError, RunInterrupted
 from nbaccel.session.call import CallInFlight
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.pages import Report, page, report
@@ -36,7 +36,8 @@ _MEANWHILE = 0.05
 class Run:
     """A function running, or having run, on N ranks. Made by `nbaccel.launch`.
 
-    It can be awaited: `values = await run`. The ranks' questions are then asked there too.
+    It can be awaited: `values = await run`. The ranks' questions are then asked there too, and an interrupt or a
+    kill raises RunInterrupted where `result` raises KeyboardInterrupt.
 
     Args:
         meanwhile: called ten times a second or more by the thread that waits for the run.
@@ -81,7 +82,7 @@ class Run:
             WorkerError: a rank failed; its own exception is the `__cause__`.
             LaunchError: the ranks could not be brought up.
             RunTimeout: it took longer than `max_time`.
-            KeyboardInterrupt: the run was interrupted or killed.
+            KeyboardInterrupt: the run was interrupted or killed; its `results` are what ranks returned all the same.
         """
         if self._taken:
             raise self._gone()
@@ -274,7 +275,11 @@ class Run:
                 raise
             finally:
                 waiting.cancel()
-            return self.result()
+            try:
+                return self.result()
+            except KeyboardInterrupt as stopped:
+                # asyncio lets that one end the loop, past everything that awaits this task
+                raise RunInterrupted(str(stopped), results=getattr(stopped, "results", ())) from stopped
 
         return wait().__await__()
 

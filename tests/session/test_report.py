@@ -76,3 +76,8 @@ def test_memory_is_blamed_for_a_kill_only_where_nothing_else_is_known() -> None:
     assert "running out of memory" in words(Died(rank=1, time=0.0, exitcode=-9))
     said = words(Died(rank=1, time=0.0, exitcode=-9, detail="the process that made it is gone"))
     assert "rank 1 of 4 was ended by SIGKILL\nthe process that made it is gone" in said
+
+
+def test_several_ranks_that_ended_alike_were_ended() -> None:
+    said = words(*(Died(rank=rank, time=0.0, exitcode=-15) for rank in (0, 1)))
+    assert "ranks 0-1 of 4 were ended by SIGTERM" in said

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from nbaccel import last_run, launch, notebook_launcher, runs
-from nbaccel.errors import ConfigError, LaunchError, RunTimeout, WorkerError
+from nbaccel.errors import ConfigError, LaunchError, RunInterrupted, RunTimeout, WorkerError
 from nbaccel.session.reopen import PastRun
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -103,6 +103,22 @@ def test_run_can_be_awaited() -> None:
     assert asyncio.run(main()) == [[0], [0, 1]]
 
 
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_loop_and_its_other_tasks_go_on_when_an_awaited_run_is_stopped(tmp_path: Path, how: str) -> None:
+    async def main() -> Any:
+        run = launch(sleep, 60, str(tmp_path), num_processes=1)
+        task = asyncio.gather(run, launch(rank, num_processes=1), return_exceptions=True)
+        wait_for(tmp_path, 1)
+        getattr(run, how)()
+        return await task
+
+    stopped, others = asyncio.run(main())
+    assert isinstance(stopped, RunInterrupted)
+    assert str(stopped).startswith("rank 0 was")
+    assert isinstance(stopped.__cause__, KeyboardInterrupt)
+    assert others == [0]
+
+
 LEAVES = """
 import sys, time
 from pathlib import Path
@@ -122,6 +138,9 @@ def test_run_is_stopped_and_no_rank_blamed_when_the_process_that_launched_it_exi
     command = [sys.executable, str(script), str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert (
+        "nbaccel: work was still running and ends with this process: run.result() waits for it" in done.stderr
+    )
     past = runs(tmp_path / "runs")[0]
     assert past.state.situation == "stopped"
     assert [known.detail for known in past.state.ranks] == [
@@ -166,9 +185,13 @@ def test_run_is_interrupted_when_function_swallows_the_interrupt(tmp_path: Path)
     wait_for(tmp_path, 2)
     began = time.monotonic()
     run.interrupt()
-    with pytest.raises(KeyboardInterrupt, match="had returned"):
+    with pytest.raises(
+        KeyboardInterrupt,
+        match=r"had returned; nbaccel.last_run\(\).exception\(\).results has what came back",
+    ):
         run.result(timeout=30)
     assert time.monotonic() - began < 10
+    assert run.exception().results == ["survived", "survived"]  # type: ignore[union-attr]
     assert {"caught-0", "caught-1"} <= set(os.listdir(tmp_path))
 
 

@@ -13,6 +13,8 @@ import pytest
 import nbaccel
 from nbaccel import FSDP, RunConfig, launch, notebook_launcher
 from nbaccel.errors import ConfigError, PayloadError
+from nbaccel.rank.spec import RunSpec, rank_environ
+from nbaccel.session.request import read_variables
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -51,6 +53,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"strategy": FSDP(wrap=len)}, "cannot be asked of a launch"),
     ({"device": "tpu"}, "needs a runtime"),
     ({"device": "gpu9"}, "device"),
+    ({"device": "gpu"}, "device .* is 'gpu': here it is 'cuda'"),
+    ({"device": "CPU"}, "Did you mean 'cpu'"),
+    ({"mixed_precision": "float32"}, "is 'float32': here it is 'no'"),
+    ({"opened_by": "x"}, "unknown argument 'opened_by'"),
+    ({"env": {"WORLD_SIZE": "4"}}, "env has WORLD_SIZE.*num_processes="),
     ({"function": 3}, "must be a function"),
     ({"args": ()}, r"one\(x: 'int'\) -> 'int' cannot be called.*missing"),
     ({"args": (1, 2)}, "too many positional"),
@@ -88,6 +95,32 @@ def test_call_is_refused_before_any_process_starts(options: dict[str, Any], matc
     with pytest.raises(ConfigError, match=f"(?s){match}"):
         notebook_launcher(**call)
     assert {child.pid for child in psutil.Process().children()} == before
+
+
+def test_every_variable_that_tells_a_rank_its_place_is_refused() -> None:
+    spec = RunSpec(
+        run_id="0",
+        num_processes=2,
+        device="cpu",
+        threads=1,
+        environ={},
+        cwd="/",
+        sys_path=(),
+        argv=(),
+        config="{}",
+    )
+    given = {name for name in rank_environ(spec, 0, 1) if not name.endswith("_IFNAME")}
+    for name in given:
+        with pytest.raises(ConfigError, match=f"env has {name}, which tells a rank its place"):
+            read_variables({name: "1"})
+    assert read_variables({"GLOO_SOCKET_IFNAME": "lo", "A": ""}) == {"GLOO_SOCKET_IFNAME": "lo", "A": ""}
+
+
+def test_launch_takes_the_arguments_themselves() -> None:
+    with pytest.raises(ConfigError, match=r"launch\(train, 1, 2\) instead of launch\(train, args=\(1, 2\)\)"):
+        launch(one, args=(1,), num_processes=2)
+    with pytest.raises(ConfigError, match=r"unknown argument 'function'\. "):
+        launch(one, 1, function=one)
 
 
 def test_variable_is_named_when_it_cannot_be_sent() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from nbaccel.session.panel.ansi import plain
 from nbaccel.session.panel.reading import shown_state
-from nbaccel.session.report import CellLabel, explain_exit, render, user_place, waited_in
+from nbaccel.session.report import CellLabel, explain_exit, of_several, render, user_place, waited_in
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import Failure, RankState, RunState
 
@@ -55,7 +55,8 @@ def fates(state: RunState, label: CellLabel) -> list[str]:
         if rank.rank not in failed:
             groups.setdefault(_fate(rank, state, label), []).append(rank.rank)
     return [
-        f"rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)} {fate}" for fate, ranks in groups.items()
+        f"rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)} {of_several(fate, len(ranks))}"
+        for fate, ranks in groups.items()
     ]
 
 
