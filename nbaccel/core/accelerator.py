@@ -467,7 +467,8 @@ class Accelerator(Processes):
 
     @property
     def optimizer_step_was_skipped(self) -> bool:
-        """Whether the last optimizer step was left out because of an fp16 overflow."""
+        """Whether the last optimizer step was left out because of an fp16 overflow; under ZeRO, of any gradient that is
+        not finite."""
         return self._loop.skipped
 
     @property

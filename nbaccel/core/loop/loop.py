@@ -81,7 +81,7 @@ class Loop:
         self.steps = 0
         """Optimizer steps of the first optimizer."""
         self.skipped = False
-        """Whether the last optimizer step was skipped by the scaler."""
+        """Whether the last optimizer step was left out, by the scaler or by the strategy."""
         self._several = world.size > 1
         self._device_clock = None if stopwatch is None else stopwatch.device
         self._watched = control is not None
@@ -109,7 +109,8 @@ class Loop:
         self._choose_paths()
 
     def _choose_paths(self) -> None:
-        bare = self.scaler is None and self.length == 1 and self._device_clock is None
+        skips = self.scaler is not None or self.strategy.handles_precision
+        bare = not skips and self.length == 1 and self._device_clock is None
         alone = bare and self._observer is None
         self.plain = alone and self.control is None
         self.simple = alone and self.strategy.plain and (self.control is None or self.led)
@@ -407,6 +408,7 @@ class Loop:
         started = _clock()
         if self.scaler is None:
             result = prepared.optimizer.step() if closure is None else prepared.optimizer.step(closure)
+            self.skipped = self.strategy.left_step_out(prepared.optimizer)
         else:
             prepared.ran = False
             result = self.scaler.step(prepared.optimizer, *([] if closure is None else [closure]))

@@ -1,7 +1,13 @@
-"""What `prepare` gives back: the user's own objects, made to obey the accumulation window."""
+"""What `prepare` gives back: the user's own objects, made to obey the accumulation window.
+
+What stands in for a `forward` has its signature and name: transformers' `generate` reads there whether the model takes
+`position_ids` and an `attention_mask`, and leaves out without a word what it does not find.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any, final
@@ -41,6 +47,11 @@ class ConvertedForward:
         # One context reused: making one costs more than entering it.
         self._autocast = precision.autocast()
         self._inside = False
+        functools.update_wrapper(self, inner, updated=())
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:
@@ -68,6 +79,11 @@ class TimedForward:
         self._module = module
         self.inner = inner
         self._stopwatch = stopwatch
+        functools.update_wrapper(self, inner, updated=())
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self._stopwatch

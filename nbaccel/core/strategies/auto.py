@@ -144,6 +144,9 @@ class Auto(Strategy):
     def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
         self._strategy.clip_grad_value(parameters, clip_value)
 
+    def left_step_out(self, optimizer: Optimizer) -> bool:
+        return self._strategy.left_step_out(optimizer)
+
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self._strategy.full_state_dict(module, rank_zero_only=rank_zero_only)
 

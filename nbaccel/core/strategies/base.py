@@ -179,6 +179,11 @@ class Strategy(ABC):
         """Clips each number of the gradients to at most `clip_value` either way."""
         nn.utils.clip_grad_value_(parameters, clip_value)
 
+    def left_step_out(self, optimizer: Optimizer) -> bool:
+        """Whether the last step of what `wrap` or `adopt` gave for an optimizer was left out, and the parameters are
+        as they were."""
+        return False
+
     @abstractmethod
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         """The whole state dict under the user's names. Called by all ranks together.

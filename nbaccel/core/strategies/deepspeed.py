@@ -6,8 +6,9 @@ and where a window ends is told to it before each forward. DeepSpeed's own JSON 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, final
 
@@ -29,7 +30,8 @@ from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
 from nbaccel.core.world import World
 from nbaccel.core.zero import gradients
-from nbaccel.core.zero.fitness import refuse_unfit, unfit
+from nbaccel.core.zero.changes import Changes
+from nbaccel.core.zero.fitness import refuse_unfit, unfit, widened
 from nbaccel.core.zero.flat import part_of, write_part
 from nbaccel.core.zero.library import import_deepspeed
 from nbaccel.core.zero.nvme import claim_folder, places
@@ -42,6 +44,12 @@ from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
 __all__ = ["Zero", "unfit"]
+
+_WENT_BACK_TWICE = (
+    "a second backward through the graph that retain_graph=True kept failed on rank {rank}: stage 3 of ZeRO keeps a "
+    "parameter until the first one has passed it. Add the losses, backward(first + second), run the forward again, or "
+    "use stage 2"
+)
 
 
 @final
@@ -75,6 +83,10 @@ class Zero(Strategy):
         """The parameters of each group of the optimizer, by the names of the user's model."""
         self._refusing: Any = None
         """The hook on the model that refuses `load_state_dict`."""
+        self._changes: Changes | None = None
+        """What the loop does to the engine's parameters beside stepping them."""
+        self._retained = False
+        """Whether the last backward kept its graph for another one."""
 
     @property
     def data_axis(self) -> DataAxis:
@@ -116,7 +128,8 @@ class Zero(Strategy):
             write_part(named[name], part, None)
         if self._precision.dtype is not None:
             _compute_in(self._engine, self._precision.dtype)
-        return self._engine, [ZeroStep(optimizer, self._engine)]
+        self._changes = Changes(self._engine.optimizer, module)
+        return self._engine, [ZeroStep(optimizer, self._engine, self._changes)]
 
     def _fill(
         self,
@@ -176,11 +189,15 @@ class Zero(Strategy):
     def _checked(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         if self._engine is not None:
             raise ConfigError(
-                "strategy 'deepspeed' trains one model: give both to one module, or use strategy 'fsdp'"
+                "strategy 'deepspeed' trains one model: put both into one module whose forward calls them, or use "
+                "strategy 'fsdp', or 'ddp' where they share parameters"
             )
         if reason := unfit(optimizers, self._options):
             raise ConfigError(reason)
-        refuse_unfit(module, optimizers[0], stage=self._stage, dtype=self._precision.dtype)
+        kinds: dict[str, Any] = {"stage": self._stage, "dtype": self._precision.dtype}
+        refuse_unfit(module, optimizers[0], **kinds)
+        if self._world.is_main and (told := widened(module, **kinds)):
+            warnings.warn(told, stacklevel=7)
         return optimizers
 
     def _configured(self, module: nn.Module) -> dict[str, Any]:
@@ -214,7 +231,7 @@ class Zero(Strategy):
             self._engine.destroy()
         if self._refusing is not None:
             self._refusing.remove()
-        self._engine = self._refusing = None
+        self._engine = self._refusing = self._changes = None
         self._names = []
 
     def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
@@ -260,8 +277,15 @@ class Zero(Strategy):
             return
         if options.keys() - {"retain_graph"}:
             raise ConfigError(f"backward({', '.join(options)}) cannot go with strategy 'deepspeed'")
-        gradients.forget_norm(self._engine.optimizer)
-        self._engine.backward(loss, **options)
+        zero = self._zero
+        again, self._retained = self._retained, bool(options.get("retain_graph"))
+        try:
+            with nullcontext() if zero is None else gradients.added_up(zero):
+                self._engine.backward(loss, **options)
+        except RuntimeError as error:
+            if again and self._stage == 3:
+                raise ConfigError(_WENT_BACK_TWICE.format(rank=self._world.rank)) from error
+            raise
 
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
         zero = self._zero
@@ -289,6 +313,9 @@ class Zero(Strategy):
         before: Tensor = norm.float().cpu() / float(zero.loss_scale)
         return before
 
+    def left_step_out(self, optimizer: Optimizer) -> bool:
+        return isinstance(optimizer, ZeroStep) and optimizer.step_was_skipped
+
     def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
         zero = self._zero
         if zero is None:
@@ -307,18 +334,22 @@ class Zero(Strategy):
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         if module is not self._engine:
             return module.state_dict()
+        if self._changes is not None:
+            self._changes.take_over()
         return whole_state_dict(self.unwrap(module), keep=self._world.is_main or not rank_zero_only)
 
     def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        if self._zero is None or module is not self._engine:
+        if self._changes is None or module is not self._engine:
             load_module(self.unwrap(module), folder, strict=strict)
         else:
             load_weights(self.unwrap(module), folder, strict=strict)
+            self._changes.note()
 
     def model_state(self, module: nn.Module) -> Sharded:
-        zero = self._zero
         inner = self.unwrap(module)
-        return ModelState(inner) if zero is None or module is not self._engine else ZeroModelState(inner)
+        if self._changes is None or module is not self._engine:
+            return ModelState(inner)
+        return ZeroModelState(inner, self._changes)
 
     def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Sharded:
         if isinstance(optimizer, ZeroStep):

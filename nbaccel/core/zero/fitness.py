@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
 
-__all__ = ["refuse_unfit", "unfit"]
+__all__ = ["refuse_unfit", "unfit", "widened"]
 
 _ELEMENTWISE = (
     *("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"),
     *("Lion", "FusedAdam", "DeepSpeedCPUAdam", "FusedLion", "DeepSpeedCPULion"),
 )
 """Optimizers that treat each number by itself; ZeRO gives them flat pieces, not the parameters' shapes."""
+
+_NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def unfit(optimizers: Sequence[Optimizer], options: DeepSpeed) -> str:
@@ -54,7 +56,6 @@ def refuse_unfit(module: nn.Module, optimizer: Optimizer, *, stage: int, dtype: 
         ConfigError: one of them does not fit; what to do instead is said.
     """
     _refuse_module(module, stage, dtype)
-    _refuse_groups(module, optimizer, stage)
     kinds = {p.dtype: name for name, p in module.named_parameters() if p.requires_grad}
     if dtype is not None:
         kinds = {kind: name for kind, name in kinds.items() if not kind.is_floating_point} or {dtype: ""}
@@ -62,8 +63,25 @@ def refuse_unfit(module: nn.Module, optimizer: Optimizer, *, stage: int, dtype: 
         said = " and ".join(f"{name} is {kind}" for kind, name in list(kinds.items())[:2])
         raise ConfigError(
             f"{said}, and stage 3 of ZeRO keeps all parameters in one memory: give them one type (model.float()), or "
-            "use stage 2, or strategy 'ddp'"
+            "use stage 2 with a group of the optimizer for each, or strategy 'ddp'"
         )
+    _refuse_groups(module, optimizer, stage, dtype)
+
+
+def widened(module: nn.Module, *, stage: int, dtype: torch.dtype | None) -> str:
+    """What to know of a model that is narrower than its mixed precision; empty if it is not.
+
+    Args:
+        dtype: what the mixed precision computes in; None for float32.
+    """
+    narrow = next((p.dtype for p in module.parameters() if p.requires_grad and p.dtype in _NARROW), None)
+    if not stage or dtype is not None or narrow is None:
+        return ""
+    return (
+        f"parameters of the model are {narrow}, and mixed_precision is 'no': ZeRO computes in that type and steps a "
+        "float32 copy, which get_state_dict and checkpoints hold. Ask for mixed_precision="
+        f"'{_NARROW[narrow]}', which sums gradients up in float32 too, or train model.float()"
+    )
 
 
 def _refuse_module(module: nn.Module, stage: int, dtype: torch.dtype | None) -> None:
@@ -88,6 +106,13 @@ def _refuse_module(module: nn.Module, stage: int, dtype: torch.dtype | None) -> 
                 f"the model was built under zero.Init, in shards, which stage {stage} of ZeRO does not have; ask "
                 "for DeepSpeed(stage=3), or build it without"
             )
+    for name, one in module.named_modules() if stage else ():
+        weight = one._parameters.get("weight")
+        if getattr(one, "sparse", False) is True and weight is not None and weight.requires_grad:
+            raise ConfigError(
+                f"{name or 'the model'} is an {type(one).__name__}(sparse=True), whose sparse gradient ZeRO cannot "
+                "divide: make it with sparse=False, or use strategy 'ddp'"
+            )
     norms = [f"{name} is a {type(one).__name__}" for name, one in module.named_modules() if _keeps(one)]
     if norms and stage and dtype is not None:
         raise ConfigError(
@@ -101,7 +126,7 @@ def _keeps(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def _refuse_groups(module: nn.Module, optimizer: Optimizer, stage: int) -> None:
+def _refuse_groups(module: nn.Module, optimizer: Optimizer, stage: int, dtype: torch.dtype | None) -> None:
     own = {id(parameter) for parameter in module.parameters()}
     for number, group in enumerate(optimizer.param_groups):
         if stage and not any(parameter.requires_grad for parameter in group["params"]):
@@ -109,8 +134,16 @@ def _refuse_groups(module: nn.Module, optimizer: Optimizer, stage: int) -> None:
                 f"nothing in group {number} of the optimizer learns, which DeepSpeed 0.19.8 does not expect; leave "
                 "the group out, or use strategy 'fsdp'"
             )
+        kinds = {parameter.dtype for parameter in group["params"] if parameter.requires_grad}
+        if stage and dtype is None and len(kinds) > 1:
+            raise ConfigError(
+                f"parameters of group {number} of the optimizer are {' and '.join(sorted(map(str, kinds)))}, and ZeRO "
+                "keeps a group in one memory, in the wider type: give them one type (model.float()), groups of their "
+                "own, or use strategy 'ddp'"
+            )
         if any(id(parameter) not in own for parameter in group["params"]):
             raise ConfigError(
                 f"group {number} of the optimizer has parameters that are not the model's, and ZeRO trains one model: "
-                "put the models into one module (nn.ModuleDict), or use strategy 'fsdp'"
+                "put the models into one module whose forward calls them, or use strategy 'fsdp', or 'ddp' where they "
+                "share parameters"
             )

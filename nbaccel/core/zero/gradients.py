@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,19 +13,24 @@ from nbaccel.core.zero.flat import flats
 from nbaccel.core.zero.swapping import gradients_in_memory
 from nbaccel.errors import ConfigError
 
-__all__ = ["clear", "clip_values", "drop", "forget_norm", "norm_for_step", "scale"]
+__all__ = ["added_up", "clear", "clip_values", "drop", "forget_norm", "norm_for_step", "scale"]
 
 _NORMS = ("_get_norm_groups", "scaled_global_norm")
 """DeepSpeed's methods: of stage 3, which gives one norm for each sub-group; of stages 1 and 2."""
 
 
 def norm_for_step(zero: Any) -> Tensor:
-    """The norm of all gradients, still scaled; the step that follows would compute it once more, and is given it."""
+    """The norm of all gradients, still scaled; it is not finite where one of them is not.
+
+    The step that follows would compute it once more, and is given it.
+    """
     name = next(name for name in _NORMS if hasattr(zero, name))
     found = getattr(zero, name)()
     setattr(zero, name, lambda: found)
     parts = found if isinstance(found, (list, tuple)) else [found]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(part) for part in parts]))
+    norms = torch.stack([torch.as_tensor(part) for part in parts])
+    norms = norms.where(norms >= 0, torch.nan)  # DeepSpeed says -1 of what is not finite
+    norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
 
 
@@ -31,6 +38,55 @@ def forget_norm(zero: Any) -> None:
     """Gradients are others now: DeepSpeed computes their norm itself."""
     for name in _NORMS:
         vars(zero).pop(name, None)
+
+
+@contextmanager
+def added_up(zero: Any) -> Iterator[None]:
+    """Around a backward: its gradients are added to those that are there, as `.grad` adds them.
+
+    DeepSpeed adds up before the end of a window only. At the end a second backward would put its gradients in the
+    place of the first one's in stages 1 and 2; in stage 3 so would one that no forward goes before.
+    """
+    forget_norm(zero)
+    zero.clear_backward_seen_flag()  # as a forward does: what follows is a micro-step of its own
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        yield
+        return
+    apart = [n for n in zero.averaged_gradients if not zero._use_compact_grad_partition_buffer(n)]
+    kept = {number: zero.averaged_gradients[number] for number in apart}
+    zero.averaged_gradients |= dict.fromkeys(apart)
+    with _added_up_beside_parameters(zero):
+        yield
+    for number, gradients in kept.items():
+        if gradients is not None:
+            for gradient, new in zip(gradients, zero.averaged_gradients[number] or (), strict=False):
+                gradient.add_(new)
+            zero.averaged_gradients[number] = gradients
+
+
+@contextmanager
+def _added_up_beside_parameters(zero: Any) -> Iterator[None]:
+    """The same under offload, where the end of a window copies gradients to the float32 parameters."""
+    if not _offloads(zero):
+        yield
+        return
+    groups = [flat.tensor.grad for flat in flats(zero)]
+    names = {
+        name: zero.grad_position[name]
+        for name in zero.norm_for_param_grads
+        if not zero._use_compact_grad_partition_buffer(zero.grad_position[name][0])
+    }
+    kept = {number: groups[number].clone() for number, *_ in names.values()}
+    for number in kept:
+        groups[number].zero_()  # else what this backward does not use would be counted twice
+    yield
+    if zero.is_gradient_accumulation_boundary():
+        # Else the next one would add gradients that wait in main memory since another window.
+        zero.micro_step_id = -1
+    for number, gradients in kept.items():
+        groups[number].add_(gradients)
+    for name, (number, _, start, count) in names.items():
+        zero.norm_for_param_grads[name] = groups[number].narrow(0, start, count).norm(2)
 
 
 @torch.no_grad()

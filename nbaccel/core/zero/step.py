@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from nbaccel.core.inner_optimizer import InnerOptimizer
 from nbaccel.core.zero import gradients
+from nbaccel.core.zero.changes import Changes
 from nbaccel.errors import ConfigError
 
 __all__ = ["ZeroStep"]
@@ -18,8 +19,8 @@ __all__ = ["ZeroStep"]
 class ZeroStep(InnerOptimizer):
     """The user's optimizer, stepped by the engine."""
 
-    def __init__(self, optimizer: Optimizer, engine: Any) -> None:
-        self.optimizer, self._engine = optimizer, engine
+    def __init__(self, optimizer: Optimizer, engine: Any, changes: Changes) -> None:
+        self.optimizer, self._engine, self._changes = optimizer, engine, changes
         # Its own: stage 3 steps the user's optimizer once for each sub-group.
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -30,7 +31,9 @@ class ZeroStep(InnerOptimizer):
             raise ConfigError("an optimizer's closure cannot go with strategy 'deepspeed'")
         for hook in self._optimizer_step_pre_hooks.values():
             hook(self, (), {})
+        self._changes.take_over()
         self._engine.step()
+        self._changes.stepped()
         self._engine.optimizer.clip_grad = 0.0
         gradients.forget_norm(self._engine.optimizer)
         gradients.clear(self._engine.optimizer)
@@ -39,7 +42,7 @@ class ZeroStep(InnerOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether fp16 gradients overflowed and DeepSpeed left the step out."""
+        """Whether some gradient was not finite, by fp16's overflow or else, and DeepSpeed left the step out."""
         return not self._engine.was_step_applied()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

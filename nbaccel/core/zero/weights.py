@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nbaccel.core.checkpoint import Entries, Saved
 from nbaccel.core.checkpoint.modules import differences
 from nbaccel.core.load_model import find_weights, tied_names
+from nbaccel.core.zero.changes import Changes
 from nbaccel.core.zero.flat import part_of, whole_shape, write_part
 from nbaccel.core.zero.swapping import is_on_disk, rewrite
 from nbaccel.errors import CheckpointError
@@ -56,10 +57,11 @@ def load_weights(module: nn.Module, folder: str | Path, *, strict: bool) -> None
 class ZeroModelState:
     """A module whose parameters a ZeRO optimizer holds."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, changes: Changes) -> None:
+        self._module, self._changes = module, changes
 
     def entries(self) -> Entries:
+        self._changes.take_over()
         state = whole_state_dict(self._module)
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         named = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
@@ -88,6 +90,7 @@ class ZeroModelState:
         state = self._module.state_dict(keep_vars=True)
         for name, value in tensors.items():
             _write(state[name], value)
+        self._changes.note()
 
 
 def _write(current: Tensor, value: Tensor) -> None:

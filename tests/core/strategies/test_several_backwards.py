@@ -1,0 +1,100 @@
+"""Several backwards before a step: their gradients add up, wherever ZeRO keeps them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from nbaccel import DeepSpeed
+from tests.conftest import needs
+
+pytestmark = [pytest.mark.timeout(300), needs("deepspeed")]
+
+WAYS = ("one forward", "two forwards", "by hand", "in a window", "one branch")
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 5), nn.Linear(3, 5)
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x: torch.Tensor, only: str = "") -> torch.Tensor:
+        branches = [getattr(self, only)] if only else [self.left, self.right]
+        return self.head(torch.tanh(sum(branch(x) for branch in branches)))
+
+
+def trained(
+    strategies: list[object], precision: str = "no", ways: tuple[str, ...] = WAYS
+) -> list[dict[str, list[float]]]:
+    """The norms and weights after two steps in each of the ways, under each strategy."""
+    from nbaccel.core import Accelerator
+
+    found = []
+    for strategy in strategies:
+        values: dict[str, list[float]] = {}
+        for way in ways:
+            length = 2 if way == "in a window" else 1
+            acc = Accelerator(
+                cpu=True, strategy=strategy, gradient_accumulation_steps=length, mixed_precision=precision
+            )
+            torch.manual_seed(7)
+            model = Branches()
+            model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+            generator = torch.Generator().manual_seed(1)
+            norms = []
+            for micro in range(2 * (2 if way in ("by hand", "in a window") else 1)):
+                batch = torch.randn(4, 3, generator=generator)[acc.process_index :: acc.num_processes]
+                with acc.accumulate(model):
+                    backwards(acc, model, batch, way)
+                    if way == "by hand" and micro % 2 == 0:
+                        continue
+                    norm = acc.clip_grad_norm_(model.parameters(), 1.0)
+                    if norm is not None:
+                        norms.append(float(norm))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            values[f"{way}: norms"] = norms
+            for name, value in acc.get_state_dict(model).items():
+                values[f"{way}: {name}"] = value.float().flatten().tolist()
+        found.append(values)
+    return found
+
+
+def backwards(acc, model, batch: torch.Tensor, way: str) -> None:
+    if way == "by hand":
+        acc.backward(model(batch).square().mean())
+    elif way == "one forward":
+        output = model(batch)
+        acc.backward(output.square().mean(), retain_graph=True)
+        acc.backward(output.exp().mean())
+    elif way == "two forwards":
+        losses = [model(batch).square().mean(), model(2 * batch).exp().mean()]
+        for loss in losses:
+            acc.backward(loss)
+    else:
+        acc.backward(model(batch).square().mean())
+        acc.backward(model(2 * batch, "left" if way == "one branch" else "").exp().mean())
+
+
+def under_zero() -> tuple[list[dict[str, list[float]]], list[dict[str, list[float]]], str]:
+    """In float32; in bf16; and what stage 3 says of the one way that it does not go."""
+    from nbaccel.errors import ConfigError
+
+    asked = [DeepSpeed(stage=1), DeepSpeed(stage=2), DeepSpeed(stage=2, offload_optimizer="cpu")]
+    found = trained(asked)
+    found += trained([DeepSpeed(stage=3), DeepSpeed(stage=3, offload_optimizer="cpu")], ways=WAYS[1:])
+    with pytest.raises(ConfigError) as refused:
+        trained([DeepSpeed(stage=3)], ways=WAYS[:1])
+    return found, trained(asked[:2], "bf16"), str(refused.value)
+
+
+def test_gradients_when_there_are_several_backwards_before_a_step_add_up() -> None:
+    ((alone,),) = run_ranks(trained, ["single"], num_processes=1)
+    for rank, (in_float32, in_bf16, said) in enumerate(run_ranks(under_zero)):
+        for found, tolerance in [*((one, 1e-5) for one in in_float32), *((one, 0.02) for one in in_bf16)]:
+            assert found == {name: pytest.approx(alone[name], abs=tolerance) for name in found}
+        assert f"retain_graph=True kept failed on rank {rank}" in said
+        assert "backward(first + second)" in said
