@@ -21,11 +21,15 @@ class Sideline:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        self.started = 0
+
+    @property
+    def started(self) -> int:
+        """Operations this rank has begun on the group's present connection: a session may have put another in its
+        place, where ranks were freed from an interrupted step, and what was under way has failed then."""
+        return int(self._group._get_backend(torch.device("cpu"))._get_sequence_number_for_group())
 
     def start_max(self, numbers: torch.Tensor) -> dist.Work:
         """Begins to replace `numbers` (on the CPU) by their maxima over the ranks."""
-        self.started += 1
         work: dist.Work | None = dist.all_reduce(
             numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
@@ -34,14 +38,12 @@ class Sideline:
 
     def start_gather(self, table: torch.Tensor, mine: torch.Tensor) -> dist.Work:
         """Begins to fill `table` [ranks, n] with every rank's `mine` [n]."""
-        self.started += 1
         work: dist.Work | None = dist.all_gather(list(table.unbind()), mine, group=self._group, async_op=True)
         assert work is not None
         return work
 
     def share(self, value: Any) -> Any:
         """Rank 0's object on every rank; waits for all of them."""
-        self.started += 1
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]

@@ -93,6 +93,8 @@ class Control:
         self._travelling: list[tuple[str, Any]] = []
         self._deaf_until = 0.0
         self._work: dist.Work | None = None
+        self._begun = 0
+        """Of the line, with `_work`."""
         self._flags = torch.zeros(_FLAGS, dtype=torch.float64)
         self._due = self._ticks = 0
         self._started_at, self._started_tick = now, 0
@@ -147,8 +149,7 @@ class Control:
             self._want_save = True
 
     def _exchange(self, line: Sideline, step: int, length: int) -> None:
-        if self._work is not None:
-            self._work.wait()
+        if self._work is not None and self._is_told(line, self._work):
             stop, save, seconds, turned, longest, shortest = self._flags.tolist()
             if longest + shortest > 0:
                 self._work = None
@@ -175,3 +176,14 @@ class Control:
         wanted = [self._want_stop, self._want_save, pace, bool(self._travelling), length, -length]
         self._flags = torch.tensor(wanted, dtype=torch.float64)
         self._work = line.start_max(self._flags)
+        self._begun = line.started
+
+    def _is_told(self, line: Sideline, work: dist.Work) -> bool:
+        """Waits for what the ranks told one another; False where it was lost with the connection."""
+        try:
+            work.wait()
+        except RuntimeError:
+            if line.started >= self._begun:
+                raise
+            return False
+        return True
