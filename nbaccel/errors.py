@@ -89,11 +89,11 @@ class WorkerError(NbaccelError, RuntimeError):
         return list(self.rendered) or str(self).splitlines()
 
 
-class RunTimeout(NbaccelError, TimeoutError):
-    """The run was ended because it took longer than `max_time`.
+class _EndedEarlyError(NbaccelError):
+    """A run was ended before its ranks had returned.
 
     Args:
-        results: what the ranks had returned, in rank order; None for those that had not.
+        results: what some had returned all the same, in rank order; None for the others.
     """
 
     def __init__(self, message: str, *, results: Sequence[Any] = ()) -> None:
@@ -101,17 +101,15 @@ class RunTimeout(NbaccelError, TimeoutError):
         self.results = results
 
 
-class RunInterrupted(NbaccelError, RuntimeError):
-    """A run was interrupted or killed while a task awaited it; `Run.result` raises KeyboardInterrupt for the same,
-    which would end the event loop, and with it a notebook's kernel.
+class RunTimeout(_EndedEarlyError, TimeoutError):
+    """The run was ended because it took longer than `max_time`; `results` are what ranks had returned."""
 
-    Args:
-        results: what the ranks had returned, in rank order; None for those that had not.
+
+class RunInterrupted(_EndedEarlyError, RuntimeError):
+    """A run was interrupted or killed while a task awaited it; `results` are what ranks had returned.
+
+    `Run.result` raises KeyboardInterrupt for the same, which would end the event loop, and with it a notebook's kernel.
     """
-
-    def __init__(self, message: str, *, results: Sequence[Any] = ()) -> None:
-        super().__init__(message)
-        self.results = results
 
 
 class CollectiveMismatch(NbaccelError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,11 @@ def session(warm: None) -> Iterator[Session]:
     with Session(3, device="cpu", grace=2.0) as started:
         started.execute("import os, signal, time, torch\ntorch.set_num_threads(1)")
         yield started
+
+
+def word_has_come() -> bool | None:
+    word = sys.modules["__main__"].__dict__["word"]
+    return None if word is None else bool(word.wait())
 
 
 def pid() -> int:
@@ -358,6 +364,19 @@ def test_group_is_made_again_when_a_rank_fails_behind_others_after_an_interrupt(
         session.execute("if rank == 1: 1/0\nwork = dist.all_reduce(torch.ones(1), async_op=True)")
     assert session.submit(mean_of_ranks).result(timeout=20) == [1.0, 1.0, 1.0]
     session.execute("work = None")
+
+
+def test_word_that_is_lost_with_its_connection_is_told_again(session: Session) -> None:
+    session.execute("from nbaccel.core.comm.sideline import Sideline\nline = Sideline()")
+    session.execute("word = line.start_max(torch.zeros(1)) if rank == 0 else None")
+    press_after(0.4)
+    with pytest.raises(KeyboardInterrupt, match="rank 0 waited in barrier"):
+        session.execute("if rank == 0: dist.barrier()\nelse: time.sleep(60)")
+    assert session.run(word_has_come) == [False, None, None]
+    session.execute("numbers = torch.tensor([rank])\nword = line.start_max(numbers)")
+    assert session.run(word_has_come) == [True, True, True]
+    assert session.pull("numbers") == [2, 2, 2]
+    session.execute("del word, line, numbers")
 
 
 def test_ranks_come_back_when_interrupted_twice_in_a_row(session: Session) -> None:

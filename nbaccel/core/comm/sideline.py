@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 
-__all__ = ["Sideline"]
+__all__ = ["Sideline", "Word"]
 
 _TIMEOUT = timedelta(days=7)
 """Whoever is late is named by the session's hang detector, not by a timeout."""
@@ -24,26 +24,47 @@ class Sideline:
 
     @property
     def started(self) -> int:
-        """Operations this rank has begun on the group's present connection: a session may have put another in its
-        place, where ranks were freed from an interrupted step, and what was under way has failed then."""
+        """Operations this rank has begun on the group's present connection: a session puts another in its place where
+        it frees ranks from an interrupted step."""
         return int(self._group._get_backend(torch.device("cpu"))._get_sequence_number_for_group())
 
-    def start_max(self, numbers: torch.Tensor) -> dist.Work:
+    def start_max(self, numbers: torch.Tensor) -> Word:
         """Begins to replace `numbers` (on the CPU) by their maxima over the ranks."""
-        work: dist.Work | None = dist.all_reduce(
-            numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True
-        )
-        assert work is not None  # this rank is in the group
-        return work
+        return Word(self, dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
 
-    def start_gather(self, table: torch.Tensor, mine: torch.Tensor) -> dist.Work:
+    def start_gather(self, table: torch.Tensor, mine: torch.Tensor) -> Word:
         """Begins to fill `table` [ranks, n] with every rank's `mine` [n]."""
-        work: dist.Work | None = dist.all_gather(list(table.unbind()), mine, group=self._group, async_op=True)
-        assert work is not None
-        return work
+        return Word(self, dist.all_gather(list(table.unbind()), mine, group=self._group, async_op=True))
 
     def share(self, value: Any) -> Any:
         """Rank 0's object on every rank; waits for all of them."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+
+@final
+class Word:
+    """What the ranks are telling one another."""
+
+    def __init__(self, line: Sideline, work: dist.Work | None) -> None:
+        assert work is not None  # this rank is in the group
+        self._line, self._work, self._begun = line, work, line.started
+
+    def has_come(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._work.is_completed()
+
+    def wait(self) -> bool:
+        """Waits for it; False where it was lost with a connection that has been replaced since.
+
+        Raises:
+            RuntimeError: another rank is gone.
+        """
+        try:
+            self._work.wait()
+        except RuntimeError:
+            if self._line.started >= self._begun:
+                raise
+            return False
+        return True

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from nbaccel.core.comm.frames import exchange_objects
-from nbaccel.core.comm.sideline import Sideline
+from nbaccel.core.comm.sideline import Sideline, Word
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import World
 from nbaccel.errors import TrustError
@@ -92,9 +92,7 @@ class Control:
         self._turned: list[tuple[str, Any]] = []
         self._travelling: list[tuple[str, Any]] = []
         self._deaf_until = 0.0
-        self._work: dist.Work | None = None
-        self._begun = 0
-        """Of the line, with `_work`."""
+        self._word: Word | None = None
         self._flags = torch.zeros(_FLAGS, dtype=torch.float64)
         self._due = self._ticks = 0
         self._started_at, self._started_tick = now, 0
@@ -149,10 +147,12 @@ class Control:
             self._want_save = True
 
     def _exchange(self, line: Sideline, step: int, length: int) -> None:
-        if self._work is not None and self._is_told(line, self._work):
+        if self._word is not None and not self._word.wait():
+            self._turned[:0] = self._travelling  # to be told again
+        elif self._word is not None:
             stop, save, seconds, turned, longest, shortest = self._flags.tolist()
             if longest + shortest > 0:
-                self._work = None
+                self._word = None
                 raise TrustError(
                     f"the data set that is trained on has grown or shrunk on some ranks only: on rank {self._rank} it "
                     f"{f'has {length} samples' if length else 'is as it was prepared'}. The ranks divide it, so "
@@ -167,7 +167,7 @@ class Control:
                 self._knobs.turn(line.share(self._travelling), step)
             self._due = self._ticks + max(1, min(_MOST_STEPS, int(_INTERVAL / max(seconds, 1e-9))))
         if self.stopping:
-            self._work = None
+            self._word = None
             return
         now = time.monotonic()
         pace = (now - self._started_at) / max(1, self._ticks - self._started_tick)
@@ -175,15 +175,4 @@ class Control:
         self._travelling, self._turned = self._turned, []
         wanted = [self._want_stop, self._want_save, pace, bool(self._travelling), length, -length]
         self._flags = torch.tensor(wanted, dtype=torch.float64)
-        self._work = line.start_max(self._flags)
-        self._begun = line.started
-
-    def _is_told(self, line: Sideline, work: dist.Work) -> bool:
-        """Waits for what the ranks told one another; False where it was lost with the connection."""
-        try:
-            work.wait()
-        except RuntimeError:
-            if line.started >= self._begun:
-                raise
-            return False
-        return True
+        self._word = line.start_max(self._flags)

@@ -13,11 +13,10 @@ from typing import Any, final
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nbaccel.core.comm.collectives import gather_object
-from nbaccel.core.comm.sideline import Sideline
+from nbaccel.core.comm.sideline import Sideline, Word
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.findings import (
     Facts,
@@ -286,7 +285,7 @@ class _BatchCounts:
         self._line = Sideline()
         self._loader: ShardedLoader | None = None
         self._taken: dict[ShardedLoader, int] = {}
-        self._said: tuple[dist.Work, Tensor] | None = None
+        self._said: tuple[Word, Tensor] | None = None
         self._open = True
 
     @property
@@ -328,11 +327,13 @@ class _BatchCounts:
             self._open = False
 
     def _look(self, *, wait: bool) -> None:
-        if self._said is None or not (wait or self._said[0].is_completed()):
+        if self._said is None or not (wait or self._said[0].has_come()):
             return
-        work, table = self._said
-        work.wait()
+        word, table = self._said
+        come = word.wait()
         self._said = None
+        if not come:
+            return
         rows = [tuple(row) for row in table.tolist()]
         if len(set(rows)) > 1:
             words = ("goes on", "is at the end", "has left the loop")
