@@ -8,12 +8,12 @@ environment variable `RUN_CONFIG_VARIABLE`. This module reads no environment its
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from nbaccel.checks import did_you_mean, which_there_are
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import (
@@ -252,9 +252,7 @@ class RunConfig:
         if word in elsewhere:
             raise ConfigError(f"{self._where(name)} is {value!r}: {elsewhere[word]}")
         if value not in choices:
-            close = difflib.get_close_matches(word, choices, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            allowed = ", ".join(map(repr, choices))
+            allowed, hint = ", ".join(map(repr, choices)), did_you_mean(word, choices)
             raise ConfigError(f"{self._where(name)} is {value!r}; it must be one of {allowed}.{hint}")
 
     def to_json(self) -> str:
@@ -281,7 +279,7 @@ class RunConfig:
         values = {**values, **_expanded(values, place)}
         for key in values:
             if key not in known:
-                hint = _nearest(key, known - {"sources"})
+                hint = which_there_are(key, known - {"sources"})
                 raise ConfigError(f"unknown option {key!r}{f' in {place}' if place else ''}{hint}")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(plain.get("collective_timeout"), str):
@@ -365,11 +363,6 @@ def duration_seconds(text: str | float, *, what: str = "duration") -> float:
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*", "", str(text)).strip():
         raise ConfigError(f"{what} is {text!r}: write it like '90s', '15min' or '11h30m'")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-def _nearest(name: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f". There are {', '.join(sorted(known))}."
 
 
 def _is_count(value: object) -> bool:

@@ -11,12 +11,11 @@ and in YAML `strategy: fsdp` with `fsdp: {wrap: LlamaDecoderLayer}` beside it. N
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
+from nbaccel.checks import check_types, choice, count, which_there_are
 from nbaccel.errors import ConfigError
 
 __all__ = [
@@ -75,11 +74,11 @@ class DDPOptions:
     """Optimizer steps before PowerSGD begins to compress."""
 
     def __post_init__(self) -> None:
-        _check_types("ddp", self)
+        check_types("ddp", self)
         if self.bucket_cap_mb is not None and not self.bucket_cap_mb >= 0:
             raise ConfigError(f"ddp: bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number, 0 or more")
-        _count("ddp: power_sgd_rank", self.power_sgd_rank, 1)
-        _count("ddp: power_sgd_start", self.power_sgd_start, 0)
+        count("ddp: power_sgd_rank", self.power_sgd_rank, 1)
+        count("ddp: power_sgd_start", self.power_sgd_start, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +103,7 @@ class TensorParallel:
         if isinstance(self.plan, Mapping):
             for name, style in self.plan.items():
                 if isinstance(style, str):
-                    _choice(f"tensor_parallel: the style of {name!r}", style, get_args(ParallelStyle))
+                    choice(f"tensor_parallel: the style of {name!r}", style, get_args(ParallelStyle))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +119,7 @@ class ContextParallel:
     """Ranks that share a sequence; 0: all of them."""
 
     def __post_init__(self) -> None:
-        _count("context_parallel: size", self.size, 0)
+        count("context_parallel: size", self.size, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +141,10 @@ class Pipeline:
     """Names of the layers that begin the second stage and later ones; None: stages of about as many parameters."""
 
     def __post_init__(self) -> None:
-        _check_types("pipeline", self)
-        _count("pipeline: size", self.size, 0)
+        check_types("pipeline", self)
+        count("pipeline: size", self.size, 0)
         if self.microbatches is not None:
-            _count("pipeline: microbatches", self.microbatches, 1)
+            count("pipeline: microbatches", self.microbatches, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +160,7 @@ class Megatron:
     """Neighbouring ranks that share one copy of the model; 0: all of them."""
 
     def __post_init__(self) -> None:
-        _count("megatron: size", self.size, 0)
+        count("megatron: size", self.size, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,9 +203,9 @@ class FSDP:
 
     def __post_init__(self) -> None:
         for name in ("forward_prefetch", "backward_prefetch"):
-            _count(f"fsdp: {name}", getattr(self, name), 0)
+            count(f"fsdp: {name}", getattr(self, name), 0)
         if self.shard_size is not None:
-            _count("fsdp: shard_size", self.shard_size, 1)
+            count("fsdp: shard_size", self.shard_size, 1)
             if self.sharding != "hybrid_shard":
                 raise ConfigError(
                     f"fsdp: shard_size belongs to sharding='hybrid_shard', not {self.sharding!r}"
@@ -223,9 +222,9 @@ class FSDP:
                     )
         reshard = self.reshard_after_forward
         if isinstance(reshard, int) and not isinstance(reshard, bool):
-            _count("fsdp: reshard_after_forward", reshard, 2)
+            count("fsdp: reshard_after_forward", reshard, 2)
         if isinstance(self.wrap, int):
-            _count("fsdp: wrap", self.wrap, 1)
+            count("fsdp: wrap", self.wrap, 1)
         elif not (isinstance(self.wrap, str) or callable(self.wrap)) and not (
             isinstance(self.wrap, Sequence)
             and self.wrap
@@ -235,7 +234,7 @@ class FSDP:
                 f"fsdp: wrap is {self.wrap!r}; it must be 'auto', 'none', a class or its name, a list of them, a "
                 "number of parameters or a function of a module"
             )
-        _check_types("fsdp", self)
+        check_types("fsdp", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +279,7 @@ class DeepSpeed:
     """Take optimizers of other classes than those known to treat each number by itself."""
 
     def __post_init__(self) -> None:
-        _check_types("deepspeed", self)
+        check_types("deepspeed", self)
         if self.offload_param is not None and self.stage != 3:
             raise ConfigError("deepspeed: offload_param needs stage=3, where parameters are sharded")
         if self.offload_optimizer == "nvme" and self.stage != 3:
@@ -289,7 +288,7 @@ class DeepSpeed:
             raise ConfigError("deepspeed: offloading to 'nvme' needs nvme_path, a folder on that disk")
         for name, least in _ZERO_SIZES.items():
             if getattr(self, name) is not None:
-                _count(f"deepspeed: {name}", getattr(self, name), least)
+                count(f"deepspeed: {name}", getattr(self, name), least)
         if (self.allgather_bucket_size or 0) % 2:
             raise ConfigError(
                 f"deepspeed: allgather_bucket_size is {self.allgather_bucket_size}; it must be an even number of "
@@ -364,9 +363,7 @@ def read_options(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f". There are {', '.join(sorted(known))}."
-            raise ConfigError(f"{where} has no option {name!r}{hint}")
+            raise ConfigError(f"{where} has no option {name!r}{which_there_are(name, known)}")
     try:
         return kind(**values)
     except ConfigError as error:
@@ -382,74 +379,3 @@ def _mapping(options: Any) -> dict[str, Any]:
         for field in dataclasses.fields(options)
         if getattr(options, field.name) != field.default
     }
-
-
-def _check_types(key: str, options: Any) -> None:
-    """That each option is of the type it is declared with; ranges are for the class itself to check."""
-    for name, kind in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if not _fits(value, kind):
-            choices = [one for part in _parts(kind) if get_origin(part) is Literal for one in get_args(part)]
-            if choices and not _in_words(kind):
-                _choice(f"{key}: {name}", value, choices)
-            *others, last = [*map(repr, choices), *_in_words(kind)]
-            wanted = f"{', '.join(others)} or {last}" if others else last
-            raise ConfigError(f"{key}: {name} is {value!r}; it must be {wanted}")
-
-
-def _parts(kind: Any) -> Iterator[Any]:
-    """The types of which a value may be one."""
-    if get_origin(kind) in (Union, UnionType):
-        for part in get_args(kind):
-            yield from _parts(part)
-    else:
-        yield kind
-
-
-def _fits(value: object, kind: Any) -> bool:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in inner)
-    if origin is Literal:  # True equals 1, and is none of 0, 1, 2
-        return not isinstance(value, bool) and any(
-            value == one and isinstance(value, type(one)) for one in inner
-        )
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if origin is Sequence:
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and all(_fits(one, inner[0]) for one in value)
-        )
-    return kind is Any or isinstance(value, origin or kind)
-
-
-def _in_words(kind: Any) -> list[str]:
-    """What a value of this type is called, but for choices."""
-    words: dict[Any, str] = {
-        bool: "true or false",
-        int: "an int",
-        float: "a number",
-        str: "text",
-        Sequence: "a list of names",
-        Mapping: "keys with values",
-        Callable: "a function",
-        type: "a class",
-        TensorParallel: "TensorParallel(...); in YAML, the key tensor_parallel beside this one",
-        ContextParallel: "ContextParallel(...); in YAML, the key context_parallel beside this one",
-    }
-    parts = (get_origin(part) or part for part in _parts(kind))
-    return [words[part] for part in parts if part not in (Literal, NoneType)]
-
-
-def _choice(what: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(str(value), map(str, choices), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, choices))}.{hint}")
-
-
-def _count(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{what} is {value!r}; it must be an int of at least {least}")

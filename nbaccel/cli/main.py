@@ -12,6 +12,7 @@ from typing import NoReturn, final
 import click
 
 from nbaccel import __version__
+from nbaccel.checks import did_you_mean
 from nbaccel.errors import LaunchError, NbaccelError
 
 __all__ = ["COMMANDS", "main"]
@@ -54,10 +55,7 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            import difflib
-
-            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(args[0], COMMANDS)
             if args[0].endswith((".py", ".ipynb")):
                 hint = f" To run a script: nbaccel launch {args[0]}"
             ctx.fail(f"there is no command {args[0]!r}.{hint}")

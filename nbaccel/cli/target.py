@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nbaccel.checks import nearest
 from nbaccel.cli.runs import read_json
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
@@ -171,9 +172,7 @@ def _hint(text: str) -> str:
         return f"; a module is run with -m {text}"
     folder = os.path.dirname(text) or "."
     try:
-        import difflib
-
-        close = difflib.get_close_matches(os.path.basename(text), os.listdir(folder), n=1)
+        close = nearest(os.path.basename(text), os.listdir(folder))
     except OSError:
         return f"; there is no folder {folder} either"
-    return f"; there is {os.path.join(os.path.dirname(text), close[0])}" if close else ""
+    return f"; there is {os.path.join(os.path.dirname(text), close)}" if close else ""

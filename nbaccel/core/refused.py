@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from nbaccel.checks import nearest
 from nbaccel.errors import ConfigError
 
 __all__ = ["ARGUMENTS", "ATTRIBUTES", "PARAMETERS", "explain", "refuse_arguments", "refuse_parameters"]
@@ -149,5 +149,5 @@ def _nearest(name: str) -> str:
 
     code = Accelerator.__init__.__code__
     known = code.co_varnames[1 : 1 + code.co_kwonlyargcount]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = nearest(name, known)
+    return f"; did you mean {close!r}?" if close else ""

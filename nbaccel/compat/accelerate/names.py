@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import dis
 import importlib
 import sys
@@ -13,6 +12,7 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
+from nbaccel.checks import nearest
 from nbaccel.compat.accelerate.refused import REFUSED
 
 __all__ = ["HOMES", "look_up"]
@@ -81,8 +81,8 @@ def look_up(module: str, name: str) -> Any:
 
 
 def _unknown(module: str, name: str) -> str:
-    close = difflib.get_close_matches(name, HOMES, n=1)
-    meant = f"did you mean {close[0]!r}? " if close else ""
+    close = nearest(name, HOMES)
+    meant = f"did you mean {close!r}? " if close else ""
     return f"module {module!r} has no {name!r}: {meant}docs/migration.md lists what there is"
 
 
