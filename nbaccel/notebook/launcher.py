@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +19,15 @@ from nbaccel.notebook.past import runs
 from nbaccel.notebook.session import Session
 from nbaccel.notebook.streams import Streams, say
 from nbaccel.parallel import StrategyLike
-from nbaccel.session.facts import run_facts
 from nbaccel.session.inplace import asked_here, only_rank
 from nbaccel.session.interrupts import Presses
+from nbaccel.session.record import record
 from nbaccel.session.reopen import PastRun
 from nbaccel.session.request import Configuration, Request, make_folder, make_request, make_task
 from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results
 from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
-from nbaccel.session.sinks.base import Sink
-from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.sinks.text import Mode
 
 __all__ = ["last_run", "launch", "notebook_launcher", "own_last_run"]
@@ -251,19 +248,22 @@ def _start(request: Request) -> Run:
         made=made,
         label=cell_label,
     )
-    sinks: list[Sink] = [*front.sinks]
-    if folder is not None:
-        task = request.task
-        facts = run_facts(task.function, task.name, cell_source(), plan, environment, task.args, task.kwargs)
-        asked = json.loads(request.config.to_json())
-        sinks.append(FolderSink(folder, config=asked, run=facts, report=front.say))
+    kept = record(
+        folder,
+        request.task,
+        config=request.config,
+        plan=plan,
+        environment=environment,
+        cell=cell_source(),
+        report=front.say,
+    )
     run = start_run(
         request.task,
         config=request.config,
         plan=plan,
         limits=request.limits,
         env=request.env,
-        sinks=sinks,
+        sinks=[*front.sinks, *kept],
         folder=folder,
         say=front.say,
         label=cell_label,

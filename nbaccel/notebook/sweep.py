@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 import time
@@ -14,16 +13,14 @@ from nbaccel.errors import ConfigError
 from nbaccel.notebook.cell import Bundle, Cell
 from nbaccel.notebook.kernel import cell_label, cell_source, culprit
 from nbaccel.notebook.tap import Ear, listen
-from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.trials import paint_html, paint_text
 from nbaccel.session.prompts import Prompts
+from nbaccel.session.record import record
 from nbaccel.session.request import Request, make_folder, make_request, make_task
 from nbaccel.session.resolve import Plan
 from nbaccel.session.run import Run
 from nbaccel.session.session import start_run
-from nbaccel.session.sinks.base import Sink
-from nbaccel.session.sinks.folder import FolderSink
 from nbaccel.session.trials import Sweep, SweepInterrupted, SweepResults, Trial, expand, places
 from nbaccel.wire.events import Request as RankRequest
 
@@ -133,21 +130,23 @@ def _start(request: Request, source: str | None) -> Run:
         for run in made:
             run.tell(rank, RankRequest(kind="input", name=id, value=answer))
 
-    sinks: list[Sink] = [Prompts(refuse, interrupt=lambda: None, can_ask=False, num_ranks=1, say=_say)]
-    if folder is not None:
-        task = request.task
-        facts = run_facts(
-            task.function, task.name, source, request.plan, request.environment, task.args, task.kwargs
-        )
-        asked = json.loads(request.config.to_json())
-        sinks.append(FolderSink(folder, config=asked, run=facts, report=_say))
+    prompts = Prompts(refuse, interrupt=lambda: None, can_ask=False, num_ranks=1, say=_say)
+    kept = record(
+        folder,
+        request.task,
+        config=request.config,
+        plan=request.plan,
+        environment=request.environment,
+        cell=source,
+        report=_say,
+    )
     run = start_run(
         request.task,
         config=request.config,
         plan=request.plan,
         limits=request.limits,
         env=request.env,
-        sinks=sinks,
+        sinks=[prompts, *kept],
         folder=folder,
         say=_say,
         label=cell_label,
@@ -174,8 +173,8 @@ def _view(sweep: Sweep, name: str, request: Request, dashboard: Literal["auto"] 
         from IPython import get_ipython
 
         shell = get_ipython()
-        if shell is not None:
-            return _Table(Cell(shell.kernel), sweep, name)
+        if shell is not None and not (cell := Cell(shell.kernel)).captured:
+            return _Table(cell, sweep, name)
     return _Words(sweep, name)
 
 
