@@ -34,6 +34,7 @@ from nbaccel.core.comm import collectives
 from nbaccel.core.data import Shard, ShardedLoader
 from nbaccel.core.loop.accumulate import LossWeighting
 from nbaccel.core.loop.communicator import Communicator
+from nbaccel.core.loop.control import tell_choices
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.loop.loop import Loop
 from nbaccel.core.loop.micro_steps import MicroSteps
@@ -45,6 +46,7 @@ from nbaccel.core.model.compiling import uncompiled
 from nbaccel.core.precision import ScalerOptions, choose_precision, probe_hardware
 from nbaccel.core.preparing import Preparing
 from nbaccel.core.processes import Processes
+from nbaccel.core.regrouping import Regrouping
 from nbaccel.core.rng import set_seed
 from nbaccel.core.save_model import save_model
 from nbaccel.core.saving import Saving
@@ -182,15 +184,19 @@ class Accelerator(Processes):
         how = config, world, ddp_options(config, ddp), self._precision
         self._auto = leave_to_planner(*how)
         self.strategy = self._auto or choose_strategy(*how)
-        events.emit(events.Applied(option="mixed_precision", value=self._precision.kind))
-        events.emit(events.Applied(option="strategy", value=self.strategy.name))
+        precision, spread = self._precision, self.strategy
+
+        def chosen() -> dict[str, str]:
+            return {"mixed_precision": precision.kind, "strategy": spread.name}
+
+        tell_choices(chosen)
         watched = events.active()
         self._knobs = Knobs(world)
         self._loop = loop = Loop(
             world=world,
             strategy=self.strategy,
             precision=self._precision,
-            control=make_control(config, world, self._knobs, self._precision.kind),
+            control=make_control(config, world, self._knobs, chosen),
             stopwatch=Stopwatch(world.device) if (watched if measure is None else measure) else None,
             length=config.gradient_accumulation_steps or 1,
             weighting=config.loss_weighting or "samples",
@@ -218,6 +224,7 @@ class Accelerator(Processes):
         if watched if config.verify is None else config.verify:
             trust = TrustChecks(loop, self.strategy.unwrap)
             loop.watch(trust)
+        self._regrouping = Regrouping(loop, trust, self._saving.loaders)
         self._loader_options: dict[str, Any] = {
             "split_batches": bool(config.split_batches),
             "even_batches": bool(config.even_batches),
@@ -497,7 +504,10 @@ class Accelerator(Processes):
         """Takes the fp16 scale off the gradients of the optimizer(s), all if None; once per window."""
         given = self._saving.optimizers if optimizer is None else optimizer
         listed = given if isinstance(given, (list, tuple)) else [given]
-        self._loop.unscale([o.optimizer if isinstance(o, PreparedOptimizer) else o for o in listed])
+        if self._loop.scaling is not None:
+            self._loop.scaling.unscale(
+                [o.optimizer if isinstance(o, PreparedOptimizer) else o for o in listed]
+            )
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float | None = None, norm_type: float = 2.0
@@ -510,9 +520,10 @@ class Accelerator(Processes):
         loop = self._loop
         if not loop.window.sync:
             return None
-        if loop.scaler is not None:
-            loop.unscale(self._saving.optimizers)
         listed = [parameters] if isinstance(parameters, Tensor) else parameters
+        if loop.scaling is not None:
+            listed = list(listed)
+            loop.scaling.unscale(self._saving.optimizers, listed)
         return self.strategy.clip_grad_norm(listed, max_norm, norm_type)
 
     def _norm(self, given: float | None) -> float | None:
@@ -527,9 +538,11 @@ class Accelerator(Processes):
 
     def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
         """Clips each gradient's values at the end of a window."""
-        if self._loop.window.sync:
-            self._loop.unscale(self._saving.optimizers)
-            listed = [parameters] if isinstance(parameters, Tensor) else parameters
+        loop = self._loop
+        if loop.window.sync:
+            listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            if loop.scaling is not None:
+                loop.scaling.unscale(self._saving.optimizers, listed)
             self.strategy.clip_grad_value(listed, clip_value)
 
     @contextmanager
@@ -634,17 +647,18 @@ class Accelerator(Processes):
         reduce: Literal["mean", "sum"] | None = None,
         **unknown: Any,
     ) -> None:
-        """Logs values at an optimizer step (the present one if None): to the trackers and the dashboard.
+        """Logs values at an optimizer step: to the trackers and the dashboard.
 
+        `step=None` is the present step: of the first optimizer, or the one named last where none is prepared.
         With `reduce` they are first reduced over the ranks, and this is to be called on all of them.
         """
         if unknown:
             refused.refuse_parameters("log", unknown)
-        self._log.log(values, step=self._loop.steps if step is None else step, reduction=reduce)
+        self._log.log(values, step=step, reduction=reduce)
 
     def log_images(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Gives the main process's pictures to its trackers; see `trackers.shapes.pictures` for what they may be."""
-        self._log.log_images(values, step=self._loop.steps if step is None else step)
+        self._log.log_images(values, step=step)
 
     def log_table(
         self,
@@ -655,7 +669,7 @@ class Accelerator(Processes):
         step: int | None = None,
     ) -> None:
         """Gives a table of the main process to its trackers: columns and rows, or a dataframe."""
-        self._log.log_table(name, columns, data, dataframe, step=self._loop.steps if step is None else step)
+        self._log.log_table(name, columns, data, dataframe, step=step)
 
     def log_artifact(self, path: str | Path, name: str | None = None) -> None:
         """Gives a file or folder of the main process to its trackers."""
@@ -724,14 +738,16 @@ class Accelerator(Processes):
 
     @property
     def should_stop(self) -> bool:
-        """Whether all ranks have agreed to stop: true from the same optimizer step on every rank."""
+        """Whether all ranks have agreed to stop: true from the same optimizer step on every rank, to the end of the
+        session's call."""
         control = self._loop.control
         return control is not None and control.stopping
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the loop ended because it was asked to, or its time was up."""
-        return self.should_stop
+        """Whether the loop ended because it was asked to, or its time was up; in a session, the latest loop."""
+        control = self._loop.control
+        return control is not None and control.stopped_early
 
     @property
     def save_requested(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbaccel.config import RunConfig, combine, duration_seconds
-from nbaccel.core.loop.control import Control
+from nbaccel.core.loop.control import Choices, Control
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.base import Strategy
@@ -267,8 +267,12 @@ def fp8_options(config: RunConfig, given: FP8Options | None) -> FP8Options | Non
     return options
 
 
-def make_control(config: RunConfig, world: World, knobs: Knobs, precision: str) -> Control | None:
-    """None where nobody can ask for anything, so that a step costs nothing for it."""
+def make_control(config: RunConfig, world: World, knobs: Knobs, chosen: Choices) -> Control | None:
+    """None where nobody can ask for anything, so that a step costs nothing for it.
+
+    Args:
+        chosen: gives what the run's options came to; `mixed_precision` among them.
+    """
     every: int | float | None = None
     if isinstance(config.save_every, int):
         every = config.save_every
@@ -277,6 +281,8 @@ def make_control(config: RunConfig, world: World, knobs: Knobs, precision: str) 
     after = None if config.stop_after is None else duration_seconds(config.stop_after, what="stop_after")
     if not events.active() and every is None and after is None:
         return None
-    agreed = f"mixed_precision={precision}, accumulation={config.gradient_accumulation_steps or 1}"
+    agreed = f"mixed_precision={chosen()['mixed_precision']}, accumulation={config.gradient_accumulation_steps or 1}"
     saves = config.project_dir is not None and (every or after or config.resume) is not None
-    return Control(world, knobs, stop_after=after, save_every=every, save_on_stop=saves, agreed=agreed)
+    return Control(
+        world, knobs, stop_after=after, save_every=every, save_on_stop=saves, agreed=agreed, chosen=chosen
+    )

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -75,6 +76,15 @@ class Membership:
         for wrapper in wrappers:
             wrapper.reducer._reset_state()  # it may have been interrupted in the middle of a backward
         return {_name_of(wrapper): _checksum(wrapper) for wrapper in wrappers}
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; all of them call it, once after each `rejoin`.
+
+        Through the group's store: its collectives are counted for the user's.
+        """
+        store = _c10d().PrefixStore("exchange", _c10d()._world.pg_map[self._group][1])
+        store.set(str(self._rank), pickle.dumps(value))
+        return [pickle.loads(store.get(str(rank))) for rank in range(self._spec.num_processes)]
 
     def begin_call(self) -> None:
         """A function that makes the default group, as one written for a launch does, gets the session's."""

@@ -268,11 +268,16 @@ class Server:
 
     def _rejoin(self, order: Join) -> None:
         assert self._membership is not None
-        self._port.emit(Joined(replicas=self._membership.rejoin(order)))
+        replicas = self._membership.rejoin(order)
+        if order.keep_groups and self._replica is None:
+            events.regroup(self._membership.exchange)
+        self._port.emit(Joined(replicas=replicas))
         self._port.emit(Status(state="idle", pid=os.getpid()))
 
     def _perform(self, call: Call, fds: list[int]) -> bool:
         """Run a call and answer; whether it ended well."""
+        thread = None if self._replica is None else threading.get_ident()
+        events.call_begins(thread)
         try:
             try:
                 self._interruptible(True)
@@ -283,7 +288,7 @@ class Server:
                     make_whole(value, keep=call.returns)
                 display.show_figures()
                 _tell_of_peers()
-                events.call_ends(None if self._replica is None else threading.get_ident())
+                events.call_ends(thread)
             finally:
                 self._interruptible(False)
             self._answer(call, value)

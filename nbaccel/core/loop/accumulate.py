@@ -27,6 +27,8 @@ class BatchInfo(Protocol):
     @property
     def batch_samples(self) -> int: ...
     @property
+    def batch_repeated(self) -> int: ...
+    @property
     def even_batches(self) -> bool: ...
     @property
     def global_batch_samples(self) -> int | None: ...
@@ -58,6 +60,7 @@ class Window:
         "micro",
         "models",
         "num_ranks",
+        "open",
         "owed",
         "sync",
         "weights",
@@ -77,6 +80,8 @@ class Window:
         """What the loss of this micro-step is multiplied with."""
         self.begun = False
         """Whether any micro-step has begun: told apart from a loop that never accumulates."""
+        self.open = False
+        """Whether a micro-step is in progress, which `factor` then is that of."""
         self.dirty = False
         """Whether this window has gradients already."""
         self.owed = 1.0
@@ -88,7 +93,7 @@ class Window:
 
     def begin(self, loader: BatchInfo | None) -> None:
         """A micro-step begins with the loader's batch in hand."""
-        self.begun = True
+        self.begun = self.open = True
         length = self.length
         last = self.micro + 1 >= length or (loader is not None and loader.at_end)
         self.sync = last
@@ -111,9 +116,14 @@ class Window:
     def end(self) -> None:
         """The micro-step is over."""
         if self.sync:
-            self.micro, self.dirty, self.weights, self.owed = 0, False, None, 1.0
+            self.drop()
         else:
-            self.micro += 1
+            self.micro, self.open = self.micro + 1, False
+
+    def drop(self) -> None:
+        """The next micro-step is the first of another window."""
+        self.micro, self.sync, self.dirty, self.weights, self.owed = 0, True, False, None, 1.0
+        self.open = False
 
     def tail_factor(self, loader: BatchInfo | None) -> float:
         """The factor of a window of one micro-step: 1 unless the ranks' batches are unequal."""
@@ -128,14 +138,16 @@ class Window:
         """This micro-step's samples here times R and on all ranks, and the window's as planned at its first.
 
         In micro-steps instead of samples where samples are not known. A batch that was filled with repeated
-        samples counts as the full one it was asked to be.
+        samples counts as the full one it was asked to be. Where batches have no size (a batch sampler gives them),
+        the rest of the window is planned to be like its first.
         """
         everyone, full = loader.global_batch_samples, loader.total_batch_size
-        if not everyone or not full:
+        if not everyone:
             return 1.0, 1.0, float(self.length)
         if loader.even_batches and loader.at_end:
-            return float(full), float(full), float(full)
-        planned = float(self.length * full)
+            filled = float(full or (loader.batch_samples + loader.batch_repeated) * self.num_ranks)
+            return filled, filled, filled
+        planned = float(self.length * (full or everyone))
         total = loader.total_samples
         if total is not None:
             # `position` counts the batch in hand as consumed.

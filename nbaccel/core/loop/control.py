@@ -11,12 +11,16 @@ derive from the same numbers:
 By the time it is read it is done, because to get there the ranks' gradients had to meet: nobody waits
 for it. Nothing is exchanged in one process. Values of knobs are rank 0's: the reduction says that there
 are some, and they follow at once.
+
+A stop is for the call of a session that it was asked in. After an interrupt, which leaves ranks at different steps,
+they begin to count anew.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -29,7 +33,7 @@ from nbaccel.core.world import World
 from nbaccel.errors import TrustError
 from nbaccel.wire import events
 
-__all__ = ["Control"]
+__all__ = ["Choices", "Control", "tell_choices"]
 
 _INTERVAL = 0.05  # seconds between two exchanges
 _MOST_STEPS = 256
@@ -53,6 +57,16 @@ def _line_of(world: World, agreed: str) -> Sideline:
     return line
 
 
+Choices = Callable[[], Mapping[str, str]]
+"""Gives what the run's options came to, by option: a planner chooses late."""
+
+
+def tell_choices(chosen: Choices) -> None:
+    """Tell whoever watches what the run's options came to: who knows of a loop offers to stop it."""
+    for option, value in chosen().items():
+        events.emit(events.Applied(option=option, value=value))
+
+
 @final
 class Control:
     """What the ranks have agreed on: `stopping`, `saving`, the values of `knobs`.
@@ -64,6 +78,7 @@ class Control:
         stop_after: seconds from now after which all ranks stop.
         save_every: optimizer steps (int) or seconds (float) between saves.
         save_on_stop: a stop asks for a save too.
+        chosen: told again with the first step of a session's later call.
     """
 
     def __init__(
@@ -75,13 +90,16 @@ class Control:
         save_every: int | float | None = None,
         save_on_stop: bool = False,
         agreed: str = "",
+        chosen: Choices = dict,
     ) -> None:
         self.stopping = False
-        """All ranks leave their loops after this optimizer step."""
+        """All ranks leave their loops after this optimizer step, in this call."""
+        self.stopped_early = False
+        """They did so in the latest call that made steps."""
         self.saving = False
         """All ranks save after this optimizer step."""
         self._line = _line_of(world, agreed) if world.size > 1 else None
-        self._knobs, self._is_main, self._rank = knobs, world.is_main, world.rank
+        self._world, self._agreed, self._knobs = world, agreed, knobs
         self._save_on_stop = save_on_stop
         now = time.monotonic()
         self._deadline = None if stop_after is None else now + stop_after
@@ -96,6 +114,8 @@ class Control:
         self._flags = torch.zeros(_FLAGS, dtype=torch.float64)
         self._due = self._ticks = 0
         self._started_at, self._started_tick = now, 0
+        self._behind, self._chosen, self._anew = 0, chosen, False
+        events.at_call_begin(self._begin_anew)
 
     def tick(self, step: int, length: int = 0) -> None:
         """An optimizer step, the `step`-th (from 1), has been made. Called on every rank.
@@ -107,7 +127,10 @@ class Control:
             TrustError: they are others on another rank; raised on all at the same step, if a later one.
         """
         self._ticks += 1
-        if self._save_steps is not None and step % self._save_steps == 0:
+        if self._anew:
+            self._anew = self.stopped_early = False
+            tell_choices(self._chosen)
+        if self._save_steps is not None and (step + self._behind) % self._save_steps == 0:
             self.saving = True
         self._listen()
         if self._line is None:
@@ -121,8 +144,33 @@ class Control:
         elif self._ticks >= self._due and not self.stopping:
             self._exchange(self._line, step, length)
 
+    def _begin_anew(self) -> None:
+        """The rank begins another call: what was asked of the last one is over."""
+        self.stopping = self.saving = self._want_stop = self._want_save = False
+        self._started_at, self._started_tick = time.monotonic(), self._ticks
+        self._anew = True
+
+    def regroup(self, behind: int) -> None:
+        """Begin to count anew, whatever each rank had told and heard when it was interrupted; called on every rank.
+
+        Args:
+            behind: optimizer steps that this rank has made less than another.
+        """
+        self._behind = behind
+        self._due = self._ticks = 0
+        self._started_tick = 0
+        if self._line is not None:
+            self._line = _line_of(self._world, self._agreed)
+        if self._word is not None:
+            self._forget_word()
+
+    def _forget_word(self) -> None:
+        """It tells nothing; what this rank said in it is said again."""
+        self._word = None
+        self._turned[:0] = self._travelling
+
     def _stop(self) -> None:
-        self.stopping = True
+        self.stopping = self.stopped_early = True
         self.saving |= self._save_on_stop
 
     def saved(self) -> None:
@@ -136,7 +184,7 @@ class Control:
                 self._want_stop = True
             elif request.kind == "save" and time.monotonic() >= self._deaf_until:
                 self._want_save = True
-            elif request.kind == "knob" and self._is_main:
+            elif request.kind == "knob" and self._world.is_main:
                 self._turned.append((request.name, request.value))
         if self._deadline is None and self._save_seconds is None:
             return
@@ -148,15 +196,16 @@ class Control:
 
     def _exchange(self, line: Sideline, step: int, length: int) -> None:
         if self._word is not None and not self._word.wait():
-            self._turned[:0] = self._travelling  # to be told again
+            self._forget_word()
         elif self._word is not None:
             stop, save, seconds, turned, longest, shortest = self._flags.tolist()
             if longest + shortest > 0:
                 self._word = None
                 raise TrustError(
-                    f"the data set that is trained on has grown or shrunk on some ranks only: on rank {self._rank} it "
-                    f"{f'has {length} samples' if length else 'is as it was prepared'}. The ranks divide it, so "
-                    "samples are used twice or never. Change it between two passes, alike on all ranks."
+                    "the data set that is trained on has grown or shrunk on some ranks only: on rank "
+                    f"{self._world.rank} it {f'has {length} samples' if length else 'is as it was prepared'}. "
+                    "The ranks divide it, so samples are used twice or never. Change it between two passes, alike on "
+                    "all ranks."
                 )
             if stop > 0:
                 self._stop()

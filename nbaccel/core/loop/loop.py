@@ -18,6 +18,7 @@ from nbaccel.core.loop.accumulate import LossWeighting, Window
 from nbaccel.core.loop.control import Control
 from nbaccel.core.loop.learning import Learning
 from nbaccel.core.loop.resuming import Resuming
+from nbaccel.core.loop.scaling import Scaling
 from nbaccel.core.loop.step_times import Stopwatch
 from nbaccel.core.loop.stopping import Trainers
 from nbaccel.core.loop.thin_batches import ThinBatches
@@ -70,6 +71,7 @@ class Loop:
         self.world, self.strategy, self.control, self.stopwatch = world, strategy, control, stopwatch
         self.length, self.weighting = length, weighting
         self.scaler = None if strategy.handles_precision else precision.make_scaler()
+        self.scaling = None if self.scaler is None else Scaling(self.scaler, world.rank)
         self.models: list[nn.Module] = []
         self.window = self.new_window(self.models)
         """The window in progress; that of all models together unless `accumulate` named some."""
@@ -78,6 +80,10 @@ class Loop:
         self.loaders: list[ShardedLoader] = []
         """Loaders being iterated, the innermost last."""
         self.trainers = Trainers(self.loaders, is_main=world.is_main)
+        self.between_passes = False
+        """Whether a pass is over and neither another one, nor a micro-step or an optimizer step, has begun since."""
+        self.last_pass = (0, 0)
+        """`pass_entries` of the loader whose pass was over last."""
         self.steps = 0
         """Optimizer steps of the first optimizer."""
         self.skipped = False
@@ -102,8 +108,6 @@ class Loop:
         self.resuming = Resuming()
         self._thin = ThinBatches()
         self._in_turns = False
-        self._unscaled: set[int] = set()
-        self._update_due = False
         self._unled_steps = 0
         self._weighted: tuple[torch.Tensor, dist.Work | None] | None = None
         self._choose_paths()
@@ -156,6 +160,24 @@ class Loop:
         self._observer = observer
         self._choose_paths()
 
+    def is_watched_by(self, observer: Observer) -> bool:
+        """Whether `observer` is told of steps."""
+        return self._observer is observer
+
+    def regroup(self) -> None:
+        """The next micro-step is the first of a window, and what one in progress has accumulated is gone; which loader
+        trains is found out anew."""
+        self.trainers = Trainers(self.loaders, is_main=self.world.is_main)
+        for window in self.windows.values():
+            for model in window.models:
+                self.strategy.set_sync(model, True)
+                if window.micro or window.dirty:
+                    for parameter in model.parameters():
+                        parameter.grad = None
+            window.drop()
+        if self.scaling is not None:
+            self.scaling.drop()
+
     def lead(self, led: bool) -> None:
         """Whether there is a prepared optimizer from now on."""
         self.led = led
@@ -164,6 +186,8 @@ class Loop:
     def forget(self) -> None:
         """What was prepared, and what knows it."""
         self.models.clear()
+        if self.scaling is not None:
+            self.scaling.drop()
         self.learning.forget()
         self.window = self.new_window(self.models)
         self.windows = {(): self.window}
@@ -185,6 +209,7 @@ class Loop:
             self.stopwatch.begin(_clock())
         self._thin.began(loader, self.models)
         self.trainers.began(loader)
+        self.between_passes = False
         self.loaders.append(loader)
         if self._observer is not None:
             self._observer.began(loader)
@@ -197,7 +222,9 @@ class Loop:
             self._observer.ended(loader)
         if loader in self.loaders:
             self.loaders.remove(loader)
+        self.last_pass = loader.pass_entries
         if not self.loaders:
+            self.between_passes = True
             self.after_pass()
         self.resuming.ended(loader, self.steps, outermost=not self.loaders)
 
@@ -219,6 +246,12 @@ class Loop:
         if control.saving and self.window.micro == 0 and loader in self.trainers:
             self.before_batch()
         return control.stopping and self.trainers.stops(loader)
+
+    def why_stopped(self, loader: ShardedLoader) -> str:
+        """For the StopIteration of a `next()` that did not expect it."""
+        if self.resuming.leaves_out(loader):
+            return self.resuming.why_left_out(loader)
+        return "the run was asked to stop: leave the loop where accelerator.should_stop is True"
 
     def _tell_of_turns(self) -> None:
         self._in_turns = True
@@ -275,11 +308,10 @@ class Loop:
             ConfigError: the loss is not one number.
         """
         _check_one_number(loss, kwargs)
-        window, watch = self.window, self.stopwatch
-        if window.length == 1:
-            if self._several and not window.begun:
-                window.factor = window.tail_factor(self.loader)
-        elif weight is None:
+        if not self.window.open:
+            self._step_outside()
+        window = self.window
+        if window.length > 1 and weight is None:
             window.dirty = True
         if weight is not None:
             if self._is_filler():
@@ -292,13 +324,13 @@ class Loop:
                 )
             if window.factor != 1.0:
                 loss = loss * window.factor
-        if self.scaler is not None:
-            self._update_scaler(self.scaler)
-            loss = self.scaler.scale(loss)
-        if watch is None:
+        if self.scaling is not None:
+            with self.scaling.scaled(loss) as scaled:
+                self._differentiate(scaled, kwargs)
+        elif self.stopwatch is None:
             self.strategy.backward(loss, window.models, kwargs)
         else:
-            self._timed_backward(watch, loss, kwargs)
+            self._timed_backward(self.stopwatch, loss, kwargs)
         if self._weighted is not None:
             self._divide_by_weights(window)
         elif window.owed != 1.0:
@@ -307,6 +339,17 @@ class Loop:
             self._observer.backward()
         if not self.led and window.sync:
             self._tick_unled()
+
+    def _step_outside(self) -> None:
+        """For a backward in no micro-step: the window of all models, weighed by the batch in hand."""
+        if self.length > 1 and self.window.begun:
+            raise ConfigError(
+                f"backward on rank {self.world.rank} stands outside the micro-steps of a run with "
+                f"gradient_accumulation_steps={self.length}, and what it is a part of is not known. Put it into "
+                "`with accelerator.accumulate(model):`, as those before it, or use accelerator.step(...)"
+            )
+        self.window = window = self.windows[()]
+        window.factor = window.tail_factor(self.loader) if self._several else 1.0
 
     def pipeline_step(self, batch: Any) -> torch.Tensor:
         """Forward and backward of a batch through a pipeline; only the loss where gradients are off."""
@@ -324,6 +367,12 @@ class Loop:
             if not self.led:
                 self._tick_unled()
         return loss
+
+    def _differentiate(self, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        if self.stopwatch is None:
+            self.strategy.backward(loss, self.window.models, kwargs)
+        else:
+            self._timed_backward(self.stopwatch, loss, kwargs)
 
     def _timed_backward(self, watch: Stopwatch, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
         communicates = self._several and self.window.sync and loss.requires_grad
@@ -400,20 +449,21 @@ class Loop:
         if self.length > 1 and not self.window.begun:
             raise ConfigError(
                 f"gradient_accumulation_steps={self.length} needs `with accelerator.accumulate(model):` around "
-                "the micro-step, or accelerator.step(...)"
+                "the micro-step, or accelerator.step(...). A loop that accumulates by itself, with no_sync and a "
+                "division of its own, leaves gradient_accumulation_steps out, and its factor in the loss"
             )
+        self.between_passes = False
         watch = self.stopwatch
         device = self._device_clock
         event = None if device is None else device.mark()
         started = _clock()
-        if self.scaler is None:
+        if self.scaling is None:
             result = prepared.optimizer.step() if closure is None else prepared.optimizer.step(closure)
             self.skipped = self.strategy.left_step_out(prepared.optimizer)
         else:
             prepared.ran = False
-            result = self.scaler.step(prepared.optimizer, *([] if closure is None else [closure]))
+            result = self.scaling.step(prepared.optimizer, closure)
             self.skipped = not prepared.ran
-            self._update_due = True
         if watch is not None:
             watch.until = ended = _clock()
             watch.optimizer += ended - started
@@ -444,26 +494,10 @@ class Loop:
         self._unled_steps += 1
         self.control.tick(self._unled_steps, self.loaders[-1].remeasured if self.loaders else 0)
 
-    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Takes the scaler's scale off the gradients, once per window and optimizer."""
-        if self.scaler is None:
-            return
-        for optimizer in optimizers:
-            if id(optimizer) not in self._unscaled:
-                self.scaler.unscale_(optimizer)
-                self._unscaled.add(id(optimizer))
-
     def finish_scaler(self) -> None:
         """The scaler's pending update, so that its state can be saved."""
-        if self.scaler is not None:
-            self._update_scaler(self.scaler)
-
-    def _update_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        # Late, when all optimizers have stepped: an update forgets which gradients were unscaled already.
-        if self._update_due:
-            self._update_due = False
-            self._unscaled.clear()
-            scaler.update()
+        if self.scaling is not None:
+            self.scaling.update()
 
 
 def _check_one_number(loss: object, kwargs: Mapping[str, Any]) -> None:

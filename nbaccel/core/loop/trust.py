@@ -30,6 +30,7 @@ from nbaccel.core.loop.findings import (
     same_inputs,
 )
 from nbaccel.core.loop.loop import Loop
+from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves
 from nbaccel.errors import LeftLoopError, TrustError
 
@@ -60,6 +61,7 @@ class TrustChecks:
         self._optimizers: list[_Watched] = []
         self._hooks: list[Any] = []
         self._counts = _BatchCounts(loop) if loop.world.size > 1 else None
+        self._regrouped = False
 
     # What is prepared --------------------------------------------------------------------------------
 
@@ -76,19 +78,41 @@ class TrustChecks:
         told = gather_object(facts, world=self._loop.world)
         _raise(compare_models([[one] for one in told], "after prepare"))
         # Around whatever is compiled: a hook inside would have to be compiled again when it is taken off.
-        self._hooks.append(model.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
+        self._hooks.append(model.register_forward_pre_hook(Hook(self._note_inputs), with_kwargs=True))
 
     def prepared_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes whether it steps at all, and which of its parameters get gradients."""
         self._optimizers.append(_Watched(optimizer))
 
+    @property
+    def ticks(self) -> int:
+        """Optimizer steps it has seen."""
+        return self._ticks
+
+    def regroup(self, ticks: int | None) -> None:
+        """Go on after so many steps, with none of what ranks saw that were stopped at different places; called on every
+        rank. None: end."""
+        for seen in (self._passes, self._places, self._samples, self._orders, self._streams, self._inputs):
+            seen.clear()
+        self._regrouped = True
+        if self._counts is not None:
+            self._counts = _BatchCounts(self._loop)
+        if ticks is None:
+            self._loop.watch(None)
+        self._ticks = _AFTER[-1] if ticks is None else ticks
+        if self._ticks >= _AFTER[-1]:
+            self._remove_hooks()
+
     def forget(self) -> None:
         """What was prepared; what comes after it is compared as at first only where no steps were made yet."""
+        self._remove_hooks()
+        self._before.clear()
+        self._optimizers.clear()
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._before.clear()
-        self._optimizers.clear()
 
     def _note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not module.training or self._ticks >= _AFTER[-1] or self._loop.loader is not None:
@@ -144,11 +168,11 @@ class TrustChecks:
             self._prepared_loader = True
             self._note_samples(loader)
         if self._ticks in _AFTER:
-            self._compare(f"after optimizer step {self._ticks}")
+            before = " and an interrupt at another step on each rank" if self._regrouped else ""
+            self._compare(f"after optimizer step {self._ticks}{before}")
         if self._ticks == _AFTER[-1]:
             self._tell_unused()
-            for hook in self._hooks:
-                hook.remove()
+            self._remove_hooks()
         if self._ticks == _IDLE:
             self._tell_idle()
         return self._ticks < _IDLE or (self._counts is not None and self._counts.watching)
