@@ -2,9 +2,9 @@
 
 Functions, classes and modules that ordinary cells defined or imported are there in the ranks as well, the
 newest of each: those a cell names, and those that these refer to in turn. They bring the data they refer to, as in
-`Session.run`, and are sent again when some of it has changed in the notebook (see `marks`). Other data is pushed on
-purpose. A name that a `%%ranks` cell binds is the ranks' own until the notebook defines it anew; data that a rank
-has made stays (see `rank.worker`).
+`Session.run`, and are sent again when they or some of it have changed in the notebook (see `marks`). Modules that the
+notebook has read again are read again there (see `modules`). Other data is pushed on purpose. A name that a `%%ranks`
+cell binds is the ranks' own until the notebook defines it anew; data that a rank has made stays (see `rank.worker`).
 """
 
 from __future__ import annotations
@@ -15,27 +15,19 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
-from nbaccel.notebook.marks import Mark, Sight, see
+from nbaccel.notebook.marks import Mark, Sight, number, see
+from nbaccel.notebook.modules import Reading, as_read, home, read_again, readings
 from nbaccel.rank.namespace import PREBOUND, is_definition
 
 __all__ = ["Definitions", "Missing"]
 
-_ABSENT = object()
 # What IPython keeps for a person: the last values and inputs.
 _SHORTHANDS = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[doi]h|__\w+__")
-# What stands around a function, and calls it.
-_WRAPPERS = (
-    staticmethod,
-    classmethod,
-    property,
-    functools.partial,
-    functools.cached_property,
-    functools._lru_cache_wrapper,
-)
+_DEFINING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +37,16 @@ class Missing:
     ranks: tuple[int, ...]
     values: Mapping[str, Any]
     """By name."""
+    marks: Mapping[str, Mark]
+    """Of these."""
+    modules: Mapping[str, Reading]
+    """What they come from and refer to."""
     reloaded: tuple[str, ...]
-    """Modules the ranks have as they were before the notebook reloaded them."""
+    """Modules the ranks have as they were before the notebook read them again."""
     data: Mapping[str, Mark]
     """What is sent along, since definitions refer to it."""
     again: tuple[str, ...]
-    """Of that, what the ranks have had in this state and may have trained since."""
+    """Of what is sent, what the ranks have had and may have trained since."""
 
 
 @dataclass(slots=True)
@@ -58,12 +54,24 @@ class _Process:
     """What is known of the process that a rank is: one that takes its place has nothing."""
 
     pid: int | None
-    names: dict[str, object] = field(default_factory=dict)
-    """What each name was in the notebook when the process got it, or bound it itself."""
+    names: dict[str, Mark] = field(default_factory=dict)
+    """What each definition was in the notebook when the process got it."""
+    own: dict[str, int] = field(default_factory=dict)
+    """Of the names it has bound itself, the number of what the notebook defines under the same."""
+    unsure: set[str] = field(default_factory=set)
+    """Names of definitions it never got, which a cell would have bound that has failed, maybe before that."""
     data: dict[str, Mark] = field(default_factory=dict)
     """What the notebook's data was when it was last sent along."""
-    specs: dict[str, object] = field(default_factory=dict)
-    """Of the modules it got something from: a reloaded one has another."""
+    modules: dict[str, Reading] = field(default_factory=dict)
+    """Those it got something from, as they were then."""
+
+    def has(self, name: str, notebook: Mapping[str, Any]) -> bool:
+        """Whether it got this very definition before, in whatever state."""
+        return name in self.names and self.names[name][0] == number(notebook[name])
+
+    def lacks(self, name: str, mark: Mark) -> bool:
+        """Whether it needs a definition that the notebook has in this state."""
+        return self.own[name] != mark[0] if name in self.own else self.names.get(name) != mark
 
 
 @final
@@ -73,6 +81,8 @@ class Definitions:
 
     def __init__(self) -> None:
         self._known: dict[int, _Process] = {}
+        self._leads_to: dict[str, set[str]] = {}
+        """By function or class that a cell has defined in ranks, the names in its code."""
 
     def missing(
         self, source: str, notebook: Mapping[str, Any], pids: Mapping[int, int | None]
@@ -84,41 +94,46 @@ class Definitions:
             notebook: the kernel's namespace.
         """
         reach = _Reach(notebook)
-        reach.follow(_names(source)[0])
-        specs = _specs(reach.definitions.values())
+        reach.follow(self._named_in(source))
+        modules = readings(dict.fromkeys(map(home, reach.code())))
         groups: dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], list[int]] = {}
         for rank, pid in pids.items():
             known = self._process(rank, pid)
-            stale = tuple(name for name, spec in specs.items() if known.specs.get(name, spec) is not spec)
+            stale = read_again(known.modules, modules)
             had = {name for name, sight in reach.data.items() if known.data.get(name) == sight.mark}
             names = tuple(
                 name
-                for name, value in reach.definitions.items()
-                if known.names.get(name, _ABSENT) is not value
-                or _home(value) in stale
-                or reach.data_of[name] - had
+                for name, sight in reach.definitions.items()
+                if known.lacks(name, sight.mark)
+                or (name not in known.own and (home(notebook[name]) in stale or reach.data_of[name] - had))
             )
-            again = tuple(sorted(one for one in had & reach.brought_by(names) if reach.data[one].learns))
-            groups.setdefault((names, stale, again), []).append(rank)
+            again = {one for one in had & reach.brought_by(names) if reach.data[one].learns}
+            again |= {name for name in names if reach.definitions[name].learns and known.has(name, notebook)}
+            groups.setdefault((names, stale, tuple(sorted(again))), []).append(rank)
         return [
             Missing(
                 ranks=tuple(ranks),
-                values={name: reach.definitions[name] for name in names},
+                values={name: notebook[name] for name in names},
+                marks={name: reach.definitions[name].mark for name in names},
+                modules=modules,
                 reloaded=stale,
                 data={name: reach.data[name].mark for name in reach.brought_by(names)},
                 again=again,
             )
             for (names, stale, again), ranks in groups.items()
-            if names
+            if names or stale
         ]
 
     def note_sent(self, sent: Missing, pids: Mapping[int, int | None]) -> None:
         """These ranks have what they lacked."""
+        modules = as_read(sent.modules)
         for rank in sent.ranks:
             known = self._process(rank, pids[rank])
-            known.names.update(sent.values)
+            known.names.update(sent.marks)
             known.data.update(sent.data)
-            known.specs.update(_specs(sent.values.values()))
+            known.modules.update(modules)
+            for name in sent.marks:
+                known.own.pop(name, None)
 
     def note_called(
         self, call: object, notebook: Mapping[str, Any], pids: Mapping[int, int | None]
@@ -127,11 +142,11 @@ class Definitions:
 
         Returns: what undoes it, for a call that has never begun.
         """
-        known = [one for rank, pid in pids.items() if (one := self._known.get(rank)) and one.pid == pid]
+        known = [one for rank, pid in pids.items() if (one := self._process(rank, pid)).names]
         if not known:
             return lambda: None  # no cell has run there
         reach = _Reach(notebook)
-        reach.follow(reach.referred(see(call).code))
+        reach.follow(reach.referred(see(call)))
         for one in known:
             one.data.update({name: sight.mark for name, sight in reach.data.items()})
 
@@ -142,23 +157,95 @@ class Definitions:
 
         return undo
 
-    def note_bound(self, source: str, notebook: Mapping[str, Any], pids: Mapping[int, int | None]) -> None:
-        """A cell has run: the names it binds are the ranks' own, whatever the notebook's are now."""
-        now = {name: notebook.get(name) for name in _names(source)[1]}
-        bound = {name: value if is_definition(value) else _ABSENT for name, value in now.items()}
+    def note_modules(
+        self, names: Iterable[str], pids: Mapping[int, int | None]
+    ) -> tuple[dict[tuple[str, ...], list[int]], Callable[[], None]]:
+        """These ranks are sent what comes from these modules.
+
+        Returns: by what is to be read again before, the ranks that have it as it was; and what undoes it, for ranks
+        that were never told.
+        """
+        now = readings(names)
+        if not now:
+            return {}, lambda: None
+        outdated: dict[tuple[str, ...], list[int]] = {}
+        before: list[tuple[_Process, dict[str, Reading]]] = []
         for rank, pid in pids.items():
-            self._process(rank, pid).names.update(bound)
+            known = self._process(rank, pid)
+            before.append((known, known.modules))
+            if stale := read_again(known.modules, now):
+                outdated.setdefault(stale, []).append(rank)
+            fresh = {name: one for name, one in now.items() if name in stale or name not in known.modules}
+            known.modules = {**known.modules, **as_read(fresh)}
+
+        def undo() -> None:
+            for known, modules in before:
+                known.modules = modules
+
+        return outdated, undo
+
+    def note_bound(
+        self,
+        source: str,
+        notebook: Mapping[str, Any],
+        pids: Mapping[int, int | None],
+        *,
+        failed: bool = False,
+    ) -> None:
+        """A cell has run: the names it binds are the ranks' own, whatever the notebook's are now.
+
+        Args:
+            failed: it may not have come to all of them: see `unsure`.
+        """
+        names = _names(source)
+        self._leads_to.update(names.within)
+        defined = {name for name in names.bound if is_definition(notebook.get(name))}
+        modules = as_read(readings({home(notebook[name]) for name in defined}))
+        for rank, pid in pids.items():
+            known = self._process(rank, pid)
+            known.modules = {**modules, **known.modules}
+            if failed:
+                known.unsure |= defined - known.names.keys() - known.own.keys()
+                continue
+            known.unsure -= names.bound
+            for name in names.bound:
+                known.own.pop(name, None)
+                if name in defined:
+                    known.own[name] = number(notebook[name])
+                else:
+                    known.names.pop(name, None)
+
+    def unsure(self, pids: Mapping[int, int | None]) -> dict[int, list[str]]:
+        """By rank, the names that it may have bound itself: ask which it has, and `note_own` them."""
+        unsure = {rank: sorted(self._process(rank, pid).unsure) for rank, pid in pids.items()}
+        return {rank: names for rank, names in unsure.items() if names}
+
+    def note_own(
+        self, names: Collection[str], notebook: Mapping[str, Any], rank: int, pid: int | None
+    ) -> None:
+        """Of those it was unsure of, a rank has these."""
+        known = self._process(rank, pid)
+        known.own.update({name: number(notebook.get(name)) for name in known.unsure.intersection(names)})
+        known.unsure.clear()
 
     def hidden(self, source: str, notebook: Mapping[str, Any]) -> list[str]:
         """The names in `source` under which the notebook defines something, and every rank has its own."""
-        loaded, bound = _names(source)
+        names = _names(source)
         return [
             name
             for name in PREBOUND
-            if name in loaded - bound
+            if name in names.loaded - names.bound
             and is_definition(notebook.get(name))
             and notebook[name] is not sys.modules.get("torch.distributed")
         ]
+
+    def _named_in(self, source: str) -> set[str]:
+        """The names in a cell, and in what cells have defined in ranks that it names."""
+        named, left = set[str](), _names(source).loaded
+        while left:
+            named |= left
+            left = set[str]().union(*(self._leads_to.get(name, ()) for name in left)) - named
+        return named
 
     def _process(self, rank: int, pid: int | None) -> _Process:
         if pid is None or rank not in self._known or self._known[rank].pid != pid:
@@ -174,14 +261,14 @@ class _Reach:
     """The notebook's definitions and data that some names lead to.
 
     Attributes:
-        definitions: by name; those named, and those that their code refers to in turn.
+        definitions: by name, what was seen of them; those named, and those that their code refers to in turn.
         data: by name, what the code of these refers to.
         data_of: by definition, the data that its own code refers to.
     """
 
     def __init__(self, notebook: Mapping[str, Any]) -> None:
         self._notebook = notebook
-        self.definitions: dict[str, Any] = {}
+        self.definitions: dict[str, Sight] = {}
         self.data: dict[str, Sight] = {}
         self.data_of: dict[str, frozenset[str]] = {}
         self._refers: dict[str, set[str]] = {}
@@ -194,29 +281,32 @@ class _Reach:
             value = self._notebook.get(name)
             if name in self.definitions or not is_definition(value) or not self._is_brought(name):
                 continue
-            referred = self.referred([value])
-            self.definitions[name], self._refers[name] = value, referred
+            self.definitions[name] = see(value)
+            self._refers[name] = referred = self.referred(self.definitions[name])
             self.data_of[name] = frozenset(referred & self.data.keys())
             left += sorted(referred, reverse=True)
 
-    def referred(self, definitions: Iterable[object]) -> set[str]:
-        """The global names in the code of these, as far as it is the notebook's, and in code within the data of
+    def referred(self, sight: Sight) -> set[str]:
+        """The global names in the code of this, as far as it is the notebook's, and in code within the data of
         such names."""
         names: set[str] = set()
-        left = list(definitions)
+        left = list(sight.code)
         seen = set(map(id, left))
         while left:
             value = left.pop()
-            new = list(_parts(value, self._notebook.get("__name__")))
-            if isinstance(value, types.FunctionType) and value.__globals__ is self._notebook:
-                found = _globals_of(value.__code__) - names
-                names |= found
-                for name in found & self._notebook.keys():
-                    new += self._code_within(name)
-            new = [part for part in new if id(part) not in seen]
+            if not isinstance(value, types.FunctionType) or value.__globals__ is not self._notebook:
+                continue
+            found = _globals_of(value.__code__) - names
+            names |= found
+            new = [code for name in found & self._notebook.keys() for code in self._code_within(name)]
+            left += (code for code in new if id(code) not in seen)
             seen.update(map(id, new))
-            left += new
         return names
+
+    def code(self) -> Iterator[object]:
+        """All the functions, classes and modules that were met."""
+        for sight in (*self.definitions.values(), *self.data.values()):
+            yield from sight.code
 
     def brought_by(self, names: Iterable[str]) -> set[str]:
         """The data that travels when these definitions do."""
@@ -243,27 +333,6 @@ class _Reach:
         return getattr(self._notebook[name], "__name__", "") != "get_ipython"
 
 
-def _parts(value: object, module: object) -> Iterator[object]:
-    """What belongs to a definition and may be code of this module as well."""
-    if isinstance(value, types.FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:
-                continue  # it is not filled yet
-        yield from value.__defaults__ or ()
-        yield from (value.__kwdefaults__ or {}).values()
-    elif isinstance(value, type):
-        for base in value.__mro__:
-            if base.__module__ == module:
-                yield from vars(base).values()
-    elif isinstance(value, _WRAPPERS):
-        for name in ("__func__", "__wrapped__", "fget", "fset", "fdel", "func"):
-            yield getattr(value, name, None)
-        if isinstance(value, functools.partial):
-            yield from (*value.args, *value.keywords.values())
-
-
 @functools.lru_cache(maxsize=4096)
 def _globals_of(code: types.CodeType) -> frozenset[str]:
     """The global names a piece of code reads, the functions within it too."""
@@ -275,37 +344,43 @@ def _globals_of(code: types.CodeType) -> frozenset[str]:
     return frozenset(own.union(*(_globals_of(c) for c in code.co_consts if isinstance(c, types.CodeType))))
 
 
-def _home(value: object) -> str:
-    """The module that a definition is, or is found in."""
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return str(name or "")
-
-
-def _specs(values: Iterable[object]) -> dict[str, object]:
-    """How the modules of these were found; reloading one finds it again. The notebook itself has none."""
-    homes = {home: getattr(sys.modules.get(home), "__spec__", None) for home in map(_home, values)}
-    return {home: spec for home, spec in homes.items() if spec is not None and home != "__main__"}
-
-
 # ── names in a cell ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _names(source: str) -> tuple[set[str], set[str]]:
-    """The names a piece of code refers to anywhere, and those it binds at its top level."""
+class _Names(NamedTuple):
+    """The names in a piece of code."""
+
+    loaded: set[str]
+    """It refers to them anywhere."""
+    bound: set[str]
+    """It binds them at its top level."""
+    within: dict[str, set[str]]
+    """By function or class among these, the names that its code refers to."""
+
+
+def _names(source: str) -> _Names:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return set(), set()
-    loaded = {
+        return _Names(set(), set(), {})
+    names = _Names(_loaded(tree), set(), {})
+    for name, node in _bound(tree):
+        names.bound.add(name)
+        if isinstance(node, _DEFINING):
+            names.within[name] = _loaded(node)
+    for text in _magics_texts(tree):
+        inner = _names(text)
+        # what is no Python as a whole may hold some: %timeit -n 5 f()
+        names.loaded.update(inner.loaded or re.findall(r"[^\W\d]\w*", text))
+        names.bound.update(inner.bound)
+        names.within.update(inner.within)
+    return names
+
+
+def _loaded(tree: ast.AST) -> set[str]:
+    return {
         node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     }
-    bound = set(_bound(tree))
-    for text in _magics_texts(tree):
-        inner, binds = _names(text)
-        # what is no Python as a whole may hold some: %timeit -n 5 f()
-        loaded |= inner or set(re.findall(r"[^\W\d]\w*", text))
-        bound |= binds
-    return loaded, bound
 
 
 def _magics_texts(tree: ast.AST) -> Iterator[str]:
@@ -321,17 +396,22 @@ def _magics_texts(tree: ast.AST) -> Iterator[str]:
                     yield text.value
 
 
-def _bound(node: ast.AST) -> list[str]:
-    found: list[str] = []
+def _bound(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The names that are bound, each with what binds it."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.append(child.name)  # what is bound within is not the cell's
+        if isinstance(child, _DEFINING):
+            yield child.name, child  # what is bound within is not the cell's
             continue
         if isinstance(child, ast.Lambda):
             continue
         if isinstance(child, ast.Name) and isinstance(child.ctx, (ast.Store, ast.Del)):
-            found.append(child.id)
+            yield child.id, child
         elif isinstance(child, (ast.Import, ast.ImportFrom)):
-            found += [alias.asname or alias.name.partition(".")[0] for alias in child.names]
-        found += _bound(child)
-    return found
+            yield from ((alias.asname or alias.name.partition(".")[0], child) for alias in child.names)
+        elif isinstance(child, (ast.MatchAs, ast.MatchStar)) and child.name:
+            yield child.name, child
+        elif isinstance(child, ast.comprehension):
+            # its target is its own
+            yield from _bound(ast.Tuple([child.iter, *child.ifs]))
+            continue
+        yield from _bound(child)

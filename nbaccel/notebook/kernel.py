@@ -12,7 +12,7 @@ from nbaccel.errors import LaunchError
 from nbaccel.notebook.culprit import Culprit, Tracer
 from nbaccel.wire.channel import ChannelClosed
 
-__all__ = ["cell_label", "cell_source", "culprit", "prepare", "running_cell"]
+__all__ = ["autoreloader", "cell_label", "cell_source", "culprit", "prepare", "running_cell"]
 
 _tracers: list[Tracer] = []
 
@@ -70,6 +70,12 @@ def running_cell() -> tuple[str, int] | None:
             return frame.f_code.co_filename, int(shell.execution_count)
         frame = frame.f_back
     return None
+
+
+def autoreloader() -> Any:
+    """What `%autoreload` knows of modules: their files' `modules_mtimes`, by name, and which `failed`; else None."""
+    magics = getattr(getattr(_shell(), "magics_manager", None), "registry", {}).get("AutoreloadMagics")
+    return getattr(magics, "_reloader", None)
 
 
 def cell_source() -> str | None:

@@ -9,7 +9,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 from IPython import display as ipython
@@ -69,13 +69,15 @@ class RankMagics(Magics):
         notebook = self.front.user_ns
         pids = {rank: session.state.ranks[rank].pid for rank in chosen}
         self._send_definitions(session, source, pids)
+        failed = True
         try:
             results = session.execute(cell, ranks=chosen, first_line=1 if automatic else 2)
+            failed = False
         except WorkerError as error:
             _hint_at_data(error, notebook)
             raise
         finally:
-            session.definitions.note_bound(source, notebook, pids)
+            session.definitions.note_bound(source, notebook, pids, failed=failed)
         _show(results)
 
     def _send_definitions(self, session: Session, source: str, pids: Mapping[int, int | None]) -> None:
@@ -84,10 +86,14 @@ class RankMagics(Magics):
         for name in definitions.hidden(source, notebook):
             told = f"{name} is each rank's own in %%ranks cells"
             self._tell(name, f"{told}: give the notebook's another name to use it there")
+        if unsure := definitions.unsure(pids):
+            for rank, names in session.bound(set().union(*unsure.values()), list(unsure)).items():
+                definitions.note_own(names, notebook, rank, pids[rank])
         for missing in definitions.missing(source, notebook, pids):
             for name in missing.again:
+                others = _listed([other for other in missing.values if other != name])
                 told = (
-                    f"{name} goes to the ranks again as it is in the notebook, with {_listed(missing.values)}"
+                    f"{name} goes to the ranks again as it is in the notebook{others and f', with {others}'}"
                 )
                 self._tell(name, f"{told}: make in a %%ranks cell what the ranks train there")
             session.define(missing.values, missing.ranks, reloaded=missing.reloaded)
@@ -217,8 +223,8 @@ def _ranks_or_all(head: str, session: Session) -> tuple[int, ...] | None:
         return None
 
 
-def _listed(names: Iterable[str]) -> str:
-    *others, last = names
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names or ("",)
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -287,6 +293,7 @@ def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
     parser.add_argument("--idle-stop")
     parser.add_argument("--output", default="auto", choices=("auto", "all", "rank0", "none"))
     asked = parser.parse_args(list(arguments))
+    replaced = magics.session is not None and not magics.session.closed
     session = Session(
         asked.num_processes,
         device=asked.device,
@@ -297,6 +304,8 @@ def _start(magics: RankMagics, arguments: Sequence[str]) -> None:
         replaces=magics.session,
     )
     session.warm_up()
+    if replaced:
+        print("the session before this one was ended: the variables of its ranks are gone")
     magics.use(session)
     print(f"{session.num_processes} ranks are ready: begin a cell with %%ranks to run it on them")
 

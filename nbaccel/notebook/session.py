@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
 import sys
-import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any, Literal, final, get_args
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
 from nbaccel.errors import ConfigError, LaunchError
 from nbaccel.notebook.definitions import Definitions
-from nbaccel.notebook.front import Dashboard, Front, LateFront, build_front
+from nbaccel.notebook.front import Dashboard, LateFront
 from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
-from nbaccel.notebook.streams import Streams, say
+from nbaccel.notebook.streams import say
+from nbaccel.notebook.view import SessionView, Waiting
 from nbaccel.parallel import StrategyLike
 from nbaccel.rank import namespace, shell
 from nbaccel.rank.debugger import is_persons
@@ -27,10 +26,10 @@ from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.doctor import Idle
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import probe
-from nbaccel.session.facts import run_facts
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.looking import look_at
 from nbaccel.session.outcome import interrupted
+from nbaccel.session.record import record
 from nbaccel.session.relay import Relay
 from nbaccel.session.request import Configuration, make_folder, read_config, read_variables
 from nbaccel.session.resolve import Plan, resolve
@@ -38,16 +37,12 @@ from nbaccel.session.restarts import attempt, run_again
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.run import Run
 from nbaccel.session.session import Task, check_call, default_start_method, make_spec
-from nbaccel.session.sinks.base import Sink
-from nbaccel.session.sinks.folder import FolderSink
-from nbaccel.session.sinks.text import Mode, TextSink
+from nbaccel.session.sinks.text import Mode
 from nbaccel.session.stacks import StackReport
 from nbaccel.session.state import RunState
 from nbaccel.wire import payload
 
 __all__ = ["Session", "idle_sessions"]
-
-_PATIENCE = 2.0  # seconds until a person is told why nothing happens
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 """Of this process, for the doctor."""
@@ -118,7 +113,6 @@ class Session:
         self.name = name
         self._config = _settings(asked, config)
         self._env = read_variables(env)
-        self._output = output
         self._limits = Limits(
             start=duration_seconds(start_timeout, what="start_timeout"),
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),
@@ -127,6 +121,7 @@ class Session:
         )
         self._idle_stop = None if idle_stop is None else duration_seconds(idle_stop, what="idle_stop")
         self._environment = probe()
+        self._view = SessionView(self._environment, self._config, output)
         self._plan: Plan = resolve(self._config, self._environment)
         if self._plan.in_place:
             raise ConfigError(
@@ -195,13 +190,25 @@ class Session:
         if reloaded:
             reload = _task(namespace.reload, (tuple(reloaded),), {}, "reload")
             self._finish(self._submit(reload, ranks=ranks))
-        self._finish(
-            self._submit(_task(namespace.push, (dict(definitions),), {}, "definitions"), ranks=ranks)
-        )
+        if definitions:
+            self._finish(
+                self._submit(_task(namespace.push, (dict(definitions),), {}, "definitions"), ranks=ranks)
+            )
 
     def push(self, /, **values: Any) -> None:
         """Set these names in every rank."""
         self._finish(self._submit(_task(namespace.push, (values,), {}, "push")))
+
+    def bound(
+        self, names: Collection[str], ranks: Collection[int] | None = None
+    ) -> dict[int, tuple[str, ...]]:
+        """By rank (None: all), those of these names that have a value there.
+
+        Raises: as `run`.
+        """
+        chosen = self._checked(ranks)
+        task = _task(namespace.bound, (tuple(names),), {}, "names")
+        return dict(zip(chosen, self._finish(self._submit(task, ranks=chosen)), strict=True))
 
     def pull(self, name: str, ranks: Collection[int] | None = None) -> Results:
         """The value of a name, or of a dotted path ("model.fc.weight"), on these ranks (None: all).
@@ -337,7 +344,7 @@ class Session:
             start_limit=self._limits.start,
             say=say,
             label=cell_label,
-            idle_sink=self._idle_sink(),
+            idle_sink=self._view.between_calls(self.num_processes),
             idle_stop=self._idle_stop,
         )
         with Presses() as presses:
@@ -377,6 +384,7 @@ class Session:
         dashboard: Dashboard = False,
         shown: bool = True,
         plan: Plan | None = None,
+        done: Callable[[Future[Results]], None] = lambda _: None,
     ) -> Run:
         if self.closed:
             raise LaunchError(f"the {self.name} has ended: start another, or restart() this one")
@@ -387,15 +395,23 @@ class Session:
         # what is only shown, as a cell's text, is in the notebook already
         folder = make_folder(task.name, None, say) if dashboard is not False else None
         plan = plan or self._plan
-        build = functools.partial(self._front, task.name, plan, folder, dashboard, made)
+        build = functools.partial(
+            self._view.front, task.name, plan, folder=folder, dashboard=dashboard, made=made
+        )
         late = LateFront(build) if shown and dashboard is False else None  # a cell waits for it
         front = build() if shown and late is None else None
-        sinks: list[Sink] = [] if front is None else [*front.sinks]
-        if folder is not None:
-            sinks.append(self._folder_sink(folder, task, plan))
+        kept = record(
+            folder,
+            task,
+            config=self._config,
+            plan=plan,
+            environment=self._environment,
+            cell=cell_source(),
+            report=say,
+        )
         call = CallInFlight(
             Delivery(parcel=parcel, fd=fd, returns=task.returns),
-            sinks,
+            [*(() if front is None else front.sinks), *kept],
             num_ranks=self.num_processes,
             ranks=chosen,
             limits=self._limits,
@@ -411,17 +427,35 @@ class Session:
             call,
             name=task.name,
             folder=folder,
-            meanwhile=None if shows is None else _Waiting(call, shows.meanwhile),
+            meanwhile=None if shows is None else Waiting(call, shows.meanwhile),
             heading=None if front is None else front.heading,
             show=None if front is None else front.show,
         )
         made.append(run)
         if is_persons(task.function):
             self._latest = call
+            if parcel.modules:
+                self._renew_modules(call, parcel.modules)
             self._note_what_comes_along(call, task)
+        call.future.add_done_callback(done)
         # last: the relay's thread takes the interpreter from here on
         self._relay.submit(call)
         return run
+
+    def _renew_modules(self, call: CallInFlight, modules: Sequence[str]) -> None:
+        """Before a call, let its ranks read again what it comes from and the notebook has read again."""
+        pids = {rank: self.state.ranks[rank].pid for rank in call.ranks}
+        outdated, undo = self.definitions.note_modules(modules, pids)
+        call.future.add_done_callback(lambda _: None if call.id >= 0 else undo())
+
+        def look(done: Future[Results]) -> None:
+            if (error := done.exception()) is not None:
+                undo()
+                call.say(f"the ranks could not read a module again, and go on with what they had: {error}")
+
+        for names, ranks in outdated.items():
+            task = _task(namespace.reload, (names,), {}, "reload")
+            self._submit(task, ranks=ranks, shown=False, done=look)
 
     def _note_what_comes_along(self, call: CallInFlight, task: Task) -> None:
         """The notebook's data that the call's functions refer to: `%%ranks` cells need not send it again."""
@@ -448,55 +482,6 @@ class Session:
             what = f"there is no rank {rank_ranges(wrong)}" if wrong else "no rank was chosen"
             raise ConfigError(f"{what}: this session has ranks 0 to {self.num_processes - 1}")
         return tuple(chosen)
-
-    def _idle_sink(self) -> TextSink:
-        """Prints what ranks print between calls."""
-        in_kernel = self._environment.kernel == "ipykernel"
-        return TextSink(
-            Streams().write,
-            num_ranks=self.num_processes,
-            mode=self._output,
-            label="short" if in_kernel else "long",
-        )
-
-    def _front(
-        self, name: str, plan: Plan, folder: Path | None, dashboard: Dashboard, made: list[Run]
-    ) -> Front:
-        """What is shown of the run that will be in `made`."""
-        return build_front(
-            self._environment,
-            plan,
-            name=name,
-            precision=self._config.mixed_precision,
-            folder=folder,
-            write=Streams().write,
-            mode=self._output,
-            dashboard=dashboard,
-            made=made,
-            label=cell_label,
-        )
-
-    def _folder_sink(self, folder: Path, task: Task, plan: Plan) -> FolderSink:
-        facts = run_facts(
-            task.function, task.name, cell_source(), plan, self._environment, task.args, task.kwargs
-        )
-        return FolderSink(folder, config=json.loads(self._config.to_json()), run=facts, report=say)
-
-
-@final
-class _Waiting:
-    """For the thread that waits for a call: what is shown meanwhile, and a word when the call has to wait itself."""
-
-    def __init__(self, call: CallInFlight, meanwhile: Callable[[], None]) -> None:
-        self._call, self._meanwhile = call, meanwhile
-        self._tell_at: float | None = time.monotonic() + _PATIENCE
-
-    def __call__(self) -> None:
-        self._meanwhile()
-        if self._tell_at is not None and time.monotonic() >= self._tell_at:
-            self._tell_at = None
-            if self._call.id < 0:
-                say("the ranks are still busy with what was asked of them before; this comes next")
 
 
 def _task(

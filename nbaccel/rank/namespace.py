@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["PREBOUND", "Variable", "is_definition", "pull", "push", "reload", "variables"]
+__all__ = ["PREBOUND", "Variable", "bound", "is_definition", "pull", "push", "reload", "variables"]
 
 PREBOUND = ("rank", "local_rank", "world_size", "device", "dist")
 """What every rank of a session finds in its namespace."""
@@ -30,6 +32,9 @@ _DEFINITIONS = (
 )
 
 _T = TypeVar("_T")
+
+_former: dict[tuple[str, str], list[weakref.ref[Any]]] = {}
+"""By module and name, what stood there before it was read again, and others may hold still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +70,33 @@ def push(values: Mapping[str, Any]) -> None:
     sys.modules["__main__"].__dict__.update(values)
 
 
+def bound(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these names that have a value here."""
+    return tuple(name for name in names if name in sys.modules["__main__"].__dict__)
+
+
 def reload(modules: Sequence[str]) -> None:
-    """Read these again where they are imported, as the notebook has."""
+    """Read these again where they are imported, as the notebook has. As with `%autoreload` there, the functions and
+    classes that others took from them are brought up to date in place, and so are objects of these classes."""
+    # slow to import, and most ranks need it never
+    autoreload: Any = importlib.import_module("IPython.extensions.autoreload")
+
     for name in modules:
-        if name in sys.modules:
-            importlib.reload(sys.modules[name])
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        before = dict(vars(module))
+        importlib.reload(module)
+        for key, new in list(vars(module).items()):
+            old = before.get(key)
+            if old is new or not isinstance(old, (type, types.FunctionType)) or old.__module__ != name:
+                continue
+            former = _former.setdefault((name, key), [])
+            former[:] = [*(one for one in former if one() is not None), weakref.ref(old)]
+            for reference in former:
+                # what cannot be changed in place stays, as it does in the notebook
+                with contextlib.suppress(TypeError, ValueError):
+                    autoreload.update_generic(reference(), new)
 
 
 def pull(path: str) -> Any:

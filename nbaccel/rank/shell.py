@@ -1,6 +1,6 @@
 """Cells in a rank, run by IPython's own machinery: magics, top-level await, `?`, rich last expressions.
 
-The only module of a rank that knows IPython; it is imported by the first cell.
+The only module of a rank that knows IPython's shell; it is imported by the first cell.
 """
 
 from __future__ import annotations

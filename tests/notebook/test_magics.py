@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import re
 import signal
@@ -142,6 +144,22 @@ def test_definitions_of_the_notebook_are_there_when_a_cell_needs_them(live: Kern
     assert shown(live, "%%ranks\nNet().version(), old.version()") == "[0-2] ('new', 20)"
     live.ok("%%ranks\nclass Net:\n    def version(self): return 'of the ranks'")
     assert shown(live, "%%ranks\nNet().version()") == "[0-2] 'of the ranks'"
+
+
+def test_definitions_changed_in_place_are_there_when_a_cell_uses_them(live: Kernel) -> None:
+    live.ok("class Place:\n    lr = 1\ndef at(place=Place): return place.lr\ndef late(self): return 'late'")
+    assert shown(live, "%%ranks\nPlace.lr, at()") == "[0-2] (1, 1)"
+    live.ok("Place.lr, Place.late = 2, late")
+    assert shown(live, "%%ranks\nPlace.lr, at(), Place().late()") == "[0-2] (2, 2, 'late')"
+
+
+def test_definition_arrives_when_a_cell_has_not_bound_its_name(live: Kernel) -> None:
+    live.ok("def unbound(): return 'notebook'")
+    assert "ZeroDivisionError" in live.run("%%ranks\n1 // rank\nunbound = lambda: 'rank'").traceback
+    live.ok("%%ranks 0\nnumbers = [0 for unbound in range(3)]")
+    assert shown(live, "%%ranks 0\nunbound()") == "[0] 'notebook'"
+    live.ok("%%ranks 1\ndef unbound(): return 'rank'")
+    assert shown(live, "%%ranks 1\nunbound()") == "[1] 'rank'"
 
 
 def test_data_of_the_notebook_stays_there_when_a_cell_names_it(live: Kernel) -> None:
@@ -309,6 +327,90 @@ def test_definition_is_sent_anew_when_data_it_brings_has_changed() -> None:
     assert sent() == []
 
 
+def test_definition_is_sent_anew_when_it_has_changed_in_place_unless_it_is_the_ranks_own() -> None:
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    exec("class Config:\n    rate = 1\ndef rate(): return Config.rate", notebook)
+    known, ranks = Definitions(), {0: 100}
+
+    def sent() -> list[set[str]]:
+        found = known.missing("rate()", notebook, ranks)
+        for one in found:
+            known.note_sent(one, ranks)
+        return [set(one.values) for one in found]
+
+    assert sent() == [{"Config", "rate"}]
+    exec("Config.rate = 2", notebook)
+    assert sent() == [{"Config"}]
+    known.note_bound("class Config: rate = 'of the ranks'", notebook, ranks)
+    exec("Config.rate = 3", notebook)
+    assert sent() == []
+    exec("class Config: rate = 4", notebook)
+    assert sent() == [{"Config"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "own"),
+    [
+        ("f = 1", True),
+        ("for f in range(3): pass", True),
+        ("z = [(f := n) for n in range(3)]", True),
+        ("match 1:\n    case f: pass", True),
+        ("import json as f", True),
+        ("z = [0 for f in range(3)]", False),
+        ("z = {f: 0 for _, f in {}}", False),
+        ("z = lambda: (f := 1)", False),
+        ("def g(f): f = 1", False),
+    ],
+)
+def test_name_is_the_ranks_own_when_a_cell_binds_it_and_not_something_within(source: str, own: bool) -> None:
+    def function() -> None: ...
+
+    known, ranks = Definitions(), {0: 100}
+    known.note_bound(source, {"f": function}, ranks)
+    assert (known.missing("f()", {"f": function}, ranks) == []) is own
+
+
+def test_name_is_the_ranks_own_only_where_it_is_there_when_the_cell_has_failed() -> None:
+    def function() -> None: ...
+
+    known, notebook, ranks = Definitions(), {"f": function}, {0: 100, 1: 101}
+    known.note_bound("1 / rank\nf = 3", notebook, ranks, failed=True)
+    assert known.unsure(ranks) == {0: ["f"], 1: ["f"]}
+    known.note_own((), notebook, 0, 100)
+    known.note_own(("f",), notebook, 1, 101)
+    assert known.unsure(ranks) == {}
+    assert [one.ranks for one in known.missing("f()", notebook, ranks)] == [(0,)]
+    known.note_bound("1 / rank\nf = 3", notebook, {1: 101}, failed=True)
+    assert known.unsure(ranks) == {}, "it is its own already"
+
+
+def test_definition_that_holds_a_model_is_told_when_it_goes_again() -> None:
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    exec(
+        "import torch\nLR = 1\ndef make(model):\n    def step(): return model(LR)\n    return step\n"
+        "step = make(torch.nn.Linear(1, 1))",
+        notebook,
+    )
+    known, ranks = Definitions(), {0: 100}
+    (sent,) = known.missing("step()", notebook, ranks)
+    assert sent.again == ()
+    known.note_sent(sent, ranks)
+    exec("LR = 2", notebook)
+    assert [one.again for one in known.missing("step()", notebook, ranks)] == [("step",)]
+
+
+def test_helper_is_sent_anew_when_only_a_function_that_the_ranks_defined_calls_it() -> None:
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    exec("def helper(): return 1", notebook)
+    known, ranks = Definitions(), {0: 100}
+    (sent,) = known.missing("def mine(): return helper()", notebook, ranks)
+    known.note_sent(sent, ranks)
+    known.note_bound("def mine(): return helper()\ndef through(): return mine()", notebook, ranks)
+    assert known.missing("through()", notebook, ranks) == []
+    exec("def helper(): return 2", notebook)
+    assert [set(one.values) for one in known.missing("through()", notebook, ranks)] == [{"helper"}]
+
+
 def test_data_counts_as_sent_when_a_call_has_brought_it_unless_that_never_began() -> None:
     notebook: dict[str, Any] = {"__name__": "__main__", "LR": 1}
     exec("def h(): return LR", notebook)
@@ -320,6 +422,26 @@ def test_data_counts_as_sent_when_a_call_has_brought_it_unless_that_never_began(
     assert known.missing("h()", notebook, ranks) == []
     undo()
     assert [set(one.values) for one in known.missing("h()", notebook, ranks)] == [{"h"}]
+
+
+def test_modules_are_read_again_where_they_are_older_than_in_the_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "settings_of_a_person.py").write_text("LR = 1\n")
+    (tmp_path / "code_of_a_person.py").write_text("import settings_of_a_person\ndef f(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code = importlib.import_module("code_of_a_person")
+    known, notebook = Definitions(), {"f": code.f}
+    assert known.note_modules(["code_of_a_person", "torch"], {0: 100})[0] == {}
+    importlib.reload(code.settings_of_a_person)
+    (needed,) = known.missing("f()", notebook, {0: 100})
+    assert (needed.reloaded, dict(needed.values)) == (("settings_of_a_person",), {"f": code.f})
+    importlib.reload(code)
+    outdated, undo = known.note_modules(["code_of_a_person"], {0: 100, 1: 101})
+    assert outdated == {("settings_of_a_person", "code_of_a_person"): [0]}
+    assert known.note_modules(["code_of_a_person"], {0: 100, 1: 101})[0] == {}
+    undo()
+    assert known.note_modules(["code_of_a_person"], {0: 100, 1: 101})[0] == outdated
 
 
 def test_definition_arrives_when_a_rank_was_left_out_or_replaced(live: Kernel) -> None:
@@ -367,6 +489,45 @@ def test_module_is_read_again_when_the_notebook_has_reloaded_it(live: Kernel, tm
     assert shown(live, "%%ranks\nversion(), reloaded_later.version()") == (
         "[0-2] ('the new one', 'the new one')"
     )
+
+
+def test_edited_module_is_read_again_in_every_way_of_calling_when_autoreload_is_on(
+    live: Kernel, tmp_path: Path
+) -> None:
+    helper, user = tmp_path / "edited_helper.py", tmp_path / "edited_user.py"
+    helper.write_text("LR = 1\ndef f(): return LR\n")
+    user.write_text("from edited_helper import f\nclass K:\n    def v(self): return f()\n")
+    edits = itertools.count(2)
+
+    def edit() -> str:
+        """The helper with another number, and the time of its file."""
+        number = next(edits)
+        helper.write_text(f"LR = {number}\ndef f(): return LR\n")
+        os.utime(helper, (time.time() + 100 * number,) * 2)
+        return str(number)
+
+    live.ok(
+        f"import sys, nbaccel\nsys.dont_write_bytecode = True\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "import edited_user\nfrom edited_helper import f\ndef through(): return edited_user.K().v()"
+    )
+    live.ok(f"%%ranks\nimport sys\nsys.dont_write_bytecode = True\nsys.path.insert(0, {str(tmp_path)!r})")
+    assert shown(live, "%%ranks\nkept = edited_user.K(); kept.v(), f()") == "[0-2] (1, 1)"
+    live.ok("%load_ext autoreload\n%autoreload 2")
+    new = edit()
+    assert shown(live, "%%ranks\nkept.v(), edited_user.K().v(), f()") == f"[0-2] ({new}, {new}, {new})"
+    for call in (
+        "session.run(f)",
+        "session.run(through)",
+        "nbaccel.notebook_launcher(through, session=session)",
+    ):
+        new = edit()
+        assert live.ok(f"list({call})").result == f"[{new}, {new}, {new}]"
+    helper.write_text("def f(: syntax")
+    live.ok("%autoreload 0")
+    live.ok("import importlib\ntry: importlib.reload(sys.modules['edited_helper'])\nexcept SyntaxError: pass")
+    cell = live.ok("list(session.run(f))")
+    assert "the ranks could not read a module again" in cell.stderr
+    assert cell.result == f"[{new}, {new}, {new}]"
 
 
 def test_a_ranks_own_name_stays_and_is_told_when_the_notebook_has_one_too(live: Kernel) -> None:
