@@ -1,11 +1,14 @@
 """The code cells of a notebook as plain Python, to be run as one script."""
 
 from __future__ import annotations
+import __future__
 
 import ast
+import functools
 import inspect
 import io
 import json
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -16,6 +19,10 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["Cell", "lines_of", "read_cells"]
 
+# `from __future__ import annotations` and its like: in a notebook they hold for the cells that follow, too.
+_FUTURE = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 _RUN_THE_BODY = ("%%time", "%%timeit", "%%capture", "%%prun")
 """Cell magics whose cell means the same without them."""
 
@@ -53,12 +60,16 @@ def read_cells(path: str) -> list[Cell]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a notebook that can be read: {error!r}") from error
     name = os.path.basename(path)
-    return [_plain(f"{name}, cell {number}", source) for number, source in enumerate(sources, 1)]
+    found, future = list[Cell](), 0
+    for number, source in enumerate(sources, 1):
+        found.append(_plain(f"{name}, cell {number}", source, future))
+        future = found[-1].code.co_flags & _FUTURE
+    return found
 
 
-def _plain(filename: str, source: str) -> Cell:
+def _plain(filename: str, source: str, future: int) -> Cell:
     try:
-        return Cell(filename=filename, source=source, code=_compiled(source, filename))
+        return Cell(filename=filename, source=source, code=_compiled(source, filename, future))
     except (SyntaxError, ValueError):
         pass  # perhaps it is IPython's
     lines, skipped = lines_of(source + "\n"), list[str]()
@@ -70,14 +81,14 @@ def _plain(filename: str, source: str) -> Cell:
         lines = ["\n"] * first + lines
     source = "".join(_without_ipython(lines, filename, skipped))
     try:
-        code = _compiled(source, filename)
+        code = _compiled(source, filename, future)
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{filename} cannot be run: {type(error).__name__}: {error}") from error
     return Cell(filename=filename, source=source, code=code, skipped=tuple(skipped))
 
 
-def _compiled(source: str, filename: str) -> CodeType:
-    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+def _compiled(source: str, filename: str, future: int) -> CodeType:
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | future
     code: CodeType = compile(source, filename, "exec", flags=flags, dont_inherit=True)
     return code
 

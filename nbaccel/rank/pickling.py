@@ -11,11 +11,11 @@ import io
 import sys
 import types
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, final
 
 import cloudpickle
 
-from nbaccel.wire.payload import MainGlobals
+from nbaccel.wire.definitions import MainGlobals, by_value, part_by_value
 
 __all__ = ["by_value_in_main"]
 
@@ -32,9 +32,17 @@ def _reduce(_pickler: ForkingPickler, obj: Any) -> Any:
     return NotImplemented
 
 
+@final
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (types.FunctionType, type)):
+            return by_value(obj, super().reducer_override(obj))
+        return part_by_value(obj) or super().reducer_override(obj)
+
+
 def _dumps(obj: Any) -> bytes:
     buffer = io.BytesIO()
-    pickler = cloudpickle.Pickler(buffer, protocol=5)
+    pickler = _Pickler(buffer, protocol=5)
     # cloudpickle gives all functions with these globals this object for theirs
     pickler.globals_ref[id(sys.modules["__main__"].__dict__)] = MainGlobals(__name__="__main__")
     pickler.dump(obj)

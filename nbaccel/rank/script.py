@@ -75,7 +75,8 @@ def run_notebook(path: str, arguments: tuple[str, ...]) -> None:
     """
     sys.argv[:] = [path, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    namespace = _main(__file__=path, __package__=None, __spec__=None)
+    # As in its kernel there is no `__file__`: a spawned worker would run that as Python.
+    namespace = _main(__package__=None, __spec__=None)
     namespace.setdefault("display", print)
     cells = read_cells(path)
     awaits = any(cell.awaits for cell in cells)

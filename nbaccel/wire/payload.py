@@ -25,19 +25,21 @@ from typing import Any, NamedTuple, final
 import cloudpickle
 
 from nbaccel.errors import PayloadError
-from nbaccel.wire.annotations import named_by
 from nbaccel.wire.content import INLINE, Content, Reader, seal, write_at
+from nbaccel.wire.definitions import MainGlobals, by_value, dispatching, part_by_value, with_annotations
 from nbaccel.wire.tensors import TorchReducer, function_made_anew, same
 from nbaccel.wire.unpicklable import explain
 
-__all__ = ["MainGlobals", "Parcel", "Sidecar", "install", "pack", "tensors_and_modules", "unpack"]
+__all__ = ["Parcel", "Sidecar", "install", "pack", "tensors_and_modules", "unpack"]
 
 _ALIGN = 64  # kernels differ in the last bit on weights that are not 64-byte aligned
 _OUT_OF_BAND = 1 << 16  # below this a copy in the pickle is cheaper than a mapping
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _LruCache = type(functools.lru_cache(lambda: None))
 # What every receiver has, and finds by name.
-_EVERYWHERE = frozenset({cloudpickle.Pickler.__module__, __name__, TorchReducer.__module__})
+_EVERYWHERE = frozenset(
+    {cloudpickle.Pickler.__module__, __name__, TorchReducer.__module__, MainGlobals.__module__}
+)
 
 
 class Parcel(NamedTuple):
@@ -207,7 +209,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, types.FunctionType)):
-            made_anew = function_made_anew(obj) or _dispatching_of(obj)
+            made_anew = function_made_anew(obj) or dispatching(obj)
             return self._definition(obj) if made_anew is None else made_anew
         if (reduced := self.torch.reduce(obj)) is not None:
             return reduced
@@ -215,6 +217,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _exception, (type(obj), obj.args), obj.__dict__ or None
         if (rebuilt := _rebuilt(obj)) is not None:
             return rebuilt
+        if (part := part_by_value(obj)) is not None and (self._outward or type(obj) not in _known):
+            return part
         if isinstance(obj, types.ModuleType):
             self.modules.add(obj.__name__)
         return super().reducer_override(obj)
@@ -225,13 +229,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return NotImplemented
         if not self._outward and isinstance(obj, type) and obj in _known:
             return _notebook_class, (_known[obj], obj.__qualname__)
-        reduced = super().reducer_override(obj)
+        reduced = by_value(obj, super().reducer_override(obj))
         if reduced is NotImplemented:
             self.modules.add(obj.__module__)
         elif isinstance(reduced, tuple):
             self._note(obj)
             if self._outward and obj.__module__ == "__main__":
-                reduced = _with_annotations(obj, reduced)
+                reduced = with_annotations(obj, reduced)
         return reduced
 
     def _note(self, obj: type | types.FunctionType) -> None:
@@ -253,14 +257,6 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     self.sources[filename] = "".join(lines)
 
 
-@final
-class MainGlobals(dict[str, Any]):
-    """Stands for the notebook's globals in a pickle; becomes the receiver's `__main__` namespace."""
-
-    def __reduce__(self) -> tuple[Callable[[], dict[str, Any]], tuple[()]]:
-        return _main_globals, ()
-
-
 def _pickles(value: Any, *, outward: bool) -> bool:
     try:
         _Pickler(_Nowhere(), outward=outward).dump(value)
@@ -275,10 +271,6 @@ class _Nowhere(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         return len(data)
-
-
-def _main_globals() -> dict[str, Any]:
-    return sys.modules["__main__"].__dict__
 
 
 def _exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
@@ -299,6 +291,9 @@ def _rebuilt(obj: Any) -> tuple[Any, ...] | None:
         return _cached_property, (obj.func, obj.attrname)
     if isinstance(obj, types.MethodType) and obj.__name__ == "get_ipython" and "IPython" in sys.modules:
         return same, (sys.modules["IPython"].get_ipython,)  # the rank's own shell, for `!ls` and `%time`
+    exits = getattr(sys.modules.get("IPython.core.autocall"), "ExitAutocall", ())
+    if isinstance(obj, exits):  # what `exit` and `quit` are in a notebook
+        return same, (sys.exit,)
     return None
 
 
@@ -311,47 +306,6 @@ def _cached_property(function: Callable[[Any], Any], name: str | None) -> Any:
     made = functools.cached_property(function)
     made.attrname = name  # a class that is built piece by piece tells nobody its name
     return made
-
-
-def _with_annotations(obj: type | types.FunctionType, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-    """How to make a class or function of the notebook whose annotations, kept as text, name what is there."""
-    named = named_by(obj, sys.modules["__main__"].__dict__)
-    if not named:
-        return reduced
-    *made, state, _, _, set_state = reduced
-    return *made, (state, named, set_state), None, None, _annotated
-
-
-def _annotated(obj: Any, state: tuple[Any, Mapping[str, Any], Callable[[Any, Any], Any]]) -> None:
-    own, named, set_state = state
-    for name, value in named.items():
-        _main_globals().setdefault(name, value)
-    set_state(obj, own)
-
-
-def _dispatching_of(function: Any) -> tuple[Any, ...] | None:
-    """How to make anew what `functools.singledispatch` has made of functions of the notebook; else None."""
-    registry = vars(function).get("registry")
-    if not hasattr(function, "dispatch") or not isinstance(registry, types.MappingProxyType):
-        return None
-    if isinstance(function, type) or function.__module__ != "__main__":
-        return None
-    # Its functions may call it, so it is there before they are.
-    return _dispatching, (function.__qualname__,), dict(registry), None, None, _register
-
-
-def _dispatching(name: str) -> Any:
-    def nothing(*_: Any) -> None:
-        """Until its functions have come."""
-
-    nothing.__module__, nothing.__qualname__ = "__main__", name
-    return functools.singledispatch(nothing)
-
-
-def _register(function: Any, registry: Mapping[type, Callable[..., Any]]) -> None:
-    for kind, implementation in registry.items():
-        function.register(kind, implementation)
-    functools.update_wrapper(function, registry[object])
 
 
 def _notebook_class(identity: str, name: str) -> type:

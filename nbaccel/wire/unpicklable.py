@@ -5,13 +5,15 @@ from __future__ import annotations
 import dis
 import functools
 import linecache
+import math
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 __all__ = ["explain"]
 
-_MAX_STEPS = 2000
+_LONGEST = 1.0  # seconds beyond what the person named: each step of the search pickles what is left once more
 _NAMED = ("the variable", "argument", "args[", "kwargs[", "the returned value")
 _MOST_OF_PATH = 30  # characters, beyond what the person named
 _INSTEAD = {
@@ -36,10 +38,17 @@ def explain(value: Any, error: BaseException, pickles: Callable[[Any], bool], *,
         pickles: whether a part of it can be pickled.
         outward: whether it was on its way to the ranks, and not back.
     """
-    steps = _innermost(value, "" if outward else "the returned value", pickles)
+    too_deep = isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError)
+    steps = _innermost(value, "" if outward else "the returned value", pickles, named_only=too_deep)
     if not steps:
         return f"it cannot be pickled: {error}"
     (start, outer, _), (path, culprit, where) = steps[0], steps[-1]
+    if too_deep:
+        return (
+            f"{start} is a {_type_name(outer)} that is nested too deeply to be sent to another process, as a list "
+            f"whose nodes are linked one to the next{steps[0][2]}. Send its parts in a flat list or dict, and link "
+            f"them again where it arrives. ({error})"
+        )
     name, held = _type_name(culprit), ""
     if (
         len(path) > len(start) + _MOST_OF_PATH
@@ -61,24 +70,44 @@ def _type_name(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
-def _innermost(value: Any, path: str, pickles: Callable[[Any], bool]) -> list[tuple[str, Any, str]]:
-    """Follow what fails to pickle to a part none of whose own parts fails: each step's (path, part, use)."""
-    where, seen = "", set()
+def _innermost(
+    value: Any, path: str, pickles: Callable[[Any], bool], *, named_only: bool
+) -> list[tuple[str, Any, str]]:
+    """Follow what fails to pickle to a part none of whose own parts fails: each step's (path, part, use).
+
+    The first is what the person called by a name: a variable, an argument, or all that was returned.
+
+    Args:
+        named_only: go no further than that.
+    """
+    where, seen, end = "", set[int](), math.inf
     if pickles(value):
         return []
     steps = [(path or "the value", value, "")]
-    for _ in range(_MAX_STEPS):
+    while not (named_only and path.startswith(_NAMED)):
+        if path.startswith(_NAMED):
+            end = min(end, time.monotonic() + _LONGEST)
         seen.add(id(value))
-        for label, part, use in _parts(value, path):
-            if id(part) not in seen and not pickles(part):
-                path, value, where = label, part, use or where
-                steps.append((path, value, where))
-                break
-        else:
+        found = _failing(_parts(value, path), seen, pickles, end)
+        if found is None:
             break
-    # what the person called by a name: a variable, an argument, or all that was returned
+        path, value, use = found
+        where = use or where
+        steps.append((path, value, where))
     named = next((at for at, step in enumerate(steps) if step[0].startswith(_NAMED)), 0)
     return steps[named:]
+
+
+def _failing(
+    parts: Iterable[tuple[str, Any, str]], seen: Set[int], pickles: Callable[[Any], bool], end: float
+) -> tuple[str, Any, str] | None:
+    """The first of these that is not seen and does not pickle; None too when time is up."""
+    for step in parts:
+        if time.monotonic() > end:
+            return None
+        if id(step[1]) not in seen and not pickles(step[1]):
+            return step
+    return None
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:

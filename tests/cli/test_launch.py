@@ -55,12 +55,16 @@ def test_module_runs_as_main_when_asked_with_m(clean, nbaccel: Command, script: 
 
 def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbaccel: Command):
     cells = [
-        "%matplotlib inline\nimport os, sys\n!ls",
+        "from __future__ import annotations\n%matplotlib inline\nimport os, sys\n!ls",
         "%%bash\nls",
         "import asyncio\nqueue = asyncio.Queue()\nawait queue.put(3)",
         "three = await queue.get()\n!echo",
-        "from nbaccel import notebook_launcher\ndef f():\n    return os.environ['RANK']",
-        "print(notebook_launcher(f, num_processes=2), sys.argv[1:], three)",
+        "import enum\nfrom nbaccel import notebook_launcher\n"
+        "class Size(enum.Enum):\n    A4 = 210, 297\n    def __init__(self, *both):\n        self.width = both[0]\n"
+        "def f(later: Later = None):\n    assert Size.A4.width == 210\n    return os.environ['RANK']",
+        "print(notebook_launcher(f, num_processes=2), sys.argv[1:], three)\n"
+        "import multiprocessing\nworker = multiprocessing.get_context('spawn').Process(target=f)\n"
+        "worker.start()\nworker.join()\nprint('the spawned worker left with', worker.exitcode)",
         "if os.environ['RANK'] == '1':\n    1 / 0",
     ]
     document = {"cells": [{"cell_type": "code", "source": cell.splitlines(True)} for cell in cells]}
@@ -68,6 +72,7 @@ def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbacc
     done = nbaccel(*CPU, "--no-folder", "t.ipynb", "--own")
     assert done.code == 1
     assert {"[rank 0] ['0'] ['--own'] 3", "[rank 1] ['1'] ['--own'] 3"} <= set(done.out.splitlines())
+    assert said_by(done.out, "the spawned worker left with 0") == {0, 1}, done.err
     assert 'File "t.ipynb, cell 7", line 2' in done.err
     assert "    1 / 0\nZeroDivisionError" in done.err
     said = ("1: %matplotlib inline", "1: !ls", "2: %%bash", "4: !echo")

@@ -272,6 +272,8 @@ def test_lines_of_ipython_work_in_a_function_of_the_notebook(kernel: Kernel) -> 
 def lists():
     !echo from the shell
     said = !echo caught
+    if said[0] != "caught":
+        exit("the shell said something else")
     return said[0]
 print(notebook_launcher(lists, num_processes=2))
 """)

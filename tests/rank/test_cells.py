@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,22 @@ def test_cell_of_python_alone_is_as_it_stands(tmp_path: Path):
     (cell, empty) = read(tmp_path, KEPT, " \n")
     assert (cell.source, cell.skipped) == (KEPT, ())
     assert empty.skipped == ()
+
+
+def test_future_of_a_cell_holds_for_those_that_follow(tmp_path: Path):
+    before, first, node, magic = read(
+        tmp_path,
+        "def f(x: 1 + 1): ...",
+        "from __future__ import annotations",
+        "class Node:\n    def next(self) -> Node: ...",
+        "!ls\ndef g(x: 1 + 1): ...",
+    )
+    found: dict[str, Any] = {}
+    for cell in (before, first, node, magic):
+        exec(cell.code, found)
+    assert found["f"].__annotations__ == {"x": 2}
+    assert found["Node"].next.__annotations__ == {"return": "Node"}
+    assert found["g"].__annotations__ == {"x": "1 + 1"}
 
 
 def test_cell_for_another_language_is_left_out(tmp_path: Path):

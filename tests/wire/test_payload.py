@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 
 from nbaccel.errors import PayloadError
 from nbaccel.wire.payload import Parcel, Sidecar, install, pack, unpack
+from nbaccel.wire.unpicklable import explain
 
 
 def round_trip(value: Any, *, outward: bool = True) -> Any:
@@ -395,6 +397,45 @@ def test_long_way_inside_a_librarys_object_is_left_out() -> None:
         pack((len, (deep,), {}), outward=True)
     assert "is a types.SimpleNamespace with a _thread.lock inside it" in str(caught.value)
     assert "connection" not in str(caught.value)
+
+
+def linked(length: int) -> Any:
+    node = None
+    for _ in range(length):
+        node = types.SimpleNamespace(next=node)
+    return node
+
+
+@pytest.mark.parametrize(
+    ("value", "outward", "start"),
+    [
+        ((len, (), {"nodes": linked(3000)}), True, "kwargs['nodes'] is a types.SimpleNamespace"),
+        ((closure_over(linked(3000)), (), {}), True, "the variable 'value' is a types.SimpleNamespace"),
+        ([linked(3000)], False, "the returned value is a list"),
+    ],
+    ids=["argument", "closure", "returned"],
+)
+def test_what_is_nested_too_deeply_is_said_to_be(value: Any, outward: bool, start: str) -> None:
+    with pytest.raises(PayloadError) as caught:
+        pack(value, outward=outward)
+    assert str(caught.value).startswith(f"{start} that is nested too deeply")
+    assert "flat list" in str(caught.value)
+
+
+def test_search_for_what_cannot_be_pickled_ends_early_when_each_step_is_slow() -> None:
+    asked = []
+
+    def pickles(part: Any) -> bool:
+        asked.append(part)
+        time.sleep(0.3)
+        return part is len
+
+    nested: Any = lock
+    for _ in range(50):
+        nested = [nested]
+    said = explain((len, (nested,), {}), TypeError("no"), pickles, outward=True)
+    assert said.startswith("args[0]")
+    assert len(asked) < 20
 
 
 def test_failed_pack_leaves_no_descriptor() -> None:
