@@ -28,6 +28,8 @@ class Cell:
         self.kernel = kernel
         self.parent: Mapping[str, Any] = kernel.get_parent("shell")
         """The request the front end sent for this cell."""
+        self.captured = _is_captured(self.parent)
+        """Whether an `Output` widget takes the cell's outputs: none of them can be replaced."""
         self.running = True
         """Until the cell's last line has run."""
         events = kernel.shell.events
@@ -73,3 +75,14 @@ class Cell:
             metadata=dict(metadata or {}),
             buffers=list(buffers),
         )
+
+
+def _is_captured(parent: Mapping[str, Any]) -> bool:
+    """Whether the code that answers this request stands in `with Output():`. JupyterLab's widget takes what is added
+    there and passes over what replaces."""
+    output = getattr(sys.modules.get("ipywidgets.widgets.widget_output"), "Output", None)
+    request = parent.get("header", {}).get("msg_id")
+    if output is None or not request:
+        return False
+    widgets = getattr(sys.modules["ipywidgets.widgets.widget"], "_instances", {})
+    return any(isinstance(widget, output) and widget.msg_id == request for widget in list(widgets.values()))

@@ -25,7 +25,7 @@ from nbaccel.notebook.cell import Bundle, Cell
 from nbaccel.notebook.controls import Actions, Controls
 from nbaccel.session.panel import html
 from nbaccel.session.panel.failure import error_lines, headline
-from nbaccel.session.panel.pages import last_outputs
+from nbaccel.session.panel.pages import last_outputs, panel_bundle
 from nbaccel.session.panel.reading import Heading, View, read
 from nbaccel.session.panel.text import paint_text
 from nbaccel.session.reopen import PastRun
@@ -64,12 +64,21 @@ class Panel:
         state: what is known at the start.
         actions: what the controls do; None for a panel without them.
         label: what the front end calls a file a cell was compiled from.
+        retold: a failure is told again, traceback and all, by the error of the cell if that still runs.
     """
 
     def __init__(
-        self, cell: Cell, heading: Heading, state: RunState, *, actions: Actions | None, label: CellLabel
+        self,
+        cell: Cell,
+        heading: Heading,
+        state: RunState,
+        *,
+        actions: Actions | None,
+        label: CellLabel,
+        retold: bool = False,
     ) -> None:
         self._cell, self._heading, self._label, self._state = cell, heading, label, state
+        self._retold = retold
         name = secrets.token_hex(6)
         self._header, self._middle, self._body = (f"nbaccel-{name}-{part}" for part in "hcb")
         self._actions = actions
@@ -121,8 +130,9 @@ class Panel:
             self._closed, self._state = True, state
             if any(rank.paces for rank in state.ranks):
                 self._compare()
-            # the cell's own error follows right below, traceback and all, unless it is caught
-            header, error, body = _final(state, self._heading, self._label, brief=self._cell.running)
+            # the cell's own error follows right below, unless it is caught
+            brief = self._retold and self._cell.running
+            header, error, body = _final(state, self._heading, self._label, brief=brief)
             self._cell.show(header, name=self._header, update=True)
             self._cell.show(error, name=self._middle, update=True)
             self._cell.show(body, name=self._body, update=True)
@@ -163,15 +173,19 @@ def show(
     label: CellLabel = lambda _: None,
     every: float = _REPAINT_SECONDS,
 ) -> None:
-    """A panel of a run below another cell, which goes on as long as the run does.
+    """A panel of a run below another cell, which goes on as long as the run does; inside an `Output` widget it is as
+    the run is now.
 
     Args:
         every: seconds between two looks at its state.
     """
-    panel = Panel(cell, heading, run.state, actions=None if run.done() else actions, label=label)
-    if run.done():
-        panel.close(run.state)
+    if cell.captured:
+        cell.show(panel_bundle(run.state, heading, label))
         return
+    if run.done():
+        Panel(cell, heading, run.state, actions=None, label=label).close(run.state)
+        return
+    panel = Panel(cell, heading, run.state, actions=actions, label=label, retold=True)
 
     def follow() -> None:
         while not run.done():

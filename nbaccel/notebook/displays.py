@@ -3,7 +3,8 @@
 The n-th thing of a kind that each rank shows shares one place: one rank's as it is, several ranks' as a grid. What
 only the front end can draw (widgets, Markdown, Latex, JSON) cannot stand in a grid: it has a place of its own below
 a label, and ranks that show the very same share it. Updates and what replaces after `clear_output(wait=True)` go to
-the front end ten times a second at most.
+the front end ten times a second at most. Inside an `Output` widget, where nothing can be replaced, each rank's thing
+has a place of its own and stays as it was first.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class Displays:
         if not isinstance(event, Display):
             return
         rank, piece = event.rank, _Piece(event.data, event.metadata, _kind(event.data))
+        if self._cell.captured:
+            if event.clear is None and not event.update:
+                self._append(rank, piece)
+            return
         if event.clear is not None:
             self._clearing[rank] = True
             if event.clear == "now":
@@ -113,6 +118,23 @@ class Displays:
                     place[rank] = replace(piece, data=self._widgets.still(piece.data), metadata={})
                     self._dirty.add(at)
         self._show_changes()
+
+    def _append(self, rank: int, piece: _Piece) -> None:
+        """Show it below everything else, where nothing can be replaced later."""
+        self._before()
+        if len(self._places) == _MOST:
+            self._lost[rank] += 1
+            return
+        self._places.append({})
+        if VIEW in piece.data:
+            data = self._widgets.still(piece.data)
+            piece = _Piece(data, {}, _kind(data))
+        if not self._alone and piece.in_grid:
+            self._cell.show(_grid({rank: piece}))
+            return
+        if not self._alone:
+            self._cell.show(_small(_label([rank])))
+        self._cell.show(piece.data, metadata=piece.metadata)
 
     def _updated(self, rank: int, name: str, piece: _Piece) -> int | None:
         """Where an update goes: into its place if it can stand there; None when there is nothing to show."""
@@ -239,7 +261,8 @@ class Displays:
         if num:
             whose = "" if self._alone else f" of {_label(rank for rank in self._lost if self._lost[rank])}"
             what = f"{num} display{'s' if num > 1 else ''}{whose} {'are' if num > 1 else 'is'} not shown"
-            text = f"{what}: a run has {_MOST} outputs, and what comes after takes the place of the last"
+            text = f"{what}: a run has {_MOST} outputs"
+            text += "" if self._cell.captured else ", and what comes after takes the place of the last"
         if text == (self._said or ""):
             return
         if self._said is None:

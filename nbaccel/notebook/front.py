@@ -110,12 +110,14 @@ def build_front(
     wanted = mode != "none" if dashboard == "auto" else dashboard
     # a console takes input too, and cannot repaint
     live = (environment.live and environment.front_end != "none") or dashboard is True
+    if cell is not None and cell.captured:
+        live = False
     panel: Panel | TerminalPanel | None = None
     aside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     limit: Limit | None = None
     if wanted and cell is not None and live:
         state = new_state(num_ranks, time.time())
-        panel = Panel(cell, heading, state, actions=actions, label=label)
+        panel = Panel(cell, heading, state, actions=actions, label=label, retold=True)
         limit = Limit(write)
     elif wanted and cell is None and environment.is_tty:
         panel = TerminalPanel(heading)

@@ -6,11 +6,16 @@ Nothing is done to a step that tqdm would not draw at: its own loop decides when
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import time
+import weakref
+from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, final
 
+from nbaccel.rank import here
 from nbaccel.rank.late import when_imported
 from nbaccel.wire import events
 from nbaccel.wire.events import Progress
@@ -19,6 +24,10 @@ __all__ = ["relay_bars"]
 
 _EVERY = 0.1
 _MOST_OF_NOTE = 200  # characters
+
+_serials = itertools.count()
+_owners: weakref.WeakValueDictionary[tuple[int, str], Any] = weakref.WeakValueDictionary()
+"""The bar that has a name, by rank of this process and name."""
 
 
 def relay_bars(*, quiet: bool) -> None:
@@ -63,29 +72,87 @@ def _file(bar: Any) -> Any:
     return getattr(bar.fp, "_wrapped", bar.fp)  # tqdm wraps it
 
 
+@dataclass(slots=True)
+class _Known:
+    """What a bar is told as. It is one loop as long as it lives, whatever its description becomes."""
+
+    name: str
+    unnamed: str
+    """What it is called while no description says."""
+    serial: int
+    at: float = 0.0
+    """When it was told of last, by the monotonic clock."""
+    heading: list[str] | None = None
+    """The words that all its descriptions begin with; None before it had one."""
+
+
 def _tell(bar: Any) -> None:
-    """Emit the bar's state, not more often than it is worth; always when it is closed."""
+    """Emit the bar's state, not more often than it is worth; always when it gets its first description or is closed."""
     now = time.monotonic()
-    state = vars(bar)
-    if now - state.get("_nbaccel_told", 0.0) < _EVERY and not bar.disable:
+    known: _Known | None = vars(bar).get("_nbaccel_known")
+    if known is None:
+        known = vars(bar)["_nbaccel_known"] = _begun(bar)
+    elif now - known.at < _EVERY and not bar.disable and (known.heading is not None or not bar.desc):
         return
-    state["_nbaccel_told"] = now
-    name = (bar.desc or "").strip().rstrip(":").strip()
-    depth = abs(bar.pos)
+    known.at = now
+    label, said = _described(bar, known)
     has_prefixes = bar.unit_scale in (True, 1)
     scale = bar.unit_scale if bar.unit_scale and not has_prefixes else 1  # as tqdm does
     events.emit(
         Progress(
-            name=name or (f"loop {depth + 1}" if depth else "loop"),
+            name=known.name,
             step=_figure(bar.n * scale),
             total=_figure(bar.total * scale) if bar.total else None,
             unit=str(bar.unit).strip() or "it",
-            note=str(bar.postfix or "")[:_MOST_OF_NOTE],
-            depth=depth,
+            note=", ".join(filter(None, [said, str(bar.postfix or "")]))[:_MOST_OF_NOTE],
+            depth=abs(bar.pos),
             ended=bool(bar.disable),  # what is disabled from its beginning does not come here
             divisor=int(bar.unit_divisor) if has_prefixes else None,
+            label=None if label == known.name else label,
+            serial=known.serial,
         )
     )
+
+
+def _begun(bar: Any) -> _Known:
+    """A bar that is told of first. No other one of this rank has its name while it goes on; one that is made anew
+    gets the same again."""
+    depth = abs(bar.pos)
+    unnamed = f"loop {depth + 1}" if depth else "loop"
+    name = free = _title(_words(bar)) or unnamed
+    rank, number = here.index(), 1
+    while (other := _owners.get((rank, free))) is not None and not other.disable:
+        number += 1
+        free = f"{name} {number}"
+    _owners[rank, free] = bar
+    return _Known(free, unnamed, next(_serials))
+
+
+def _described(bar: Any, known: _Known) -> tuple[str, str]:
+    """What the bar is called and, where its description changes, as one with the loss in it, what that says.
+
+    It is called by the words that have stayed the same: the others are as old as the figures beside them.
+    """
+    words = _words(bar)
+    if known.heading is None:
+        known.heading = words or None
+    elif words:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(words, known.heading, strict=False))
+        known.heading = [word for word, _ in alike]
+    heading = known.heading or []
+    rest = words[len(heading) :]
+    # values are told as `set_postfix` writes them
+    values = all("=" in word for word in rest)
+    said = ", ".join(word.rstrip(",;") for word in rest) if values else " ".join(words)
+    return _title(heading) or known.unnamed, said
+
+
+def _words(bar: Any) -> list[str]:
+    return str(bar.desc or "").rstrip(" :").split()
+
+
+def _title(words: list[str]) -> str:
+    return " ".join(words).rstrip(" :,;|=-")
 
 
 def _figure(count: Any) -> float:

@@ -12,7 +12,8 @@ from typing import Any, Protocol, final
 from nbaccel.errors import ConfigError
 from nbaccel.session.panel import comparison
 from nbaccel.session.panel.comparison import Difference, Pair, Side
-from nbaccel.session.panel.reading import Chart, Heading, read, read_charts
+from nbaccel.session.panel.metrics import Chart, read_charts
+from nbaccel.session.panel.reading import Heading, read
 from nbaccel.session.reopen import find_run, load_state
 from nbaccel.session.runs import fate
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["LIMIT", "Curve", "Span", "aligned", "columns", "sparkline"]
+__all__ = ["LIMIT", "Curve", "Span", "aligned", "columns", "is_telling", "sparkline"]
 
 LIMIT = 128
 """The most points a curve keeps; then every second one is dropped and every second one is taken."""
 
+_TELLING = frozenset({"acc", "accuracy", "eval", "evaluation", "test", "val", "valid", "validation"})
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -25,16 +28,21 @@ class Curve(NamedTuple):
     """How many came since the last one that was kept."""
     last: tuple[int, float] | None = None
     """The newest, kept or not, finite or not."""
+    finite_until: int | None = None
+    """The step of the last finite value, where the newest is not finite; None where there was none before it."""
 
     def add(self, step: int, value: float) -> Curve:
         """The curve with one more point. A step before the last one begins a new curve (a second phase)."""
         point = step, value
         if not math.isfinite(value):
-            return self._replace(last=point)
+            until = self.finite_until
+            if self.last is not None and math.isfinite(self.last[1]):
+                until = self.last[0]
+            return self._replace(last=point, finite_until=until)
         if self.points and step < self.points[-1][0]:
             return Curve((point,), last=point)
         if self.skipped + 1 < self.stride:
-            return self._replace(skipped=self.skipped + 1, last=point)
+            return self._replace(skipped=self.skipped + 1, last=point, finite_until=None)
         points, stride = (*self.points, point), self.stride
         if len(points) >= LIMIT:
             points, stride = points[::2], stride * 2
@@ -46,6 +54,13 @@ class Curve(NamedTuple):
         if last is None or not math.isfinite(last[1]) or (self.points and self.points[-1] == last):
             return self.points
         return (*self.points, last)
+
+
+@functools.lru_cache(1024)
+def is_telling(name: str) -> bool:
+    """Whether a metric of this name is one that people look at first: a loss, an accuracy, what an evaluation found."""
+    words = re.split("[^a-z]+", name.lower())
+    return any(word in _TELLING or word.endswith("loss") for word in words)
 
 
 class Span(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from nbaccel.session.curves import Curve
+from nbaccel.session.curves import Curve, is_telling
 from nbaccel.session.lines import Lines
 from nbaccel.session.report import causes
 from nbaccel.wire.events import (
@@ -46,6 +46,7 @@ __all__ = [
     "for_next_call",
     "made_whole",
     "new_state",
+    "same_failure",
 ]
 
 Situation = Literal["starting", "running", "done", "failed", "stopped"]
@@ -78,11 +79,13 @@ class Pace(NamedTuple):
     """In which `steps` were made."""
     parts: Mapping[str, float] = {}
     """Of these seconds, how many went where, as far as the rank says."""
+    before: float | None = None
+    """Steps per second of the loop in whose place it is, one of the same shape."""
 
     @property
     def rate(self) -> float | None:
-        """Steps per second; None before two Progress events."""
-        return self.steps / self.seconds if self.seconds > 0 and self.steps > 0 else None
+        """Steps per second; until it has made one, those of the loop before it. None where neither is known."""
+        return self.steps / self.seconds if self.seconds > 0 and self.steps > 0 else self.before
 
 
 class RankState(NamedTuple):
@@ -112,7 +115,8 @@ class RankState(NamedTuple):
     paces: Mapping[str, Pace] = {}
     """How fast each loop is, the most recently moved one last."""
     curves: Mapping[str, Curve] = {}
-    """The history of each metric, those first logged first; no more than twelve."""
+    """The history of each metric, those first logged first; no more than twelve, losses and what evaluations found
+    before others."""
     since: float | None = None
     """When it came into its present state."""
     vitals: Heartbeat | None = None
@@ -207,6 +211,18 @@ def made_whole(state: RunState, lost: Collection[int]) -> RunState:
     return state._replace(ranks=ranks)
 
 
+def same_failure(rank: RankState, cause: RankState) -> bool:
+    """Whether one traceback describes how both failed; `cause` is the rank that did first."""
+    if rank.error is None or cause.error is None:
+        # of those that a signal ended, the later ones may well have been ended by us
+        return rank.error is cause.error and rank.exitcode == cause.exitcode and (cause.exitcode or 0) > 0
+    return rank.error.type_name == cause.error.type_name and _places(rank.error) == _places(cause.error)
+
+
+def _places(error: ExceptionInfo) -> list[tuple[str, int]]:
+    return [(frame.filename, frame.lineno) for frame in error.frames]
+
+
 def fold(state: RunState, event: Event) -> RunState:
     """`state` after `event`. About 4 µs for output, the most frequent event.
 
@@ -266,7 +282,18 @@ def _changed(rank: RankState, event: Event) -> RankState:
 
 
 def _moved(rank: RankState, event: Progress) -> dict[str, Any]:
-    pace = _paced(rank.paces.get(event.name), event)
+    before = rank.progress.get(event.name)
+    if before is not None and before.serial is None and event.serial is not None:
+        # a bar drawn around the loader of that name
+        event = replace(event, name=f"{event.name} (bar)", label=event.label or event.name)
+        before = rank.progress.get(event.name)
+    pace = rank.paces.get(event.name)
+    if before is None or pace is None:
+        pace = Pace(event.step, event.time)
+    elif before.serial != event.serial:
+        pace = Pace(event.step, event.time, before=pace.rate if _is_next(before, event) else None)
+    else:
+        pace = _paced(pace, event)
     return {
         "progress": _updated(rank.progress, {event.name: event}),
         "paces": _updated(rank.paces, {event.name: pace}),
@@ -324,10 +351,15 @@ _LEARN: Mapping[type, Callable[[RankState, Any], dict[str, Any]]] = {
 """What an event changes of a rank, by the kind of event."""
 
 
-def _paced(pace: Pace | None, event: Progress) -> Pace:
+def _is_next(before: Progress, event: Progress) -> bool:
+    """Whether a bar is made anew in an outer loop, so that it will go as the one before did."""
+    if not event.depth or event.total is None:
+        return False
+    return (before.total, before.unit, before.divisor) == (event.total, event.unit, event.divisor)
+
+
+def _paced(pace: Pace, event: Progress) -> Pace:
     """The pace after a Progress; a loop that begins again goes on from its first step."""
-    if pace is None:
-        return Pace(event.step, event.time)
     steps, seconds = event.step - pace.step, event.time - pace.at
     if steps < 0 or seconds < 0:
         return pace._replace(step=event.step, at=event.time)
@@ -335,7 +367,8 @@ def _paced(pace: Pace | None, event: Progress) -> Pace:
     parts = {name: spent * fade for name, spent in pace.parts.items()}
     for name, spent in (event.times or {}).items():
         parts[name] = parts.get(name, 0.0) + spent
-    return Pace(event.step, event.time, pace.steps * fade + steps, pace.seconds * fade + seconds, parts)
+    known = pace.steps * fade + steps, pace.seconds * fade + seconds
+    return Pace(event.step, event.time, *known, parts, pace.before)
 
 
 def _drawn(curves: Mapping[str, Curve], event: Metric) -> Mapping[str, Curve]:
@@ -343,7 +376,10 @@ def _drawn(curves: Mapping[str, Curve], event: Metric) -> Mapping[str, Curve]:
     for name, value in event.values.items():
         curve = drawn.get(name)
         if curve is None and len(drawn) >= _MAX_CURVES:
-            continue
+            spare = next((other for other in reversed(drawn) if not is_telling(other)), None)
+            if spare is None or not is_telling(name):
+                continue
+            del drawn[spare]
         drawn[name] = (curve or Curve()).add(event.step, value)
     return drawn
 

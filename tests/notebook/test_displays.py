@@ -21,6 +21,8 @@ PNG = base64.b64encode(b"not really").decode()
 class Page:
     """The outputs of a cell, as the front end would show them."""
 
+    captured = False
+
     def __init__(self) -> None:
         self.outputs: dict[str, dict[str, Any]] = {}
         self.sent = 0

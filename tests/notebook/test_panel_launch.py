@@ -126,6 +126,32 @@ def test_traceback_of_a_failure_that_is_caught_is_folded_in_the_panel(kernel: Ke
     assert "Traceback" not in headline
     for words in ("Traceback", "in deep", "raise ValueError"):
         assert words in re.sub("<[^>]*>", "", folded)
+    again = kernel.ok("import nbaccel\nnbaccel.last_run().show()").displays[-2][
+        "text/html"
+    ]  # no error follows it
+    assert "Traceback" in again
+    assert "<details" not in again
+
+
+INSIDE = """
+import ipywidgets, nbaccel
+def work():
+    display("shown")
+    print("said")
+with ipywidgets.Output():
+    notebook_launcher(work, num_processes=2, dashboard=True)
+    nbaccel.last_run().show()
+"""
+
+
+@pytest.mark.kernel
+def test_nothing_waits_to_be_replaced_inside_an_output_widget(kernel: Kernel) -> None:
+    cell = kernel.ok(INSIDE, answers=[])
+    assert "said" in cell.stdout
+    *displays, panel = cell.displays
+    assert sorted(data["text/plain"] for data in displays) == ["[0] 'shown'", "[1] 'shown'"]
+    assert "done" in panel["text/html"]
+    assert panel["text/plain"].startswith("work · 2 ranks on cpu · done")
 
 
 @pytest.mark.kernel

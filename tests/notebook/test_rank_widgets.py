@@ -22,6 +22,7 @@ class Page:
     """A cell of a kernel whose clicks cannot be heard early, and all that is sent to its page."""
 
     running = True
+    captured = False
 
     def __init__(self) -> None:
         self.comms: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from functools import reduce
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbaccel.session.curves import LIMIT, Curve, columns, sparkline
+from nbaccel.session.curves import LIMIT, Curve, columns, is_telling, sparkline
 
 
 def curve(*values: float) -> Curve:
@@ -28,6 +28,15 @@ def test_not_finite_values_are_the_last_but_not_drawn() -> None:
     assert math.isnan(broken.last[1])  # type: ignore[index]
     assert broken.all_points() == ((0, 1.0), (1, 2.0))
     assert columns([curve(math.nan)], 10) == []
+    found = [made.finite_until for made in (broken, broken.add(3, math.inf), broken.add(3, 1.0))]
+    assert found == [1, 1, None]
+    assert curve(math.nan, math.nan).finite_until is None
+
+
+def test_losses_and_what_evaluations_find_are_told_from_other_names() -> None:
+    telling = ["loss", "train/ctc_loss", "val_f1", "Eval/BLEU", "test accuracy", "top5-acc"]
+    others = ["lr", "value", "interval", "accumulated", "lossy", "latest"]
+    assert [name for name in (*telling, *others) if is_telling(name)] == telling
 
 
 def test_earlier_step_begins_a_new_curve() -> None:

@@ -217,6 +217,14 @@ def test_options_and_curves_are_kept_in_bounded_memory() -> None:
     assert curves["loss"].all_points()[-1] == (9999, 1)
 
 
+def test_curves_of_what_people_look_at_take_the_place_of_others() -> None:
+    first = {"loss": 1.0, **{f"m{i}": float(i) for i in range(20)}}
+    told = [Metric(rank=0, values=values, step=1) for values in (first, {"eval/acc": 0.5}, first)]
+    (rank,) = replay(1, told).ranks
+    assert [*rank.curves] == ["loss", *(f"m{i}" for i in range(10)), "eval/acc"]
+    assert len(rank.metrics) == 22
+
+
 def test_since_is_when_the_state_changed() -> None:
     state = replay(1, [Status(rank=0, time=3, state="running"), Status(rank=0, time=5, state="running")])
     assert state.ranks[0].since == 3

@@ -15,7 +15,8 @@ from pathlib import Path
 from nbaccel.session.curves import Span, aligned, sparkline
 from nbaccel.session.panel.ansi import plain
 from nbaccel.session.panel.figures import clock, number
-from nbaccel.session.panel.reading import Chart, View
+from nbaccel.session.panel.metrics import Chart
+from nbaccel.session.panel.reading import View
 
 __all__ = ["Difference", "Pair", "Side", "document", "html", "text"]
 

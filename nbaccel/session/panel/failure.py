@@ -8,7 +8,7 @@ from nbaccel.session.panel.ansi import plain
 from nbaccel.session.panel.reading import shown_state
 from nbaccel.session.report import CellLabel, explain_exit, of_several, render, user_place, waited_in
 from nbaccel.session.results import rank_ranges
-from nbaccel.session.state import Failure, RankState, RunState
+from nbaccel.session.state import Failure, RankState, RunState, same_failure
 
 __all__ = ["error_lines", "failed_alike", "fates", "headline"]
 
@@ -20,18 +20,8 @@ def failed_alike(state: RunState) -> tuple[int, ...]:
     if first is None or first.asked:
         return ()
     cause = state.ranks[first.rank]
-    alike = (rank.rank for rank in state.ranks if rank.rank != first.rank and _same(rank, cause))
+    alike = (rank.rank for rank in state.ranks if rank.rank != first.rank and same_failure(rank, cause))
     return (first.rank, *alike)
-
-
-def _same(rank: RankState, cause: RankState) -> bool:
-    if rank.error is None or cause.error is None:
-        # of those that a signal ended, the later ones may well have been ended by us
-        return rank.error is cause.error and rank.exitcode == cause.exitcode and (cause.exitcode or 0) > 0
-    places = [
-        [(frame.filename, frame.lineno) for frame in of.error.frames] for of in (rank, cause) if of.error
-    ]
-    return rank.error.type_name == cause.error.type_name and places[0] == places[1]
 
 
 def headline(state: RunState, label: CellLabel) -> str:

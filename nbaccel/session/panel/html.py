@@ -16,7 +16,8 @@ from html import escape
 from nbaccel.session.curves import Span, columns
 from nbaccel.session.panel.ansi import ansi_to_html, plain
 from nbaccel.session.panel.figures import clock, number, scaled, size
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, scaling
+from nbaccel.session.panel.metrics import Chart, more_metrics
+from nbaccel.session.panel.reading import PARTS, Row, View, scaling
 from nbaccel.session.results import rank_ranges
 
 __all__ = [
@@ -116,20 +117,23 @@ def header(view: View) -> str:
 
 def body(view: View) -> str:
     """Ranks, where their time goes, and curves; nothing for a run that only printed and is done."""
-    if view.situation == "done" and not view.charts and not any(row.loop for row in view.rows):
+    told = view.charts or view.others or any(row.loop for row in view.rows)
+    if view.situation == "done" and not told:
         return ""
     strip = _strip(view) if view.strip else ""
     shown = _columns(view)
     rows = "".join(_row(row, shown) for row in view.rows)
     table = f"{strip}{_captions(shown)}{rows}{_legend(view)}"
+    words = escape(plain(more_metrics(view.others)))
+    more = f'<div style="font-size:12px;{MUTED};overflow-wrap:anywhere">{words}</div>' if words else ""
     if not view.charts:
-        return f'<div style="margin:4px 0">{table}</div>'
+        return f'<div style="margin:4px 0">{table}{more}</div>'
     # few curves stand beside the table, where the page is wide enough
     width = f"1 1 {_CHART_WIDTH}px" if len(view.charts) <= _BESIDE else "1 1 100%"
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:8px 24px;margin:4px 0">'
         f'<div style="flex:999 1 600px;min-width:0">{table}</div>'
-        f'<div style="flex:{width}">{_charts(view.charts)}</div></div>'
+        f'<div style="flex:{width}">{_charts(view.charts)}{more}</div></div>'
     )
 
 
@@ -347,10 +351,9 @@ def _chart(chart: Chart) -> str:
     if not spans:
         return ""
     low, high = min(span.low for span in spans), max(span.high for span in spans)
-    step = max(curve.last[0] for curve in chart.curves if curve.last is not None)
     title = (
         f'<div style="{_ONE_LINE}"><b>{escape(plain(chart.name))}</b> {number(chart.last)}'
-        f'<span style="{MUTED}"> · step {step}</span></div>'
+        f'<span style="{MUTED}"> · {chart.when}</span></div>'
     )
     band = len(chart.curves) > 1
     boxes = "".join(_column(span, low, high, band=band) for span in spans)

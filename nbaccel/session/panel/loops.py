@@ -5,7 +5,7 @@ from __future__ import annotations
 from nbaccel.session.state import Pace, RankState
 from nbaccel.wire.events import Progress
 
-__all__ = ["current", "outer", "pace", "postfix", "seconds_left", "timed"]
+__all__ = ["current", "outer", "pace", "postfix", "seconds_left", "timed", "title"]
 
 _LATELY = 3.0
 _SLOWER = 0.5
@@ -56,6 +56,11 @@ def _stands_in(rank: RankState, loop: Progress, other: Progress) -> bool:
         return other.depth < loop.depth
     # not a bar: one of the same length and pace is drawn around the very same loop
     return other.total != loop.total or bool(own and its and its < _SLOWER * own)
+
+
+def title(loop: Progress) -> str:
+    """What the loop is called."""
+    return loop.name if loop.label is None else loop.label
 
 
 def pace(rank: RankState, loop: Progress | None) -> float | None:

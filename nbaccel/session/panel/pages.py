@@ -54,7 +54,10 @@ def report(state: RunState, heading: Heading, label: CellLabel, asked: Mapping[s
         "started": state.started,
         "seconds": view.elapsed,
         "ranks": [_rank(row, state) for row in all_rows(state, time.time())],
-        "metrics": {chart.name: _finite(chart.last) for chart in view.charts},
+        "metrics": {
+            name: _finite(value)
+            for name, value in [*((chart.name, chart.last) for chart in view.charts), *view.others]
+        },
         "sentences": list(view.sentences),
         "scaling_efficiency": view.efficiency,
         "stall": state.stall or None,

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from nbaccel.session.curves import Curve
 from nbaccel.session.panel import loops
 from nbaccel.session.panel.figures import count, number, speed
+from nbaccel.session.panel.metrics import Chart, read_charts, read_others
 from nbaccel.session.results import rank_ranges
-from nbaccel.session.state import ENDED, Pace, RankState, RunState, Situation
+from nbaccel.session.state import ENDED, Pace, RankState, RunState, Situation, same_failure
 from nbaccel.wire.events import ExceptionInfo, Progress
 
 __all__ = [
     "PARTS",
-    "Chart",
     "Heading",
     "Row",
     "View",
     "all_rows",
     "read",
-    "read_charts",
     "scaling",
     "shown_state",
 ]
@@ -36,9 +33,7 @@ _STRAGGLES = 1.3
 _LATE = 5.0
 # Before that many steps what they took says little.
 _ENOUGH_STEPS = 5
-_MOST_CHARTS = 6
 _MOST_METRICS = 4
-_MOST_CURVES = 8
 _MOST_ROWS = 16
 _OUTLIERS = 8
 
@@ -65,7 +60,7 @@ class Row:
     state: str
     detail: str
     loop: str
-    """Name of the loop that moved last; empty before one did."""
+    """What the loop is called that moved last; empty before one did."""
     step: float
     total: float | None
     epoch: int | None
@@ -115,20 +110,6 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """The history of one metric: a line, or the band in which several ranks' lines lie."""
-
-    name: str
-    curves: tuple[Curve, ...]
-    ranks: tuple[int, ...]
-    """Whose they are, of many ranks a sample; empty when the value is one of all ranks together."""
-    last: float
-    """The newest value; the mean of all ranks that have one, also of those whose curves are left out."""
-    num_ranks: int
-    """Of how many."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """All that is painted."""
 
@@ -155,6 +136,8 @@ class View:
     states: Mapping[str, tuple[int, ...]]
     """The ranks by state."""
     charts: tuple[Chart, ...]
+    others: tuple[tuple[str, float], ...]
+    """The newest values of the metrics that are not drawn; means of the ranks', unless they are of all together."""
 
     @property
     def speed(self) -> str:
@@ -182,6 +165,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         states.setdefault(shown_state(rank, state), []).append(rank.rank)
     chosen = ranks if len(ranks) <= _MOST_ROWS else _outliers(state, own, states)
     rows = tuple(_row(rank, state, now) for rank in chosen)
+    charts = read_charts(ranks)
     lefts = [row.left for row in rows if row.left is not None and row.state not in ENDED]
     precision = state.options.get("mixed_precision") or heading.precision
     return View(
@@ -199,7 +183,8 @@ def read(state: RunState, heading: Heading, now: float) -> View:
         rows=rows,
         strip=_strip(states, own, len(ranks)) if len(ranks) > _MOST_ROWS else (),
         states={name: tuple(of) for name, of in states.items()},
-        charts=read_charts(ranks),
+        charts=charts,
+        others=read_others(ranks, charts),
     )
 
 
@@ -232,11 +217,11 @@ def _row(rank: RankState, state: RunState, now: float) -> Row:
         rank=rank.rank,
         state=shown,
         detail=_detail(rank, shown, progress),
-        loop=progress.name if progress else "",
+        loop=loops.title(progress) if progress else "",
         step=progress.step if progress else 0,
         total=progress.total if progress else None,
         epoch=progress.epoch if progress else None,
-        outer=tuple(f"{loop.name} {count(loop.step, loop.total, loop.divisor)}" for loop in around),
+        outer=tuple(f"{loops.title(loop)} {count(loop.step, loop.total, loop.divisor)}" for loop in around),
         unit=progress.unit if progress else "it",
         divisor=progress.divisor if progress else None,
         rate=loops.pace(rank, progress),
@@ -313,39 +298,14 @@ def shown_state(rank: RankState, state: RunState) -> str:
         return rank.state
     if rank.state == "lost":
         return "stopped" if rank.exitcode in (-2, -9, -15) else "lost"
-    # the same error is the same fault; another one is what the first failure did to its peers
-    return "failed" if _headline(first.info) == _headline(rank.error) else "stopped"
+    # another error is what the first failure did to its peers
+    alike = same_failure(rank, state.ranks[first.rank]) or _headline(first.info) == _headline(rank.error)
+    return "failed" if alike else "stopped"
 
 
 def _headline(error: ExceptionInfo | None) -> str:
     """An error's beginning, by which faults are told apart: addresses and ports come later."""
     return "" if error is None else error.message[:60]
-
-
-def read_charts(ranks: Sequence[RankState], most: int = _MOST_CHARTS) -> tuple[Chart, ...]:
-    """The histories of the metrics that were logged first, at most so many."""
-    names: dict[str, list[RankState]] = {}
-    for rank in ranks:
-        for name in rank.curves:
-            names.setdefault(name, []).append(rank)
-    charts = []
-    for name, holders in list(names.items())[:most]:
-        whole = [rank for rank in holders if (metric := rank.metrics.get(name)) and metric.reduced]
-        shown = whole[:1] or holders
-        values = [last[1] for rank in shown if (last := rank.curves[name].last) is not None]
-        num_ranks = len(shown)
-        if num_ranks > _MOST_CURVES:
-            shown = [shown[at * (len(shown) - 1) // (_MOST_CURVES - 1)] for at in range(_MOST_CURVES)]
-        charts.append(
-            Chart(
-                name=name,
-                curves=tuple(rank.curves[name] for rank in shown),
-                ranks=() if whole or len(ranks) == 1 else tuple(rank.rank for rank in shown),
-                last=sum(values) / len(values) if values else math.nan,
-                num_ranks=num_ranks,
-            )
-        )
-    return tuple(charts)
 
 
 # ── what dominates ────────────────────────────────────────────────────────────────────────────────────

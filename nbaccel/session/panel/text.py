@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from nbaccel.session.curves import sparkline
 from nbaccel.session.panel.ansi import plain
 from nbaccel.session.panel.figures import clock, number, size
-from nbaccel.session.panel.reading import PARTS, Chart, Row, View, scaling
+from nbaccel.session.panel.metrics import Chart, more_metrics
+from nbaccel.session.panel.reading import PARTS, Row, View, scaling
 from nbaccel.session.results import rank_ranges
 
 __all__ = ["LINES", "facts", "paint_text"]
@@ -34,6 +35,7 @@ def paint_text(view: View, *, error: Sequence[str] = (), hints: Sequence[str] = 
         told = [told[0], "  …", *told[len(told) - _ERROR_LINES + 2 :]]
     ending = [*(f"  {line}" for line in told), *hints]
     charts = [_chart(chart) for chart in view.charts]
+    charts += [f"  {words}" for words in filter(None, [more_metrics(view.others)])]
     room = LINES - len(lines) - len(ending) - len(charts) - bool(view.strip)
     lines += _table(view.rows, room)
     if view.strip:
@@ -102,10 +104,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _chart(chart: Chart) -> str:
-    points = chart.curves[0].all_points()
     of = f" (mean of {chart.num_ranks} ranks)" if chart.num_ranks > 1 else ""
-    steps = f", step {points[-1][0]}" if points else ""
-    return f"  {chart.name} {sparkline(chart.curves)} {number(chart.last)}{of}{steps}"
+    return f"  {chart.name} {sparkline(chart.curves)} {number(chart.last)}{of}, {chart.when}"
 
 
 def _group(state: str, ranks: Iterable[int]) -> str:

@@ -7,7 +7,8 @@ import sysconfig
 
 from nbaccel.session.panel.failure import error_lines, failed_alike, fates, headline
 from nbaccel.session.panel.pages import report
-from nbaccel.session.state import RunState
+from nbaccel.session.panel.reading import shown_state
+from nbaccel.session.state import RunState, fold
 from nbaccel.wire.events import Concluded, Died, Event, ExceptionInfo, Frame, Raised, Returned
 from tests.session.panel.streams import ERROR, HEADING, failing, replay, started
 
@@ -46,6 +47,17 @@ def test_ranks_that_failed_the_same_way_are_told_once() -> None:
     assert told["others"] == fates(state, lambda _: None)
     assert told["lines"][-4:] == [ERROR.message, said, *told["others"]]
     assert sum("Traceback" in line for line in told["lines"]) == 1
+
+
+def test_ranks_whose_messages_name_the_rank_failed_the_same_way_everywhere() -> None:
+    errors = [
+        ExceptionInfo("ValueError", f"ValueError: rank {rank}: no shard {rank}", ERROR.frames)
+        for rank in (0, 1)
+    ]
+    state = state_of(3, *(Raised(rank=rank, time=5.0, call=0, info=errors[rank]) for rank in (0, 1)))
+    state = fold(state, Raised(rank=2, time=5.1, call=0, info=BROKEN))
+    assert headline(state, lambda _: None).startswith("ranks 0-1 of 3 failed: ")
+    assert [shown_state(rank, state) for rank in state.ranks] == ["failed", "failed", "stopped"]
 
 
 def test_colours_of_a_message_do_not_run_into_what_follows() -> None:

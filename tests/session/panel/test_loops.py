@@ -62,6 +62,38 @@ def test_bar_drawn_around_a_loader_is_the_same_loop() -> None:
     assert (row(*more).loop, row(*more).outer) == ("train", ("epochs 1/10",))
 
 
+def test_bar_after_another_one_of_its_name_has_a_pace_of_its_own() -> None:
+    prepared = [bar("loop", at / 10, at * 80_000, 800_000, depth=0, serial=1) for at in range(1, 11)]
+    for name, other in {"shorter": 60, "as long": 800_000}.items():
+        began = bar("loop", 1.1, 0, other, depth=0, serial=2)
+        assert (row(*prepared, began).speed, row(*prepared, began).left) == ("", None), name
+        assert row(*prepared, began, bar("loop", 3.1, 10, other, depth=0, serial=2)).rate == 5
+
+
+def test_bar_made_anew_in_a_loop_begins_as_fast_as_the_one_before() -> None:
+    known: dict[str, object] = {"depth": 1, "unit": "file"}
+    epochs = [bar("epochs", 0, 0, 3, depth=0), bar("loop 2", 0, 0, 10, serial=1, **known)]
+    epochs += [bar("loop 2", 2, 10, 10, serial=1, ended=True, **known), bar("epochs", 2.5, 1, 3, depth=0)]
+    again = row(*epochs, bar("loop 2", 2.5, 0, 10, serial=2, **known))
+    assert (again.loop, again.speed, again.left) == ("loop 2", "5 file/s", 2 + 2.5)
+    slower = [bar("loop 2", 2.5 + 2 * step, step, 10, serial=2, **known) for step in range(2)]
+    assert row(*epochs, *slower).rate == 0.5
+    other = {**known, "unit": "B"}
+    assert row(*epochs, bar("loop 2", 2.5, 0, 10, serial=2, **other)).loop == "epochs"
+
+
+def test_bar_of_the_same_name_as_the_loader_it_is_drawn_around_is_another_loop() -> None:
+    events: list[Event] = []
+    for step in range(6):
+        events.append(bar("train", 1 + step, step, 30, depth=0, serial=1, note="loss=0.5"))
+        events.append(bar("train", 1 + step, step, 10, times={"forward": 0.5}))
+    seen = row(*events)
+    assert (seen.loop, seen.steps, seen.speed) == ("train", "5/10", "1 it/s")
+    assert seen.outer == ("train 5/30",)
+    assert (seen.metrics, dict(seen.parts)["forward"]) == ((("loss", 0.5),), 0.5)
+    assert row(*events, bar("train", 7, 6, 30, depth=0, serial=1, ended=True)).steps == "5/10"
+
+
 def test_values_beside_bars_come_after_those_logged_and_once() -> None:
     seen = row(
         bar("epochs", 1, 1, 3, depth=0, note="loss=9, best=0.25"),
@@ -104,6 +136,11 @@ def bars() -> None:
         file.update(2540)
     with tqdm(total=4, desc="halves", unit_scale=0.5) as halves:
         halves.update(3)
+    with tqdm(range(3)) as changing, tqdm(total=1, desc="held") as held, tqdm(desc="held"):
+        for step in changing:
+            time.sleep(0.11)
+            changing.set_description(f"Epoch 1 loss {step / 2}")
+        held.set_description("stage=2, best=9")
 
 
 def test_bars_of_a_rank_tell_all_of_themselves(clean: None) -> None:
@@ -116,9 +153,20 @@ def test_bars_of_a_rank_tell_all_of_themselves(clean: None) -> None:
         "share": (0.35, 1),
         "bytes": (2540, 5000),
         "halves": (1.5, 2),
+        "loop": (3, 3),
+        "held": (0, 1),
+        "held 2": (0, None),
     }
     assert [told[name].depth for name in ("epochs", "batches", "share")] == [0, 1, 0]
     assert all(bar.ended for bar in told.values())
     assert (told["bytes"].divisor, told["share"].divisor, told["halves"].divisor) == (1024, None, None)
     assert told["batches"].note == "loss=2.5"
+    called = {name: (bar.label, bar.note) for name, bar in told.items() if bar.label is not None}
+    assert called == {
+        "loop": ("Epoch 1 loss", "Epoch 1 loss 1.0"),
+        "held": ("loop 2", "stage=2, best=9"),
+        "held 2": ("held", ""),
+    }
+    serials = [bar.serial for bar in told.values()]
+    assert len({*serials}) == len(serials)
     assert dict(run.report().values["ranks"][0]["metrics"])["loss"] == 2.5
