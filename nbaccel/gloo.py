@@ -7,13 +7,21 @@ A worker that is just dropping the last collective's tensors needs the interpret
 - an interpreter that is shutting down ends the thread inside a C++ destructor, and the process aborts
   ("terminate called without an active exception"), seen once in about thirty scripts under torchrun on a
   busy machine. So a process that will shut down in the ordinary way waits for its workers first.
+
+And it is not to say of each group that it is connected, in a line on std::cout that nothing turns off (torch 2.9; 2.13
+says nothing; pytorch/gloo#462): threads that make groups at once write theirs into each other.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["keep_groups", "let_go", "settle"]
@@ -22,6 +30,11 @@ __all__ = ["keep_groups", "let_go", "settle"]
 _LATER = 2.0
 _kept: list[tuple[Any, float | None]] = []
 """Groups of this process, and when each was first found destroyed."""
+_lock = threading.Lock()
+_making: list[threading.Thread] = []
+"""The threads that make a group just now."""
+_BAD = 1
+"""C++'s `std::ios_base::badbit`: a stream in this state takes nothing."""
 
 
 def keep_groups() -> None:
@@ -39,12 +52,55 @@ def keep_groups() -> None:
 
     def make(*args: Any, **options: Any) -> Any:
         _forget(_LATER)
-        made = original(*args, **options)
+        with _silent():
+            made = original(*args, **options)
         _kept.append((made[0] if isinstance(made, tuple) else made, None))
         return made
 
     make.keeps_groups = True  # type: ignore[attr-defined]
     c10d._new_process_group_helper = make
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """C++'s `std::cout` takes nothing meanwhile, in no thread; Python's and C's streams are others."""
+    with _lock:
+        _making.append(threading.current_thread())
+        _set_cout()(_BAD)
+    try:
+        yield
+    finally:
+        with _lock:
+            _making.remove(threading.current_thread())
+            if not _making:
+                _set_cout()(0)
+
+
+@functools.cache
+def _set_cout() -> Callable[[int], None]:
+    """`std::cout.clear(state)`, as libstdc++ exports it; nothing where there is another library, or torch is silent.
+
+    `std::cout` begins with the address of its table, which has the distance to its `std::ios` three places ahead
+    (Itanium C++ ABI, 2.5.2).
+    """
+    import torch
+
+    try:
+        if torch.__version__ >= "2.13":
+            return _ignore
+        library = ctypes.CDLL("libstdc++.so.6")
+        cout = ctypes.addressof(ctypes.c_void_p.in_dll(library, "_ZSt4cout"))
+        clear = library["_ZNSt9basic_iosIcSt11char_traitsIcEE5clearESt12_Ios_Iostate"]
+    except (OSError, ValueError, AttributeError):
+        return _ignore
+    table = ctypes.c_void_p.from_address(cout).value or 0
+    distance = ctypes.c_ssize_t.from_address(table - 3 * ctypes.sizeof(ctypes.c_void_p)).value
+    clear.argtypes, clear.restype = (ctypes.c_void_p, ctypes.c_int), None
+    return functools.partial(clear, cout + distance)
+
+
+def _ignore(state: int) -> None:
+    pass
 
 
 def let_go(name: str) -> None:

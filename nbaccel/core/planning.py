@@ -21,6 +21,7 @@ from nbaccel.core.plan import (
     Spread,
     choose,
     machine_for,
+    optimizer_kind,
     size_of,
     spreads,
     trace_step,
@@ -36,7 +37,6 @@ __all__ = ["Given", "plan_for"]
 
 _SMALL = 0.1
 """Of a rank's memory: where whole copies of the training state take less, dividing them gains nothing."""
-_KINDS = {"AdamW": "adamw", "Adam": "adam", "RMSprop": "rmsprop", "Adagrad": "adagrad"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def _made(
     given: Given, world: World, precision: Precision, machine: Machine, refuse: Callable[[Spread], str]
 ) -> Plan:
     size = together([size_of(model) for model in given.models])
-    optimizer, notes = _optimizer_kind(given.optimizers)
+    optimizer, notes = optimizer_kind(given.optimizers)
     setting = Setting(
         num_processes=world.size,
         ranks_per_host=world.local_size,
@@ -114,20 +114,6 @@ def _least(plan: Plan, refuse: Callable[[Spread], str]) -> Plan:
     if not possible:
         raise ConfigError(f"no strategy can be chosen:\n{plan}")
     return replace(plan, chosen=min(possible, key=lambda one: one.memory.total))
-
-
-def _optimizer_kind(optimizers: Sequence[Optimizer]) -> tuple[str, tuple[str, ...]]:
-    """The planner's name for what keeps most state, and what had to be assumed."""
-    if not optimizers:
-        return "adamw", ("no optimizer came with the model: AdamW's state is assumed",)
-    names = {type(one).__name__ for one in optimizers}
-    for name, kind in _KINDS.items():
-        if name in names:
-            return kind, ()
-    if names == {"SGD"}:
-        moves = any(group.get("momentum") for one in optimizers for group in one.param_groups)
-        return "momentum" if moves else "sgd", ()
-    return "adamw", (f"the state of {', '.join(sorted(names))} is not known: AdamW's is assumed",)
 
 
 # What a step keeps ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def train(folder: str, load: bool) -> tuple[nn.Module, dict[str, str], int]:
         return model, {}, acc.num_processes
     import torch_xla
 
+    assert copy.deepcopy(model)(features).device == acc.device
     told = torch_xla._XLAC._get_xla_sharding_spec
     weight = model[0].weight
     shardings = {

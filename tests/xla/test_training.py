@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,17 +148,32 @@ def exchange() -> dict[str, Any]:
     }
     places = {value.device for value in values.values()}
     assert places == {acc.device}, places
-    return {name: value.cpu().tolist() for name, value in values.items()}
+    model = acc.unwrap_model(acc.prepare(nn.Linear(2, 2)))
+    average = copy.deepcopy(model)  # while the ranks are still compared
+    return {"models": (model, average), **{name: value.cpu().tolist() for name, value in values.items()}}
 
 
-def test_collectives_of_replicas() -> None:
-    found = list(launch(exchange, num_processes=2, device="tpu", stall_after=0).result(timeout=240))
+def runtime_runs() -> bool:
+    native = getattr(sys.modules.get("torch_xla"), "_XLAC", None)
+    return native is not None and native._xla_runtime_is_initialized()  # type: ignore[no-any-return]
+
+
+def test_collectives_of_replicas_and_models_they_return() -> None:
+    started = launch(exchange, num_processes=2, device="tpu", stall_after=0)
+    found = list(started.result(timeout=240))
+    assert "is connected to" not in "".join(map(started.logs, range(2))), "gloo's lines, of torch 2.9"
     for rank, one in enumerate(found):
         assert one["gather"] == [0.0, 1.0, 10.0, 11.0]
         assert one["sum"] == [10.0, 12.0]
         assert one["mean"] == [5.0, 6.0]
         assert one["broadcast"] == [10.0, 11.0]
         assert one["padded"] == [[1.0, 1.0], [float(rank)] * 2]
+        for model in one["models"]:
+            with torch.no_grad():
+                for _ in range(3):
+                    assert model(torch.ones(1, 2)).device.type == "cpu"
+            assert torch.equal(flat(pickle.loads(pickle.dumps(model))), flat(found[0]["models"][0]))
+    assert not runtime_runs(), "a model that was returned opens the kernel's chips"
 
 
 def few_steps(kind: str) -> list[float]:

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from nbaccel.core.model.hooks import Hook, uncompiled
 from nbaccel.core.nested import map_leaves
 from nbaccel.core.offload.absent import Absent, Weight
 from nbaccel.core.offload.blocks import Block
 from nbaccel.core.offload.hooks import Streamer
 from nbaccel.core.offload.plan import Plan
 from nbaccel.core.offload.readahead import Readahead
-from nbaccel.core.offload.units import Hook, uncompiled
 from nbaccel.errors import ConfigError
 
 __all__ = [

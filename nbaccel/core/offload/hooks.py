@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves, map_tensors
 from nbaccel.core.offload.blocks import Block, Buffer, Buffers
 from nbaccel.core.offload.direct import DirectReader
-from nbaccel.core.offload.units import Hook, Order, Unit, begins_again_after_fork
+from nbaccel.core.offload.units import Order, Unit, begins_again_after_fork
 from nbaccel.errors import ConfigError
 
 __all__ = ["Streamer", "answer_on", "compute_on", "return_to_caller"]

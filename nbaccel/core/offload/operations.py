@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from nbaccel.core.model.unchanged import unchanged
 from nbaccel.core.nested import leaves, map_tensors
 from nbaccel.core.offload.parts import Part
 from nbaccel.errors import ConfigError
@@ -57,7 +56,7 @@ def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int
     for module in dict.fromkeys(part.module for part in parts):
         handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try:
-        with _as_it_was(model):
+        with unchanged(model):
             _run(model, batch, counter)
     except Exception as error:  # whatever the user's model does
         raise ConfigError(
@@ -72,24 +71,6 @@ def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int
     for part in parts:
         part.cost = replace(part.cost, flops=spent.pop(part.module, 0) / max(1, tokens))
     return max(1, tokens)
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules keep in their attributes, and in lists and dicts there: it has no numbers afterwards."""
-    before = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    held = [
-        (v, copy.copy(v)) for _, kept in before for v in kept.values() if isinstance(v, (dict, list, set))
-    ]
-    try:
-        yield
-    finally:
-        for now, kept in [*before, *held]:
-            now.clear()
-            if isinstance(now, list):
-                now.extend(kept)
-            else:
-                now.update(kept)
 
 
 def _run(model: nn.Module, batch: Any, counter: FlopCounterMode) -> None:

@@ -9,7 +9,8 @@ from typing import final
 
 from torch.utils.hooks import RemovableHandle
 
-from nbaccel.core.offload.units import Hook, Order, Unit, begins_again_after_fork
+from nbaccel.core.model.hooks import Hook
+from nbaccel.core.offload.units import Order, Unit, begins_again_after_fork
 from nbaccel.core.offload.weights import are_resident, make_resident, sample_pages
 
 __all__ = ["Readahead"]

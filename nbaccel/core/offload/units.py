@@ -1,64 +1,24 @@
-"""What is brought and read ahead, in which order, and the hooks that say when."""
+"""What is brought and read ahead, and in which order."""
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ParamSpec, Protocol, TypeVar, final
+from typing import Protocol, final
 
 import torch
 from torch import nn
 
 from nbaccel.core.offload.blocks import Block
 
-__all__ = ["Hook", "Order", "Unit", "Worker", "begins_again_after_fork", "uncompiled"]
+__all__ = ["Order", "Unit", "Worker", "begins_again_after_fork"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _AHEAD = 3
 """How many of the next layers may be on the way; the buffers' budget says how many there is room for."""
-
-
-def uncompiled(fn: Callable[P, T]) -> Callable[P, T]:
-    """`fn`, which torch.compile is to leave alone with all that it calls: weights that come and go are no constants."""
-    disabled: Callable[P, T] | None = None
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        nonlocal disabled
-        # Nothing is compiled where this was not imported, which takes two seconds.
-        if disabled is None and "torch._dynamo" in sys.modules:
-            disabled = torch.compiler.disable(fn)  # type: ignore[no-untyped-call]
-        return (disabled or fn)(*args, **kwargs)
-
-    run._torchdynamo_disable = True  # type: ignore[attr-defined]  # not traced into either
-    return run
-
-
-@final
-class Hook:
-    """A hook of ours. A copied or pickled module has none of them: there it becomes one that does nothing."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self._fn = uncompiled(fn)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fn(*args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., Any]:
-    return _nothing
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 @dataclass(slots=True, eq=False)

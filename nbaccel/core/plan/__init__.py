@@ -11,7 +11,7 @@ choose        all candidates, why not, and the fastest that fits
 from nbaccel.core.plan.activations import Activations, trace_step
 from nbaccel.core.plan.choose import Candidate, Plan, choose
 from nbaccel.core.plan.machine import Machine, machine_for
-from nbaccel.core.plan.memory import Memory, Setting, Spread, spreads, training_memory
+from nbaccel.core.plan.memory import Memory, Setting, Spread, optimizer_kind, spreads, training_memory
 from nbaccel.core.plan.size import Size, measure, size_of
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "choose",
     "machine_for",
     "measure",
+    "optimizer_kind",
     "size_of",
     "spreads",
     "trace_step",

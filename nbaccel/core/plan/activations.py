@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from nbaccel.core.model.unchanged import unchanged
 from nbaccel.errors import ConfigError
 
 __all__ = ["Activations", "trace_step"]
@@ -44,10 +51,11 @@ _DEEP = 8
 def trace_step(
     model: nn.Module, batch: Any, *, dtype: torch.dtype | None = None, loss: LossFunction | None = None
 ) -> Activations:
-    """Runs forward and backward on tensors that have shapes and no memory.
+    """Runs forward and backward on tensors that have shapes and no memory; hooks on modules are called with them.
 
     Of a model with more than eight equal blocks two and four are run: what a block adds is the same for each.
-    Meanwhile the model has only these, and its own again afterwards.
+    Meanwhile the model has only these. Afterwards it has its own blocks and attributes again, as far as
+    `nbaccel.core.model.unchanged` says.
 
     Args:
         model: on any device, the meta device too.
@@ -101,27 +109,18 @@ def _equal_blocks(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList | nn.
 def _trace(model: nn.Module, batch: Any, dtype: torch.dtype | None, loss: LossFunction | None) -> Activations:
     live = _Live()
     counter = FlopCounterMode(display=False)
-    parameters = {id(p): p for p in model.parameters()}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fakes = {key: _fake(p, dtype).requires_grad_(p.requires_grad) for key, p in parameters.items()}
-        named = model.named_parameters(remove_duplicate=False)
-        state = {name: fakes[id(p)] for name, p in named}
-        state |= {name: _fake(buffer, dtype) for name, buffer in model.named_buffers()}
-        inputs = tree_map_only(Tensor, lambda tensor: _fake(tensor, dtype), batch)
-        stand_in = _StandIn(model, state)
-        for fake in state.values():
-            live.ignore(fake)
-        for fake in fakes.values():
-            if fake.requires_grad:
-                fake.register_post_accumulate_grad_hook(live.accumulated)  # type: ignore[no-untyped-call]
+    with FakeTensorMode(allow_non_fake_inputs=True), unchanged(model), _unlogged():
         try:
+            state = _state(model, dtype, live)
+            inputs = tree_map_only(Tensor, lambda tensor: _fake(tensor, dtype), batch)
+            stand_in = _StandIn(model, state)
             with live, counter:
                 output = loss(stand_in, inputs) if loss is not None else _call(stand_in, inputs)
                 _one_number(output).backward()  # type: ignore[no-untyped-call]
                 live.finish()
         except Exception as error:  # whatever the user's model or loss does
             raise ConfigError(
-                f"one step of {type(model).__name__} cannot be traced: {type(error).__name__}: {error}"
+                f"one step of {type(model).__name__} cannot be traced: {_why(error)}"
             ) from error
     del output  # held until here, as a loop holds it
     return Activations(
@@ -130,6 +129,40 @@ def _trace(model: nn.Module, batch: Any, dtype: torch.dtype | None, loss: LossFu
         held=live.held,
         flops=counter.get_total_flops(),
     )
+
+
+def _state(model: nn.Module, dtype: torch.dtype | None, live: _Live) -> dict[str, Tensor]:
+    """Stand-ins for parameters, tied ones one, and buffers by name; `live` knows of them."""
+    parameters = {id(p): p for p in model.parameters()}
+    fakes = {key: _fake(p, dtype) for key, p in parameters.items()}
+    state = {name: fakes[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    state |= {name: _fake(buffer, dtype) for name, buffer in model.named_buffers()}
+    for fake in state.values():
+        live.ignore(fake)
+    for fake in fakes.values():
+        if fake.requires_grad:
+            fake.register_post_accumulate_grad_hook(live.accumulated)  # type: ignore[no-untyped-call]
+    return state
+
+
+def _why(error: Exception) -> str:
+    """Why a step cannot be traced."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"what it computes depends on numbers ({error.func}), and a traced step has none"
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """What torch logs of an operation without numbers that fails is in the error as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 @final
@@ -198,9 +231,11 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of the same shape on the CPU, without memory."""
+    """A tensor of the same shape on the CPU, without memory, which needs a gradient where that does."""
     narrow = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=narrow, device="cpu")
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=narrow, device="cpu", requires_grad=tensor.requires_grad
+    )
 
 
 def _call(model: _StandIn, batch: Any) -> Any:
@@ -219,7 +254,12 @@ def _one_number(value: Any) -> Tensor:
     if getattr(value, "loss", None) is not None:
         found: Tensor = value.loss
         return found
-    first = next(_tensors(value))
+    first = next(_tensors(value), None)
+    if first is None:
+        raise ConfigError(
+            "nothing it returns needs a gradient: either nothing in it is trained, or its loss is made elsewhere "
+            "(plan takes loss=lambda model, batch: ...)"
+        )
     return first if first.ndim == 0 else first.float().mean()
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nbaccel.checks import choice
 from nbaccel.core.plan.machine import Machine
 from nbaccel.core.plan.memory import OPTIMIZERS, Memory, Setting, Spread, spreads, training_memory
 from nbaccel.core.plan.size import Size
@@ -135,8 +136,7 @@ def choose(
     Raises:
         ConfigError: the optimizer is not known.
     """
-    if setting.optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer {setting.optimizer!r} is not known; there are {', '.join(OPTIMIZERS)}")
+    choice("optimizer", setting.optimizer, list(OPTIMIZERS))
     found = [_candidate(size, spread, setting, machine, refuse) for spread in spreads(setting)]
     good = [one for one in found if not one.why_not]
     chosen = min(good, key=lambda one: one.seconds_per_batch, default=None)

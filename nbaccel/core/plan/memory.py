@@ -7,9 +7,11 @@ the sums with peaks of real ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch.optim import Optimizer
 
 from nbaccel.core.plan.activations import Activations
 from nbaccel.core.plan.size import Size
@@ -21,6 +23,7 @@ __all__ = [
     "Memory",
     "Setting",
     "Spread",
+    "optimizer_kind",
     "spreads",
     "training_memory",
     "zero_buckets",
@@ -28,6 +31,7 @@ __all__ = [
 
 OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "rmsprop": 1, "adagrad": 1, "momentum": 1, "sgd": 0}
 """Numbers of state per parameter, each as wide as the parameter, as torch.optim keeps them."""
+_KINDS = {"AdamW": "adamw", "Adam": "adam", "RMSprop": "rmsprop", "Adagrad": "adagrad"}
 _GATHERED = 3.5
 """Blocks that FSDP2 holds at once: one at work, one prefetched, and the buffers they come and go in."""
 _ZERO_GATHERED = 2.5
@@ -130,6 +134,20 @@ def zero_buckets(size: Size, num_processes: int, *, offloaded: bool = False) -> 
         persistent=min(100_000, size.largest_parameter // 16),
         sub_group=min(1_000_000_000, max(size.largest_parameter, size.parameters // num_processes // 4)),
     )
+
+
+def optimizer_kind(optimizers: Sequence[Optimizer | type[Optimizer]]) -> tuple[str, tuple[str, ...]]:
+    """Which of `OPTIMIZERS` keeps what these do, by the one with most state, and what had to be assumed."""
+    if not optimizers:
+        return "adamw", ("no optimizer came with the model: AdamW's state is assumed",)
+    names = {(one if isinstance(one, type) else type(one)).__name__ for one in optimizers}
+    for name, kind in _KINDS.items():
+        if name in names:
+            return kind, ()
+    if names == {"SGD"}:
+        groups = [group for one in optimizers if isinstance(one, Optimizer) for group in one.param_groups]
+        return "momentum" if any(group.get("momentum") for group in groups) else "sgd", ()
+    return "adamw", (f"the state of {', '.join(sorted(names))} is not known: AdamW's is assumed",)
 
 
 def spreads(setting: Setting) -> list[Spread]:

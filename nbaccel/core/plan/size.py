@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
 from nbaccel.errors import ConfigError
@@ -144,8 +145,17 @@ def _from_python(text: str) -> Size:
 
 
 def size_of(model: nn.Module, *, name: str = "", source: str = "python") -> Size:
-    """The size of a module, which may be on the meta device."""
+    """The size of a module, which may be on the meta device.
+
+    Raises:
+        ConfigError: a lazy module has not been called.
+    """
     parameters = dict(model.named_parameters())
+    for key, tensor in (*parameters.items(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{key} of {type(model).__name__} has no shape before the first forward: call the model once before"
+            )
     # a parameter that was made under DeepSpeed's zero.Init is empty, and says what it is the shard of
     counts = {key: int(getattr(p, "ds_numel", p.numel())) for key, p in parameters.items()}
     total = sum(counts.values())

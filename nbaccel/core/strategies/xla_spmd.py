@@ -18,6 +18,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
@@ -54,7 +55,7 @@ class XLASharded(Strategy):
             self._traced.move(module)
         for parameter in module.parameters():
             self._shard(parameter, _longest(parameter, self._num_devices))
-        module.register_forward_pre_hook(self._shard_batch, with_kwargs=True)
+        module.register_forward_pre_hook(Hook(self._shard_batch), with_kwargs=True)
         self._traced.watch(module)
         return module, [self.adopt(optimizer) for optimizer in optimizers]
 

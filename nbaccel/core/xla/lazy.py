@@ -15,6 +15,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nbaccel.core.model.hooks import Hook
 from nbaccel.core.model.tied import find_tied_parameters, retie_parameters
 from nbaccel.core.xla.recompiles import Recompiles
 
@@ -57,7 +58,7 @@ class Traced:
     def watch(self, module: nn.Module) -> None:
         """Note when and with what `module` is called; compile and run what making it ready has traced."""
         self._recompiles.watch(module)
-        module.register_forward_pre_hook(self._called)
+        module.register_forward_pre_hook(Hook(self._called))
         torch_xla.sync()
 
     def _called(self, module: nn.Module, _: Any) -> None:

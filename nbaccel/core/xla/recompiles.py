@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves
 
 __all__ = ["Recompiles"]
@@ -44,7 +45,7 @@ class Recompiles:
 
     def watch(self, module: nn.Module) -> None:
         """Note what `module` is called with while it trains."""
-        module.register_forward_pre_hook(self._note, with_kwargs=True)
+        module.register_forward_pre_hook(Hook(self._note), with_kwargs=True)
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training and torch.is_grad_enabled():

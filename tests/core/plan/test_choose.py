@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -99,11 +100,113 @@ def test_traced_activations_are_what_backward_keeps():
     assert [p.grad for p in model.parameters()] == [None] * 4
 
 
-def test_what_cannot_be_traced_says_why():
-    with pytest.raises(ConfigError, match="cannot be traced: RuntimeError"):
-        nbaccel.plan(nn.Linear(3, 4), batch=torch.empty(2, 5), num_processes=2)
-    with pytest.raises(ConfigError, match="'bf15'; it must be one of no, bf16"):
-        nbaccel.plan(nn.Linear(3, 4), mixed_precision="bf15", num_processes=2)
+class Rotated(nn.Module):
+    """Makes its cosines in the first call, and keeps what it computed last, as an auxiliary loss is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.cos = self.last = None
+        self.by_length = {}
+
+    def forward(self, x):
+        if self.cos is None:
+            self.cos = self.by_length[len(x)] = torch.cos(torch.arange(4.0))
+        self.last = self.layer(x) * self.cos
+        return self.last.mean()
+
+
+def test_traced_model_computes_with_numbers_afterwards():
+    model = Rotated()
+    nbaccel.plan(model, batch=torch.empty(2, 4), num_processes=2)
+    assert (model.cos, model.last, model.by_length) == (None, None, {})
+    assert model(torch.ones(2, 4)).item() == pytest.approx(
+        model.layer(torch.ones(2, 4)).mul(torch.cos(torch.arange(4.0))).mean().item()
+    )
+
+
+class Routed(nn.Module):
+    """A mixture of experts, whose tokens are counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        chosen = x.sum(-1) > 0
+        return sum(expert(x[chosen == number]).sum() for number, expert in enumerate(self.experts))
+
+
+def test_what_cannot_be_traced_is_planned_by_its_states_and_says_why(capfd):
+    plan = nbaccel.plan(Routed(), batch=torch.ones(2, 4), num_processes=2)
+    assert plan.chosen is not None
+    (note,) = plan.notes
+    assert "Routed cannot be traced: what it computes depends on numbers (aten.nonzero.default)" in note
+    assert str(plan).endswith(note)
+    assert "RuntimeError: " in nbaccel.plan(nn.Linear(3, 4), batch=torch.ones(2, 5), num_processes=2).notes[0]
+    for frozen in (nn.ReLU(), nn.Linear(5, 5).requires_grad_(False)):
+        assert "needs a gradient" in nbaccel.plan(frozen, batch=torch.ones(2, 5), num_processes=2).notes[0]
+    assert "Traceback" not in capfd.readouterr().err, "what torch logs is in the note"
+
+
+def test_batch_that_needs_a_gradient_is_traced_with_it():
+    from torch.utils.checkpoint import checkpoint
+
+    class Recomputed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True).mean()
+
+    model = Recomputed(nn.Linear(4, 4), nn.Tanh())
+    plan = nbaccel.plan(model, batch=torch.ones(2, 4, requires_grad=True), num_processes=2)
+    assert not plan.notes
+    assert plan.setting.activations.flops > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mixed_precision": "bf15"}, "mixed_precision is 'bf15'; it must be one of 'no', 'bf16'"),
+        ({"num_processes": 0}, "num_processes is 0; it must be an int of at least 1"),
+        ({"num_processes": 2.0}, "num_processes is 2.0; it must be an int"),
+        ({"num_processes": "2"}, "num_processes is '2'; it must be an int"),
+        ({"ranks_per_host": 0}, "ranks_per_host is 0; it must be an int of at least 1"),
+        ({"num_processes": 4, "ranks_per_host": 3}, "4 ranks cannot be divided into hosts of 3"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of 'adamw'"),
+        ({"optimizer": 3}, "optimizer is 3; it must be"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        nbaccel.plan(nn.Linear(3, 4), **{"num_processes": 2, **options})
+
+
+def test_hosts_larger_than_the_launch_hold_all_of_it():
+    plan = nbaccel.plan(nn.Linear(3, 4), num_processes=4, ranks_per_host=8)
+    assert plan.setting.local_size == 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "noted"),
+    [
+        (torch.optim.SGD, "sgd", False),
+        (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "momentum", False),
+        (lambda parameters: torch.optim.Adam(parameters), "adam", False),
+        (torch.optim.LBFGS, "adamw", True),
+    ],
+)
+def test_optimizers_are_known_by_class_and_instance(optimizer, kind, noted):
+    model = nn.Linear(3, 4)
+    given = optimizer if isinstance(optimizer, type) else optimizer(model.parameters())
+    plan = nbaccel.plan(model, optimizer=given, num_processes=2)
+    assert plan.setting.optimizer == kind
+    assert any("is not known: AdamW's is assumed" in note for note in plan.notes) == noted
+
+
+def test_lazy_modules_are_asked_to_be_called_first():
+    with pytest.raises(ConfigError, match=r"1\.weight of Sequential .* call the model once"):
+        nbaccel.plan(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(3)), num_processes=2)
+    with pytest.raises(ConfigError, match="running_mean of LazyBatchNorm1d"):
+        nbaccel.plan(nn.LazyBatchNorm1d(affine=False), num_processes=2)
 
 
 def test_405_billion_parameters_are_planned_when_they_are_on_the_meta_device():
