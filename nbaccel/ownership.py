@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 from collections.abc import Sequence
 
-__all__ = ["is_ours", "is_users", "persons_part"]
+__all__ = ["is_ours", "is_users", "level_of_call", "persons_part"]
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _STDLIB = tuple(
@@ -25,6 +26,14 @@ def is_users(filename: str) -> bool:
     if is_ours(filename) or filename.startswith("<frozen") or "-packages" + os.sep in filename:
         return False
     return not filename.startswith(_STDLIB) and not filename.startswith("<string>")
+
+
+def level_of_call() -> int:
+    """`stacklevel` for a warning that the caller gives: the line that called into nbaccel, however far in that is."""
+    level, frame = 1, sys._getframe(1)
+    while is_ours(frame.f_code.co_filename) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def persons_part(filenames: Sequence[str]) -> int:

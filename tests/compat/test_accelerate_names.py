@@ -266,9 +266,13 @@ class Stream(IterableDataset):
 def test_loaders_when_prepared_are_arranged_as_scripts_expect():
     made = accelerator()
     assert made._loader_options(iterable=True) == {
-        "dispatch": True, "even_batches": False, "shard": "contiguous", "split_batches": False
+        "dispatch": True, "even_batches": False, "tell_repeats": False, "shard": "contiguous", "split_batches": False
     }  # fmt: skip
     assert made._loader_options(iterable=False)["dispatch"] is False
+    assert accelerator(even_batches=True)._loader_options(iterable=False)["tell_repeats"]
+    prepare = importlib.import_module("nbaccel.compat.accelerate.data_loader").prepare_data_loader
+    filled = prepare(DataLoader(range(5), batch_size=2), num_processes=2, process_index=0)
+    assert filled.even_batches  # of which nothing is said: it is the default there
     loader = made.prepare(DataLoader(Stream(), batch_size=2))
     later = made.skip_first_batches(loader, 1)
     with pytest.warns(UserWarning, match="read and dropped"):

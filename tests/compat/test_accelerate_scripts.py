@@ -42,9 +42,9 @@ SCRIPTS = [
     Script("test_ops"),
     Script("test_script"),
     Script("test_sync"),
-    Script("test_cli", sizes=(1,)),
+    Script("test_cli", sizes=(1, 2)),
     Script("test_distributed_data_loop", sizes=(2,)),  # which it insists on
-    Script("test_ddp_comm_hook", sizes=(2,)),
+    Script("test_ddp_comm_hook"),
     Script("external_deps/test_metrics"),
     Script("external_deps/test_performance", (*_SMALL, "--num_epochs", "2"), (1, 2)),
     Script("external_deps/test_checkpointing", (*_SMALL, "--partial_train_epoch", "1"), (1, 2)),

@@ -11,7 +11,16 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 ON_RANKS = {"docs/training.md", "docs/strategies.md"}
-"""Pages whose blocks stand inside a function that is launched: they run in a session's cells, on two ranks."""
+"""Pages whose blocks run on ranks: in a session's cells, on two of them."""
+
+FRAGMENTS = {
+    "README.md",
+    *(f"docs/{name}.md" for name in ("big_models", "cli", "dashboard", "deepspeed", "planner", "sessions")),
+    *(f"docs/{name}.md" for name in ("strategies", "tpu")),
+    *(f"docs/howto/{name}.md" for name in ("colab", "kaggle", "long_runs")),
+}
+"""Pages that show parts of a reader's own program, whose model, loader and imports are taken for granted. All others
+run in a fresh notebook, from their first block to the last."""
 
 SETUP = """
 import torch, nbaccel
@@ -41,7 +50,7 @@ model, optimizer, loader = make_training()
 opt, sched = optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 10)
 sample = x = torch.randn(4, 8)
 """
-"""Before the first block of a page."""
+"""Before the first block of a page of fragments."""
 
 FRESH = """
 torch.manual_seed(0)
@@ -167,8 +176,11 @@ def blocks(page: Path) -> list[Block]:
 
 def cells(page: Path) -> list[str]:
     """The page's Python as cells of a notebook."""
-    name, found = name_of(page), [SETUP]
+    name = name_of(page)
     ranks = "%%ranks\n" if name in ON_RANKS else ""
+    found = ["%load_ext nbaccel\n%nbaccel start -n 2 --device cpu"] if ranks else []
+    if name in FRAGMENTS:
+        found.append(ranks + SETUP)
     for block in blocks(page):
         if block.language != "python":
             continue
@@ -180,6 +192,4 @@ def cells(page: Path) -> list[str]:
             compile(code, name, "exec")
             continue
         found += [ranks + one for one in (*before, code) if one.strip()]
-    if ranks:
-        return ["%load_ext nbaccel\n%nbaccel start -n 2 --device cpu", ranks + SETUP, *found[1:]]
     return found

@@ -286,6 +286,7 @@ class Accelerator:
         options: dict[str, Any] = {
             "dispatch": dispatch,
             "even_batches": self.even_batches and readers > 1,
+            "tell_repeats": bool(self._core.config.even_batches),  # else it is only accelerate's default
             "shard": shard,
             "split_batches": self.split_batches,
         }

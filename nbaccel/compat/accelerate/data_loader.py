@@ -85,6 +85,7 @@ def prepare_data_loader(
         device=(device or world.device) if put_on_device else "cpu",
         seed=data_seed,
         even_batches=even_batches,
+        tell_repeats=False,  # the default there, which the script has not asked for
         split_batches=split_batches,
         dispatch=bool(dispatch_batches),
         shard="contiguous",

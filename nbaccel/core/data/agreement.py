@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from nbaccel.checks import did_you_mean
 from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.data.plan import Layout, Shard
 from nbaccel.core.data.sampling import load_sampler_state, sampler_state
 from nbaccel.core.data.source import Source
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError, TrustError
+from nbaccel.ownership import level_of_call
 
 __all__ = ["agree", "make_layout", "warn_of_disorder", "warn_of_tails"]
 
@@ -66,10 +67,9 @@ def make_layout(
 
 def _check_shard(source: Source, world: World, dispatch: bool, shard: Shard) -> None:
     if not callable(shard) and shard not in _SHARDS:
-        close = difflib.get_close_matches(str(shard), _SHARDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"shard is {shard!r}; it must be one of {', '.join(map(repr, _SHARDS))} or a function.{hint}"
+            f"shard is {shard!r}; it must be one of {', '.join(map(repr, _SHARDS))} or a function."
+            f"{did_you_mean(shard, _SHARDS)}"
         )
     if shard == "none" and source.kind != "stream":
         raise ConfigError("shard='none' is for an iterable data set that divides itself among the ranks")
@@ -137,24 +137,24 @@ def _compare(everyone: list[dict[str, Any]]) -> None:
                 )
 
 
-def warn_of_tails(source: Source, layout: Layout) -> None:
-    """Say what will be left out, or used twice, in every epoch."""
+def warn_of_tails(source: Source, layout: Layout, name: str, *, repeats: bool) -> None:
+    """Say what will be left out, or with `repeats` used twice, in every epoch of the loader `name`."""
     total, batch = source.total, layout.global_batch
     if total is None or source.kind == "batch_sampler":
         return
     rest = total % batch
     if layout.drop_last and total < batch:
         warnings.warn(
-            f"drop_last=True leaves no batch at all: the data set has {total} samples and a global batch "
-            f"{batch}",
-            stacklevel=3,
+            f"loader {name!r}, drop_last=True, leaves no batch at all: the data set has {total} samples and a global "
+            f"batch {batch}",
+            stacklevel=level_of_call(),
         )
-    if layout.even_batches and rest and not layout.drop_last:
+    if repeats and layout.even_batches and rest and not layout.drop_last:
         added = layout.full_share() * layout.size - rest
         warnings.warn(
-            f"even_batches=True: the last batch of each epoch adds {_count(added, 'repeat')} to its "
+            f"loader {name!r}, even_batches=True: the last batch of each epoch adds {_count(added, 'repeat')} to its "
             f"{_count(rest, 'sample')}, so that every rank's batch is full; metrics do not count them",
-            stacklevel=3,
+            stacklevel=level_of_call(),
         )
 
 
@@ -168,5 +168,5 @@ def warn_of_disorder(loader: DataLoader[Any]) -> None:
         warnings.warn(
             "in_order=False is not followed: batches come in order, since a position in an epoch means "
             "nothing otherwise",
-            stacklevel=3,
+            stacklevel=level_of_call(),
         )

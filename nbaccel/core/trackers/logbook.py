@@ -38,7 +38,7 @@ class Logbook:
         folder: where those by name write.
         reduce: (tensors, "mean" or "sum", 1.0) -> the same over the ranks.
         step: the present optimizer step.
-        led: whether an optimizer counts the steps; else the script alone knows them.
+        led: whether an optimizer counts the steps; else the present one is that which the script has named last.
     """
 
     def __init__(
@@ -53,24 +53,26 @@ class Logbook:
     ) -> None:
         self._world, self._wanted, self._folder, self._reduce = world, wanted, folder, reduce
         self._step, self._led = step, led
+        self._named: int | None = None
         self._log = MetricLog(Trackers(), world=world)
         self._started = self._ended = False
         self._told: set[str] = set()
-        self.timings = Timings(
-            active=world.is_main, log=lambda values, at: self._log.log(values, step=at), step=step
-        )
+        self.timings = Timings(active=world.is_main, log=self._log_blocks, step=self._present)
         """Of the blocks that `acc.track` and `acc.timed` name."""
 
     def start(
         self, project: str, config: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]] | None
     ) -> None:
-        """Starts the trackers, on the main process. Those of an earlier start are ended.
+        """Starts the trackers, on the main process. Those of an earlier start are ended, with the blocks that ran
+        until now; blocks from before the first start are of the first run.
 
         Raises:
             ConfigError: none was asked for, an unknown one, or it has nowhere to write.
         """
         if not self._wanted:
             raise ConfigError("init_trackers needs Accelerator(log_with='jsonl' or 'wandb' or 'all', ...)")
+        if self._started:
+            self.timings.flush()
         self._log.close()
         if self._world.is_main:
             gc.collect()  # an Accelerator of this cell's last time, whose runs end with it: before the new ones begin
@@ -111,12 +113,14 @@ class Logbook:
         """Those that run on this rank."""
         return list(self._log.trackers)
 
-    def log(self, values: Mapping[str, Any], *, step: int, reduction: Literal["mean", "sum"] | None) -> None:
+    def log(
+        self, values: Mapping[str, Any], *, step: int | None, reduction: Literal["mean", "sum"] | None
+    ) -> None:
         """Takes values of this rank; with `reduction` those of all ranks, which then all call it."""
         if reduction not in (None, "mean", "sum"):
             raise ConfigError(f"log(reduce={reduction!r}): it must be 'mean', 'sum' or None")
         self._tell_missed()
-        self.timings.flush(before=self._step() if self._led() else step)
+        at = self._reach(step)
         if reduction is not None and self._world.size > 1:
             numbers = {
                 name: _wide(value)
@@ -124,23 +128,25 @@ class Logbook:
                 if isinstance(value, (Tensor, int, float))
             }
             values = {**values, **self._reduce(numbers, reduction, 1.0)}
-        self._log.log(values, step=step, reduced=reduction)
+        self._log.log(values, step=at, reduced=reduction)
 
-    def log_images(self, values: Mapping[str, Any], *, step: int) -> None:
+    def log_images(self, values: Mapping[str, Any], *, step: int | None) -> None:
         """Takes pictures of this rank; the main process keeps its own."""
         self._tell_missed()
+        at = self._reach(step)
         if len(self._log.trackers):
             self._log.flush()
-            self._log.trackers.log_images({name: pictures(value) for name, value in values.items()}, step)
+            self._log.trackers.log_images({name: pictures(value) for name, value in values.items()}, at)
 
     def log_table(
-        self, name: str, columns: Sequence[str] | None, data: Any, dataframe: Any, *, step: int
+        self, name: str, columns: Sequence[str] | None, data: Any, dataframe: Any, *, step: int | None
     ) -> None:
         """Takes a table of this rank; the main process keeps its own."""
         self._tell_missed()
+        at = self._reach(step)
         if len(self._log.trackers):
             self._log.flush()
-            self._log.trackers.log_table(name, *rows(columns, data, dataframe), step)
+            self._log.trackers.log_table(name, *rows(columns, data, dataframe), at)
 
     def log_file(self, path: str | Path, name: str | None) -> None:
         """Takes a file or folder that the main process can read.
@@ -157,6 +163,22 @@ class Logbook:
             if called.is_absolute() or ".." in called.parts:
                 raise ConfigError(f"log_artifact(name={name!r}): give a name or a relative path without '..'")
             self._log.trackers.log_file(source, str(called))
+
+    def _present(self) -> int:
+        return self._step() if self._named is None or self._led() else self._named
+
+    def _reach(self, step: int | None) -> int:
+        """The step that a call is for; blocks of earlier ones are logged before it, as some trackers take no step
+        after a later one."""
+        if step is not None:
+            self._named = step
+        present = self._present()
+        self.timings.flush(before=present)
+        return present if step is None else step
+
+    def _log_blocks(self, values: Mapping[str, Any], step: int) -> None:
+        self._tell_missed()
+        self._log.log(values, step=step)
 
     def _tell_missed(self) -> None:
         """Says once that trackers were asked for and are not there yet, or not any more."""

@@ -71,12 +71,12 @@ class _Sums:
 
 @final
 class Timings:
-    """Sums over the blocks of one optimizer step, logged together once the loop is past it, and over all.
+    """Sums over the blocks of one step, logged together once the loop is past it, and over all.
 
     Args:
         active: whether this is the main process: elsewhere blocks run and nothing is kept.
         log: (values, step) are logged.
-        step: the present optimizer step.
+        step: the present step.
     """
 
     def __init__(

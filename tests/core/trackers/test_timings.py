@@ -207,3 +207,69 @@ def test_blocks_of_one_optimizer_step_are_logged_together_whatever_steps_the_scr
         (0, 4),
         (1, 4),
     ]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_block_where_no_optimizer_is_prepared_is_of_the_step_that_was_named_last(tmp_path: Path) -> None:
+    acc = Accelerator(cpu=True, project_dir=tmp_path, log_with="jsonl")
+    acc.init_trackers("run")
+    for step in range(6):
+        acc.log({"loss": 1.0}, step=step)
+        if step % 2:
+            with acc.track("eval"):
+                pass
+    acc.log({"last": 1.0})
+    acc.end_training()
+    found = [(line["step"], *(name for name in line if "/" not in name)) for line in lines(tmp_path / "run")]
+    assert [step for step, *_ in found] == [0, 1, 1, 2, 3, 3, 4, 5, 5, 5]  # in order: W&B drops what is late
+    assert found[-2:] == [(5, "step", "time", "last"), (5, "step", "time")]
+
+
+def test_picture_of_a_later_step_is_kept_after_the_blocks_before_it(tmp_path: Path) -> None:
+    kept: list[Any] = []
+
+    class Kept:
+        name, tracker = "kept", None
+        store_init_configuration = finish = staticmethod(lambda *_: None)
+        log = log_images = staticmethod(lambda values, step: kept.append((step, *values)))
+
+    acc = Accelerator(cpu=True, log_with=Kept())
+    acc.init_trackers("run")
+    acc.log({"loss": 1.0}, step=0)
+    with acc.track("eval"):
+        pass
+    acc.log_images({"picture": torch.rand(3, 4, 4)}, step=1)
+    acc.end_training()
+    assert kept == [(0, "loss"), (0, "eval/seconds", "eval/count"), (1, "picture")]
+
+
+def test_block_is_of_the_run_in_which_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    acc = Accelerator(cpu=True, project_dir=tmp_path, log_with="jsonl")
+
+    def block(name: str) -> None:
+        with acc.track(name):
+            pass
+
+    block("before")
+    acc.init_trackers("one")
+    block("early")
+    acc.init_trackers("two")
+    acc.end_training()
+    block("between")
+    assert "end_training" not in caplog.text
+    acc.init_trackers("three")
+    acc.log({"loss": 1.0}, step=1)
+    acc.end_training()
+    (first,), (last,) = lines(tmp_path / "one"), lines(tmp_path / "three")
+    assert {name for name in first if "/" in name} == {
+        "before/seconds",
+        "before/count",
+        "early/seconds",
+        "early/count",
+    }
+    assert last["loss"] == 1.0
+    assert lines(tmp_path / "two") == []
+    assert "end_training has ended them" in caplog.text  # of the block between two runs
