@@ -114,7 +114,7 @@ def update(assignments: tuple[str, ...], config_file: str | None) -> None:
         raise ConfigError(f"{path} is not written by this command: change its table [tool.nbaccel] by hand")
     before = configfile.read_file(path)
     pairs = dict(configfile.assignment(text) for text in assignments)
-    new = configfile.override(RunConfig.from_mapping(_plain(before, pairs)), assignments)
+    new = configfile.override(RunConfig.from_mapping(_plain(before, pairs)), assignments, place="the command")
     changes = {key.partition(".")[0]: None for key in pairs}
     changes.update({key: getattr(new, key) for key in changes})
     text = configfile.change(path, changes)

@@ -1,4 +1,7 @@
-"""Tensors inside lists, tuples, named tuples, mappings and dataclasses: take them out, put others back."""
+"""Tensors inside lists, tuples, named tuples, mappings and dataclasses: take them out, put others back.
+
+Of torch's packed sequences `batch_sizes` is no part: torch reads it on the CPU, wherever the rest is.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["children", "leaves", "map_leaves", "map_tensors"]
+
+_PACKED = ("data", "sorted_indices", "unsorted_indices")
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]] | None:
@@ -18,6 +24,8 @@ def children(value: Any) -> Iterator[tuple[str, Any]] | None:
         return None
     if isinstance(value, Mapping):
         return ((f"[{key!r}]", item) for key, item in value.items())
+    if isinstance(value, PackedSequence):
+        return ((f".{name}", getattr(value, name)) for name in _PACKED)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return ((f".{name}", item) for name, item in zip(value._fields, value, strict=True))
     if isinstance(value, (list, tuple)):
@@ -54,6 +62,8 @@ def map_leaves(fn: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bo
         for key in list(value):
             made[key] = map_leaves(fn, value[key], is_leaf)
         return made
+    if isinstance(value, PackedSequence):
+        return value._replace(**{name: map_leaves(fn, getattr(value, name), is_leaf) for name in _PACKED})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_leaves(fn, item, is_leaf) for item in value))
     if isinstance(value, (list, tuple)):

@@ -38,6 +38,8 @@ __all__ = ["Saving"]
 
 Hook = Callable[..., Any]
 
+_LOADER = "loader_"  # with its number: the name of a loader's state
+
 
 @final
 class _Counters:
@@ -48,13 +50,27 @@ class _Counters:
 
     def state_dict(self) -> dict[str, Any]:
         loop = self._loop
-        due = None if loop.loaders else loop.resuming.due_after(self._loaders, loop.steps)
-        return {"steps": loop.steps, "knobs": self._knobs.state(), "schedule_due_after": due}
+        place = loop.resuming.place(self._loaders, loop.loaders, loop.steps)
+        return {"steps": loop.steps, "knobs": self._knobs.state(), **place}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._loop.steps = int(state_dict["steps"])
-        self._loop.resuming.load_due(self._loaders, state_dict.get("schedule_due_after"))
+        self._loop.resuming.load_place(state_dict)
         self._knobs.turn(state_dict.get("knobs", {}).items(), self._loop.steps)
+
+
+@final
+class _Kept:
+    """A state that is saved again as it was loaded."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        self._state = state_dict
 
 
 @final
@@ -161,7 +177,7 @@ class Saving:
         with contextlib.nullcontext() if watch is None else watch.measure("checkpoint"):
             path = self._checkpoints.save(
                 self._next() if folder is None else Path(folder),
-                self._contents(self._hooked_save),
+                self._with_awaited(self._contents(self._hooked_save)),
                 step=self._loop.steps,
                 keep=self._keep if folder is None else None,
                 asynchronous=asynchronous,
@@ -205,8 +221,9 @@ class Saving:
         allow_pickle: bool,
         verify: bool,
         filled: Callable[[ShardedLoader], Stateful] | None = None,
+        later: tuple[str, ...] = (),
     ) -> Loaded:
-        contents = self._contents(self._hooked_load, filled)
+        contents = replace(self._contents(self._hooked_load, filled), later=later)
         universal = self._universal(folder)
         if universal is None:
             return self._checkpoints.load(
@@ -257,12 +274,15 @@ class Saving:
             if folder is None:
                 return
         assert folder is not None
-        loaded = self._load(folder, strict=True, allow_pickle=False, verify=where != "auto")
-        for loader in self.loaders:
-            self._loop.resuming.leave_out(loader)
+        # A loop that prepares a loader per epoch has the first of them only.
+        loaded = self._load(folder, strict=True, allow_pickle=False, verify=where != "auto", later=(_LOADER,))
+        awaited = {int(name.removeprefix(_LOADER)): state for name, state in loaded.later.items()}
+        self._loop.resuming.resume(self.loaders, awaited)
         if self._world.is_main:
             place = loaded.path if where != "auto" else self._project() / loaded.path.name
             behind = "; the passes it has behind it give no batches" if self._loop.resuming else ""
+            if awaited:
+                behind += f"; {len(awaited)} more loader(s) go on from their places when they are prepared"
             print(f"resumed from {place} at optimizer step {loaded.step}{behind}", flush=True)
 
     def _save_if_possible(self) -> None:
@@ -299,7 +319,7 @@ class Saving:
             shared.update({f"{kind}_{index}": item for index, item in enumerate(items)})
         for index, loader in enumerate(self.loaders):
             held = per_rank if loader.state_scope == "rank" else shared
-            held[f"loader_{index}"] = loader if filled is None else filled(loader)
+            held[f"{_LOADER}{index}"] = loader if filled is None else filled(loader)
         strategy = self._loop.strategy
         sharded = {_name_of(i): strategy.model_state(model) for i, model in enumerate(self.models)}
         for i, optimizer in enumerate(self.optimizers):
@@ -307,6 +327,13 @@ class Saving:
         # `sharded` is read after the hooks, which may have taken models out.
         contents = Contents(sharded=sharded, shared=shared, per_rank=per_rank)
         return replace(contents, before=(lambda folder: hooked(folder, sharded),))
+
+    def _with_awaited(self, contents: Contents[Sharded, Stateful]) -> Contents[Sharded, Stateful]:
+        """With the places that loaders of a resumed run have not taken again yet."""
+        shared, per_rank = dict(contents.shared), dict(contents.per_rank)
+        for number, state in self._loop.resuming.awaited.items():
+            (per_rank if state["per_rank"] else shared)[f"{_LOADER}{number}"] = _Kept(state)
+        return replace(contents, shared=shared, per_rank=per_rank)
 
     def _hooked_save(self, folder: Path, sharded: dict[str, Sharded]) -> None:
         """Weights a hook has taken off its list it has saved itself."""

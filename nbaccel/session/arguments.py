@@ -8,11 +8,12 @@ do is an error.
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from nbaccel.checks import did_you_mean
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 
@@ -43,13 +44,14 @@ _DEVICE = {"gpu": "cuda"}  # Fabric's word for it; the other names are ours too
 
 
 def foreign_arguments(
-    options: Mapping[str, Any], *, own: Iterable[str] = ()
+    options: Mapping[str, Any], *, own: Iterable[str] = (), function: Callable[..., Any] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """What other launchers' keyword arguments ask for, in our words.
 
     Args:
         options: the keyword arguments that are not our own.
         own: the names of the caller's own arguments, to answer a slip in one of them with the right name.
+        function: what is launched, to know arguments that are meant for it.
 
     Returns:
         Options of ours that follow from them (a subset of num_processes, device, mixed_precision; to be
@@ -73,19 +75,28 @@ def foreign_arguments(
                         f"{name}={value!r} asks for {key}={found!r}, another for {accepted[key]!r}"
                     )
         else:
-            raise ConfigError(_unknown(name, own))
+            raise ConfigError(_unknown(name, own, function))
     warnings = [f"nbaccel: no effect here, and safe to leave out: {'; '.join(idle)}."] if idle else []
     return accepted, warnings
 
 
-def _unknown(name: str, own: Iterable[str]) -> str:
+def _unknown(name: str, own: Iterable[str], function: Callable[..., Any] | None) -> str:
+    if name in _parameters(function):
+        called = getattr(function, "__name__", "the function")
+        return f"{name!r} is an argument of {called}, not of the launch: give it in kwargs={{{name!r}: …}}"
     options = (option.name for option in fields(RunConfig))
     known = {*own, *options, *_NO_EFFECT, *_READERS} - {name}  # some are another function's
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"unknown argument {name!r}.{hint} Arguments of your own function go into args=(…) and kwargs={{…}}."
+        f"unknown argument {name!r}.{did_you_mean(name, known)} "
+        "Arguments of your own function go into args=(…) and kwargs={…}."
     )
+
+
+def _parameters(function: Callable[..., Any] | None) -> Iterable[str]:
+    try:
+        return () if function is None else inspect.signature(function).parameters
+    except (TypeError, ValueError):  # it has none, or is no function
+        return ()
 
 
 def _require_sane(name: str, value: Any) -> None:

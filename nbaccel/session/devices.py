@@ -89,7 +89,8 @@ def choose_device(config: RunConfig, environment: Environment) -> Choice:
     why = why_not.get(wanted, f"no {wanted} device was found on this host")
     raise ConfigError(
         f"{asked_text(config, 'device')} cannot be honoured: {why}. "
-        f'Accelerators that can be used here: {present}. To run on the CPU, paste device="cpu".'
+        f'Accelerators that can be used here: {present}. To run on the CPU, paste device="cpu" '
+        "(in a command: --device cpu)."
     )
 
 

@@ -155,7 +155,7 @@ def make_request(
     """
     known = RunConfig.names() - {"sources"}
     accepted, idle = foreign_arguments(
-        {k: v for k, v in options.items() if k not in known}, own=_OWN_NAMES | known
+        {k: v for k, v in options.items() if k not in known}, own=_OWN_NAMES | known, function=function
     )
     for note in idle:
         warnings.warn(note, stacklevel=4)

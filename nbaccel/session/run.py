@@ -10,13 +10,13 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from nbaccel.errors import ConfigError, RunInterrupted
 from nbaccel.session.call import CallInFlight
 from nbaccel.session.interrupts import Presses
 from nbaccel.session.panel.pages import Report, page, report
-from nbaccel.session.panel.reading import Heading
+from nbaccel.session.panel.reading import Heading, shown_state
 from nbaccel.session.relay import Relay
 from nbaccel.session.results import Results, rank_ranges
 from nbaccel.session.scaling import compared
@@ -141,12 +141,13 @@ class Run:
         self._relay.kill(self._call)
 
     def stop(self) -> None:
-        """Ask the function's Accelerator to stop: all ranks save and stop at the same step."""
-        self._ask(Request(kind="stop"))
+        """Ask the function's Accelerator to stop: all ranks save and stop at the same step. Until it has made one,
+        nothing stops; a warning says so."""
+        self._ask_loop("stop")
 
     def save(self) -> None:
-        """Ask the function's Accelerator to save a checkpoint at the next step."""
-        self._ask(Request(kind="save"))
+        """Ask the function's Accelerator to save a checkpoint at the next step; a warning where it has made none."""
+        self._ask_loop("save")
 
     def set_knob(self, name: str, value: Any) -> None:
         """Change a value that the function's Accelerator has made changeable, on all ranks at the same step.
@@ -192,6 +193,15 @@ class Run:
     def tell(self, rank: int, request: Request) -> None:
         """Send a request to one rank; nothing happens once the run is over."""
         self._relay.post(request, (rank,), self._call)
+
+    def _ask_loop(self, kind: Literal["stop", "save"]) -> None:
+        if not (self.state.options or self.done()):
+            warnings.warn(
+                f"{self.name} has made no Accelerator so far, which could {kind} at a step of all ranks. It will when "
+                "its function makes one; run.interrupt() ends it at once",
+                stacklevel=3,
+            )
+        self._ask(Request(kind=kind))
 
     def _ask(self, request: Request) -> None:
         self._relay.post(request, call=self._call)
@@ -291,6 +301,6 @@ class Run:
     def __repr__(self) -> str:
         states: dict[str, list[int]] = {}
         for known in self._call.state.ranks:
-            states.setdefault(known.state, []).append(known.rank)
+            states.setdefault(shown_state(known, self._call.state), []).append(known.rank)
         text = ", ".join(f"{state}: {rank_ranges(ranks)}" for state, ranks in states.items())
         return f"<Run {self.name!r}, ranks {text}>"

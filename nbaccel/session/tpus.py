@@ -71,8 +71,9 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
         return _on_cpu(config, environment)
     if not there.tpu_chips:
         raise ConfigError(
-            "device='tpu' cannot be honoured: no TPU chip was found on this host. To run on the CPU, paste "
-            'device="cpu"; to try the code of a TPU there, set PJRT_DEVICE=CPU (torch_xla).'
+            'device="tpu" cannot be honoured: no TPU chip was found on this host. To run on the CPU, paste '
+            'device="cpu" (in a command: --device cpu); to try the code of a TPU there, set PJRT_DEVICE=CPU '
+            "(torch_xla)."
         )
     _require_one_host(variables)
     if there.tpu_held:

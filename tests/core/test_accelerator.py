@@ -16,7 +16,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from nbaccel.core import Accelerator, DDPOptions
+from nbaccel.core import Accelerator, DDPOptions, ScalerOptions
 from nbaccel.errors import ConfigError
 
 PRIME = 67  # samples: no batch size divides it
@@ -312,6 +312,42 @@ def test_fp16_when_gradients_overflow_skips_optimizer_and_scheduler():
     assert scheduler.get_last_lr() == [0.05]
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_fp16_when_two_optimizers_are_clipped_apart_takes_each_scale_off_once(to_none):
+    acc = Accelerator(cpu=True, mixed_precision="fp16", scaler=ScalerOptions(init_scale=256.0))
+    one, two = acc.prepare(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    optimizers = acc.prepare(*(torch.optim.SGD(m.parameters(), lr=1.0) for m in (one, two)))
+    for _ in range(2):
+        for model, optimizer in zip((one, two), optimizers, strict=True):
+            nn.init.zeros_(model.weight)
+            optimizer.zero_grad(set_to_none=to_none)
+        for slope, model in ((0.5, one), (0.25, two)):
+            acc.backward(model(torch.tensor([[slope]])).sum())
+            acc.clip_grad_value_(model.parameters(), 1.0)
+            assert acc.clip_grad_norm_(model.parameters(), 1.0).item() == slope
+        for optimizer in optimizers:
+            optimizer.step()
+        assert (one.weight.item(), two.weight.item()) == (-0.5, -0.25)
+
+
+def test_fp16_when_gradients_are_added_to_clipped_ones_is_refused():
+    acc = Accelerator(cpu=True, mixed_precision="fp16", scaler=ScalerOptions(init_scale=256.0))
+    model, other = acc.prepare(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    optimizer, _ = acc.prepare(*(torch.optim.SGD(m.parameters(), lr=1.0) for m in (model, other)))
+    x = torch.ones(1, 1)
+
+    def clip():
+        acc.backward(model(x).sum())
+        return acc.clip_grad_norm_(model.parameters(), 9.0).item()
+
+    clip()
+    acc.backward(other(x).sum())
+    with pytest.raises(ConfigError, match=r"backward on rank 0 .* the SGD optimizer .*zero_grad\(\)"):
+        acc.backward(other(model(x)).sum())
+    optimizer.zero_grad()
+    assert clip() == 1.0  # the step before was left out
+
+
 # --- tied to the peer's names ---------------------------------------------------------------------------
 
 
@@ -392,6 +428,19 @@ def test_gather_for_metrics_when_two_loaders_are_read_in_turns():
     (found, said), (_, nothing) = run_ranks(_two_loaders_in_turns)
     assert sorted(found) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert (len(said), nothing) == (1, [])
+
+
+@pytest.mark.filterwarnings("ignore:.*even_batches=True:UserWarning")
+@pytest.mark.parametrize("named", [False, True])
+def test_gather_for_metrics_when_after_the_loop_tells_of_repeated_samples(named):
+    acc = Accelerator(cpu=True, even_batches=True)
+    loader = acc.prepare(DataLoader(torch.arange(5.0), batch_size=2))
+    found = torch.cat(list(loader))
+    options = {"loader": loader} if named else {}
+    assert acc.gather_for_metrics(found.sum(), **options) == found.sum()
+    assert len(acc.gather_for_metrics(found[:5], **options)) == 5
+    with pytest.warns(UserWarning, match=r"on rank 0: .* 6 entries, .* of which 1 only .* in the loop"):
+        assert len(acc.gather_for_metrics({"x": found}, **options)["x"]) == 6
 
 
 def test_free_memory_when_done_lets_go_of_models_and_data():

@@ -168,6 +168,9 @@ def _stopped_and_resumed(folder):
     for number, stop in enumerate(STOPS):
         assert _by_epoch(folder / str(number), stop) is None
         found.append(_by_epoch(folder / str(number), None))
+    _, weight = _by_curriculum(folder / "whole curriculum", None)
+    assert _by_curriculum(folder / "curriculum", 4) is None
+    assert _by_curriculum(folder / "curriculum", None)[1] == weight
     return found
 
 
@@ -179,3 +182,126 @@ def test_run_that_schedules_and_evaluates_once_per_epoch_when_resumed(tmp_path):
             assert (weight, last) == (whole[1], whole[3]), stop
             assert seen.keys() >= {epoch for epoch in range(5) if epoch > stop[0] // 2}, stop
             assert set(seen.values()) <= {4}, stop
+
+
+DATA = torch.linspace(-1.0, 1.0, 20).reshape(20, 1)
+
+
+def _batches_by_next(loader):
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            batches = iter(loader)
+            batch = next(batches)
+        yield batch
+
+
+def _by_next(folder, stop, how):
+    """Trains on 4 batches a pass, which are asked for with `next`; the weight after 14 steps."""
+    acc = Accelerator(cpu=True, seed=1, project_dir=folder, resume="auto" if how == "resume" else None)
+    model = nn.Linear(1, 1)
+    model, optimizer, loader = acc.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.5), DataLoader(DATA, 5, shuffle=True)
+    )
+    if how == "load":
+        acc.load_state()
+    for x in _batches_by_next(loader):
+        acc.step((model(x) - x).square().mean(), optimizer)
+        if acc.steps == stop:
+            acc.save_state()
+        if acc.steps in (stop, 14):
+            return model.weight.item()
+    return None
+
+
+def test_loop_that_reads_by_next_when_resumed_is_told_why_and_goes_on_by_load_state(tmp_path):
+    whole = _by_next(tmp_path / "whole", 14, "fresh")
+    _by_next(tmp_path / "cut", 10, "fresh")
+    with pytest.raises(RuntimeError) as caught:  # what python makes of it in a generator
+        _by_next(tmp_path / "cut", None, "resume")
+    last = caught.value.__cause__
+    assert isinstance(last, StopIteration)
+    assert isinstance(last.__context__, StopIteration)
+    assert "over 'train' gives no batch: resume= has put it behind the run, and 1 more" in str(
+        last.__context__
+    )
+    assert "behind the run. " in str(last)
+    assert "accelerator.load_state() after prepare" in str(last)
+    assert _by_next(tmp_path / "cut", None, "load") == whole
+
+
+def _by_curriculum(folder, stop, *, skips=False, again=False):
+    """Trains with a loader, and one for its evaluation, prepared per epoch; what each pass gave, and the weight."""
+    acc = Accelerator(cpu=True, seed=1, project_dir=folder, resume="auto")
+    model = nn.Linear(1, 1)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    seen = []
+    for epoch in range(3):
+        loader = acc.prepare(DataLoader(DATA[: 8 + 4 * epoch], 4, shuffle=True))
+        for x in loader:
+            acc.step((model(x) - x).square().mean(), optimizer)
+            seen.append((epoch, x.flatten().tolist()))
+            if acc.steps == stop:
+                acc.save_state()
+                return None
+        if skips and acc.fast_forwarding:
+            continue
+        held_out = acc.prepare(DataLoader(DATA[:6], 4))
+        seen.append((epoch, sum(len(x) for x in held_out)))
+        if again and epoch == 0:
+            acc.save_state()
+            return None
+    return seen, acc.unwrap_model(model).weight.item()
+
+
+@pytest.mark.parametrize("stop", [2, 4, 7, 9])
+def test_loaders_prepared_per_epoch_when_resumed_go_on_as_they_are_prepared(tmp_path, stop, capsys):
+    seen, weight = _by_curriculum(tmp_path / "whole", None)
+    assert _by_curriculum(tmp_path / "cut", stop) is None
+    if stop == 7:  # saved once more, before the loader that goes on is there again
+        assert _by_curriculum(tmp_path / "cut", None, again=True) is None
+    capsys.readouterr()
+    rest, found = _by_curriculum(tmp_path / "cut", None)
+    assert found == weight
+    trained = [one for one in rest if one[1]]  # evaluations left out see nothing
+    assert trained == seen[-len(trained) :]
+    awaited = {2: 0, 4: 2, 7: 4, 9: 4}[stop]
+    told = f"; {awaited} more loader(s) go on from their places when they are prepared"
+    assert (told in capsys.readouterr().out) == bool(awaited)
+
+
+def test_loaders_prepared_in_another_order_when_resumed_are_refused(tmp_path):
+    assert _by_curriculum(tmp_path, 7) is None
+    with pytest.raises(
+        CheckpointError, match=r"number 2 of those prepared, .* its total is 12 and was 6.*fast_forw"
+    ):
+        _by_curriculum(tmp_path, None, skips=True)
+
+
+@pytest.mark.parametrize("prepared", ["before", "inside"])
+def test_evaluations_within_the_first_epoch_when_resumed_see_their_data(tmp_path, prepared):
+    def train(folder, stop):
+        acc = Accelerator(cpu=True, seed=1, project_dir=folder, resume="auto")
+        model = nn.Linear(1, 1)
+        model, optimizer, loader = acc.prepare(
+            model, torch.optim.SGD(model.parameters(), lr=0.5), DataLoader(DATA, 2)
+        )
+        held_out = acc.prepare(DataLoader(DATA[:6], 4)) if prepared == "before" else None
+        seen = {}
+        for x in loader:
+            acc.step(model(x).sum(), optimizer)
+            if acc.steps % 3 == 0:
+                held_out = held_out or acc.prepare(DataLoader(DATA[:6], 4))
+                seen[acc.steps] = sum(len(x) for x in held_out), held_out.epoch
+            if acc.steps == stop:
+                acc.save_state()
+                return None
+        seen["after"] = sum(len(x) for x in held_out), held_out.epoch
+        return seen
+
+    for stop, expected in ((7, {9: (6, 3), "after": (6, 4)}), (9, {"after": (6, 4)})):
+        if (stop, prepared) != (9, "inside"):
+            assert train(tmp_path / str(stop), stop) is None
+            assert train(tmp_path / str(stop), None) == expected

@@ -117,6 +117,17 @@ def test_unknown_argument_is_answered_with_the_nearest(name: str, nearest: str) 
         foreign_arguments({name: 1}, own=("grace", "args"))
 
 
+def test_argument_of_the_function_itself_is_shown_its_place() -> None:
+    def train(lr: float, epochs: int = 1) -> None: ...
+
+    with pytest.raises(
+        ConfigError, match="'epochs' is an argument of train, not of the launch: give it in kwargs="
+    ):
+        foreign_arguments({"epochs": 3}, function=train)
+    with pytest.raises(ConfigError, match="unknown argument 'epoch'"):
+        foreign_arguments({"epoch": 3}, function=train)
+
+
 def test_unknown_argument_far_from_all_says_where_the_users_own_go() -> None:
     with pytest.raises(ConfigError) as caught:
         foreign_arguments({"zzz": 1})

@@ -73,8 +73,12 @@ def test_requests_reach_every_rank_when_made_before_and_during_the_call() -> Non
     with pytest.warns(UserWarning, match="has not asked for a knob 'lr' .it has none so far"):
         run.set_knob("lr", 0.5)  # no rank is there yet
     time.sleep(0.3)
-    run.save()
-    run.stop()
+    with pytest.warns(UserWarning, match="has made no Accelerator so far, which could save"):
+        run.save()
+    with pytest.warns(
+        UserWarning, match="could stop at a step of all ranks.*run.interrupt.. ends it at once"
+    ):
+        run.stop()
     assert run.result(timeout=60) == [[("knob", "lr", 0.5), ("save", "", None), ("stop", "", None)]] * 2
     with pytest.raises(ConfigError, match="is over; knob 'lr' cannot be set any more"):
         run.set_knob("lr", 0.5)

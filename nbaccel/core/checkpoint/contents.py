@@ -92,5 +92,7 @@ class Contents(Generic[ThingT, StateT]):
     before: tuple[Callable[[Path], None], ...] = ()
     """Called on every rank before anything else, with the folder (when saving: the one being filled;
     files written there become part of the checkpoint)."""
+    later: tuple[str, ...] = ()
+    """How names of states begin that may have no owner here yet: a load hands such states out (`Loaded.later`)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """JSON values for the manifest."""

@@ -52,6 +52,8 @@ class Crew:
             CheckpointError: with every failing rank and what happened to it.
         """
         texts = self.gather(None if error is None else describe_error(error))
+        if self.size > 1 and texts[0] is not None and len(set(texts)) == 1:
+            raise CheckpointError(f"{doing} failed on all {self.size} ranks: {texts[0]}") from error
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
         if failed:
             raise CheckpointError(f"{doing} failed on {'; '.join(failed)}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,8 @@ class Loaded:
     extra: Mapping[str, Any]
     untouched: tuple[tuple[str, str], ...] = ()
     """Things that kept their present state, each with the reason."""
+    later: Mapping[str, Any] = field(default_factory=dict)
+    """States whose owners are yet to come, by name; those that `Contents.later` asked for."""
 
 
 def find_newest(project_dir: Path, crew: Crew, filesystem: FileSystem) -> Found:
@@ -94,6 +96,7 @@ def load(
         world_size=reading.manifest.world_size,
         extra=reading.manifest.extra,
         untouched=reading.untouched,
+        later=reading.later,
     )
 
 
@@ -139,6 +142,7 @@ class _Reading:
     divided: frozenset[str]
     """Those of `states` that were divided over the ranks, and are whole here."""
     untouched: tuple[tuple[str, str], ...]
+    later: Mapping[str, Any]
 
     @classmethod
     def open(
@@ -171,13 +175,21 @@ class _Reading:
         sharded = {name: thing for name, thing in contents.sharded.items() if name in saved}
         # First: that it is another model says more than that other things came with it.
         targets = {name: _targets(name, thing, saved[name]) for name, thing in sharded.items()}
-        wanted, held = [*contents.sharded, *contents.shared, *wanted_own], [*saved, *shared, *own]
+        wanted = [*contents.sharded, *contents.shared, *wanted_own]
+        states = {**shared, **own}
+        later = {
+            name: state
+            for name, state in states.items()
+            if name not in wanted and name.startswith(contents.later)
+        }
+        held = [*saved, *(name for name in states if name not in later)]
         found = differences(wanted, held)
         if found and strict:
             more = "holds more" if set(wanted) <= set(held) else "holds other things"
             raise CheckpointError(
-                f"checkpoint {folder} {more} than was prepared: {found}. Prepare or register the same, or pass "
-                "strict=False to load what both have; names and shapes are compared all the same."
+                f"checkpoint {folder} {more} than was prepared: {found}. Prepare or register the same. To load "
+                "what both have, leave resume= out and call accelerator.load_state(folder, strict=False); names and "
+                "shapes are compared all the same."
             )
         untouched += [(name, "the checkpoint has none") for name in wanted if name not in held]
         return cls(
@@ -187,9 +199,10 @@ class _Reading:
             index=index,
             saved=saved,
             targets=targets,
-            states={**shared, **own},
+            states=states,
             divided=divided_of(_read(folder, "shared.json", filesystem)),
             untouched=tuple(untouched),
+            later=later,
         )
 
     def fill(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from nbaccel.core.data.plan import Share
 from nbaccel.core.data.wires import Pending, Wire
@@ -76,7 +77,8 @@ def _take_apart(batch: Any) -> tuple[_Template, list[Tensor], list[Any]]:
             others.append(leaf)
         return len(slots) - 1
 
-    structure = map_leaves(take, batch)
+    # A packed sequence travels pickled: taken apart it cannot, for what it is made of anew is looked at.
+    structure = map_leaves(take, batch, is_leaf=lambda one: isinstance(one, PackedSequence))
     return _Template(structure, tuple(slots)), tensors, others
 
 

@@ -7,7 +7,7 @@ plan (who reads what) -> reading (here or in workers) -> dispatch, if rank 0 rea
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, final
@@ -47,6 +47,9 @@ class LoopControl(Protocol):
     def should_stop(self, loader: ShardedLoader) -> bool:
         """Asked before each batch: True ends the pass here, and its position stays."""
 
+    def why_stopped(self, loader: ShardedLoader) -> str:
+        """What to tell whoever reads the pass with `next()`, where `should_stop` has ended it."""
+
     def times(self, loader: ShardedLoader) -> Mapping[str, float] | None:
         """Seconds by part of the step since it was last asked, for Progress."""
 
@@ -65,6 +68,7 @@ class ShardedLoader:
         device: where batches go; the world's device if None.
         seed: of the epochs' orders; None takes the shuffling generator's, else rank 0's torch seed.
         even_batches: repeat samples in the last batch so that all ranks' batches are full.
+        tell_repeats: say so, where the script has asked for it.
         split_batches: `batch_size` is that of the global batch and not of each rank.
         dispatch: rank 0 reads for all ranks and sends them their batches.
         shard: how a global batch is divided: "interleaved", "contiguous", "node" (every node keeps to its
@@ -90,6 +94,7 @@ class ShardedLoader:
         device: torch.device | str | None = None,
         seed: int | None = None,
         even_batches: bool = False,
+        tell_repeats: bool = True,
         split_batches: bool = False,
         dispatch: bool = False,
         shard: Shard = "interleaved",
@@ -121,6 +126,7 @@ class ShardedLoader:
         self._receiver = Receiver(world, wires[0]) if wires and world.rank else None
         self._transfer = Transfer(self.device, upload)
         self._epoch = self._samples = self._cursor = self._passes = self._steps = 0
+        self._entries = self._repeated = 0
         self._sampler_start: dict[str, Any] | None = None
         self._stream: dict[str, Any] | None = None
         self._nodes = self._layout.nodes
@@ -135,12 +141,12 @@ class ShardedLoader:
         self.data_seconds = 0.0
         """Seconds the loop has waited for batches so far."""
         if world.rank == 0:
-            warn_of_tails(source, self._layout)
+            warn_of_tails(source, self._layout, name, repeats=tell_repeats)
             warn_of_disorder(dataloader)
 
     # What the loop sees -------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, str | None]:
         self._passes += 1
         loop, clock, number = self._loop, time.perf_counter, self._passes
         try:
@@ -152,16 +158,18 @@ class ShardedLoader:
                         "only. Prepare a second DataLoader for the inner loop."
                     )
                 if loop is not None and loop.should_stop(self):
-                    return
+                    return loop.why_stopped(self)  # the text of the StopIteration
                 started = clock()
                 read = next(reads, None)
                 if read is None:
                     self._rewind(self._epoch + 1)
-                    return
+                    return None
                 share = read[1]
                 arrived = clock()
                 self.data_seconds += arrived - started
                 self._share = share
+                self._entries += share.samples + share.repeated
+                self._repeated += share.repeated
                 self._cursor = share.cursor
                 counted = share.global_samples
                 self._samples += share.samples if counted is None else counted
@@ -187,6 +195,11 @@ class ShardedLoader:
         return num_batches(self._layout, total)
 
     @property
+    def next_epoch(self) -> int:
+        """The epoch of the next pass."""
+        return self._epoch + (self._started and self._resume is None)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the pass in progress, or of the next one."""
         return self._epoch
@@ -210,6 +223,11 @@ class ShardedLoader:
     def batch_repeated(self) -> int:
         """Repeated samples at the end of this rank's batch in hand."""
         return self._share.repeated if self._share is not None else 0
+
+    @property
+    def pass_entries(self) -> tuple[int, int]:
+        """Entries of all this rank's batches since the pass began, also when it is over, and how many are repeated."""
+        return self._entries, self._repeated
 
     @property
     def global_batch_samples(self) -> int | None:
@@ -414,6 +432,7 @@ class ShardedLoader:
         self._total = self._units()
         self.remeasured = (self._total or 0) if self._total != self._source.total else 0
         self._resume, self._started, self._share = None, True, None
+        self._entries = self._repeated = 0
         self._steps = -(-self._cursor // self._layout.global_batch)
         if sampler is not None:
             set_sampler_epoch(sampler, self._epoch)

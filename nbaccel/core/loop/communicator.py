@@ -14,7 +14,7 @@ from nbaccel.core.comm import collectives
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.loop import Loop
 from nbaccel.core.loop.real_samples import real_part
-from nbaccel.core.nested import map_leaves
+from nbaccel.core.nested import leaves, map_leaves
 
 __all__ = ["Communicator"]
 
@@ -51,6 +51,8 @@ class Communicator:
         if 0 < real < size:
             value, others = real_part(value, real, size, lists=objects)
             self._tell_of_others(others, real, size)
+        elif loader is None or not size:
+            self._tell_of_a_pass(value, *(self._loop.last_pass if loader is None else loader.pass_entries))
         with self._timed():
             if objects:
                 mine = value if isinstance(value, (list, tuple)) else [value]
@@ -67,6 +69,18 @@ class Communicator:
                 f"gather_for_metrics on rank {self._world.rank}: a value has {others[0]} entries where the batch has "
                 f"{size} samples, of which {size - real} only fill it up. It is gathered as it is, with what belongs "
                 "to those. Give one entry per sample.",
+                stacklevel=4,
+            )
+
+    def _tell_of_a_pass(self, value: Any, entries: int, repeated: int) -> None:
+        """After a loop nothing says which entries fill up; a value with as many as the pass had may hold them."""
+        if repeated and not self._told and entries in _lengths(value):
+            self._told = True
+            warnings.warn(
+                f"gather_for_metrics on rank {self._world.rank}: no loader has a batch in hand, and a value has "
+                f"{entries} entries, as many as this rank's batches in the pass that is over, of which {repeated} "
+                "only fill them up. It is gathered as it is. Call gather_for_metrics in the loop, for each batch, or "
+                "keep the first loader.batch_samples entries of each.",
                 stacklevel=4,
             )
 
@@ -121,6 +135,12 @@ class Communicator:
 def _in_hand(loader: ShardedLoader) -> tuple[int, int]:
     """Real samples of its batch in hand, and all of them; none of either where there is no batch."""
     return loader.batch_samples, loader.batch_samples + loader.batch_repeated
+
+
+def _lengths(value: Any) -> list[int]:
+    """Rows of the tensors and arrays in it, and its own length if it is a list."""
+    rows = [len(value)] if isinstance(value, (list, tuple)) else []
+    return rows + [int(leaf.shape[0]) for _, leaf in leaves(value) if getattr(leaf, "shape", ())]
 
 
 def _all_tensors(value: Any) -> bool:

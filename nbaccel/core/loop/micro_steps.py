@@ -47,7 +47,7 @@ class MicroSteps:
 
     def __enter__(self) -> None:
         loop, window = self._loop, self._window
-        loop.window = window
+        loop.window, loop.between_passes = window, False
         window.begin(loop.loader)
         self._inside = True
         if self._spread and not window.sync:
@@ -91,12 +91,14 @@ class MicroSteps:
         return norm
 
     def _begin(self, loss: Tensor) -> None:
-        window = self._loop.window
+        loop = self._loop
+        loop.window = window = loop.windows[()]
+        loop.between_passes = False
         expected = window.micro + 1 >= window.length
-        window.begin(self._loop.loader)
+        window.begin(loop.loader)
         if window.sync and not expected and self._spread:
             for model in window.models:
-                self._loop.strategy.sync_in_backward(model, [loss])
+                loop.strategy.sync_in_backward(model, [loss])
 
     def _end(self) -> None:
         loop = self._loop

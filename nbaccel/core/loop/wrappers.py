@@ -209,6 +209,8 @@ class PreparedOptimizer(InnerOptimizer):
         if self._consumed or not window.dirty:
             self._consumed = False
             inner.zero_grad(set_to_none)
+            if loop.scaling is not None:
+                loop.scaling.zeroed(inner)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -218,6 +220,8 @@ class PreparedOptimizer(InnerOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
+        if not self._loop.strategy.plain:
+            self._loop.learning.look()
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         return self.optimizer.register_step_pre_hook(hook)
@@ -276,9 +280,9 @@ class PreparedScheduler:
         self._repeat = repeat
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """The inner scheduler's step, where the optimizer has stepped."""
+        """The inner scheduler's step, where the optimizer has stepped; between passes in any case, as the pass's."""
         loop = self._loop
-        if self._follows and (not loop.window.sync or loop.skipped):
+        if self._follows and not loop.between_passes and (not loop.window.sync or loop.skipped):
             return
         if not loop.resuming.may_schedule(loop.steps):
             return

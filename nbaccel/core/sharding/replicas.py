@@ -11,7 +11,7 @@ __all__ = ["set_up_anew"]
 def set_up_anew(wrapped: DistributedDataParallel, fresh: DistributedDataParallel) -> None:
     """Gives `wrapped` the buckets and hooks of `fresh`, which was just made of the same module.
 
-    What every module has stays: hooks the user put on it, and its own `forward`.
+    What every module has stays: hooks the user put on it, and its own `forward`. So does whether it synchronises.
     """
-    everyones = vars(nn.Module()).keys()
-    vars(wrapped).update({name: value for name, value in vars(fresh).items() if name not in everyones})
+    kept = {*vars(nn.Module()), "require_backward_grad_sync"}
+    vars(wrapped).update({name: value for name, value in vars(fresh).items() if name not in kept})

@@ -131,6 +131,9 @@ def fail_on_rank_one(folder: str, asynchronous: bool) -> str:
         bad.wait()
     except CheckpointError as error:
         good.load(f"{folder}/c_0", training.contents)
+        with pytest.raises(CheckpointError, match="failed on all 2 ranks: checkpoint") as caught:
+            good.load(f"{folder}/c_0", Contents())
+        assert str(caught.value).count("holds more than was prepared") == 1
         good.close()
         bad.close()
         return str(error)

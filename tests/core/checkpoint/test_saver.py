@@ -336,6 +336,8 @@ def test_other_things_than_were_saved_are_named(tmp_path: Path, checkpoints: Che
         checkpoints.load(tmp_path / "c", more)
     loaded = checkpoints.load(tmp_path / "c", more, strict=False)
     assert loaded.untouched == (("ema", "the checkpoint has none"),)
+    fewer = replace(training.contents, shared={"scheduler": training.scheduler}, later=("coun",))
+    assert checkpoints.load(tmp_path / "c", fewer).later == {"counter": training.counter.state_dict()}
 
 
 def test_keep_prunes_the_oldest_of_the_same_numbering_only(tmp_path: Path, checkpoints: Checkpoints) -> None:

@@ -609,6 +609,9 @@ class Control:
         self.left -= 1
         return self.left < 0
 
+    def why_stopped(self, loader):
+        return f"enough of {loader.name!r}"
+
     def times(self, loader):
         return None
 
@@ -642,6 +645,8 @@ def test_a_loop_that_is_stopped_keeps_its_place():
     other = ShardedLoader(DataLoader(Numbers(20), 2), world=single())
     other.load_state_dict(loader.state_dict())
     assert next(iter(other)).tolist() == [6, 7]
+    with pytest.raises(StopIteration, match="enough of 'train'"):
+        next(iter(loader))
 
 
 def test_a_pass_left_by_a_break_goes_on_from_its_checkpoint_and_ends_in_the_process():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from ranks import run_ranks
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from nbaccel.core.data import ShardedLoader
@@ -153,6 +154,7 @@ def mixed(indices):
         "pair": Pair(torch.tensor(indices), "é"),
         "held": Holder(torch.tensor(indices[0]), "n"),
         "c": torch.tensor([1 + 2j]),
+        "packed": pack_sequence([torch.full((1 + i, 2), i) for i in indices], enforce_sorted=False),
     }
     if indices[0] >= 6:
         batch["more"] = (torch.ones(2, dtype=torch.uint8), None, 3.5)

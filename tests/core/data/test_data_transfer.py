@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from nbaccel.core.data import ShardedLoader
@@ -33,6 +34,30 @@ def test_every_tensor_of_a_batch_moves_and_the_rest_stays():
     assert moved["a"][0].device.type == "meta"
     assert moved["p"].x.device.type == "meta"
     assert (moved["a"][1], moved["p"].note, moved["m"]) == (3, "n", ("moved", "meta"))
+
+
+def test_packed_sequences_move_and_their_sizes_stay_where_torch_reads_them():
+    packed = pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], enforce_sorted=False)
+    (((moved, note), _),) = Transfer(torch.device("meta")).moved(iter([((packed, 1), SHARE)]))
+    assert (type(moved), note) == (type(packed), 1)
+    for part in (moved.data, moved.sorted_indices, moved.unsorted_indices):
+        assert part.device.type == "meta"
+    assert moved.batch_sizes is packed.batch_sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_packed_sequences_arrive_whole_on_cuda(pin_memory):
+    def collate(numbers):
+        return pack_sequence([torch.full((1 + n, 2), float(n)) for n in numbers], enforce_sorted=False)
+
+    data = DataLoader(range(6), 2, collate_fn=collate, pin_memory=pin_memory)
+    for first, packed in enumerate(ShardedLoader(data, world=single("cuda"), device="cuda")):
+        rows, lengths = pad_packed_sequence(packed, batch_first=True)
+        assert rows.is_cuda
+        assert rows[:, :, 0].sum(1).tolist() == [n * (n + 1) for n in (2 * first, 2 * first + 1)]
+        assert lengths.tolist() == [2 * first + 1, 2 * first + 2]
 
 
 def test_a_loader_moves_its_batches_to_the_device_asked_for():

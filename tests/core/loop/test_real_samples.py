@@ -91,6 +91,7 @@ def _gathered():
             found["even"] += [(t.tolist(), names) for t, names in zip(got[::2], got[1::2], strict=True)]
             got = acc.gather_for_metrics(b.repeat(3))
     found["said"] = [str(one.message) for one in said]
+    found["where"] = [one.filename for one in said]
     return found
 
 
@@ -100,7 +101,7 @@ def test_gather_for_metrics_counts_each_sample_once():
     assert first["scalar"] == [[3.0, 4.0], [8.0]]
     assert [sorted(one) for one in first["batches"]] == [list(range(12))] * 2
     assert first["even"] == [([0, 2], ["0", "2"]), ([1, 3], ["1", "3"]), ([4], ["4"])]
-    assert "the last batch of each epoch adds 3 repeats to its 1 sample" in first["said"][0]
-    assert len(first["said"]) == 2
+    assert "loader 'loader 3', even_batches=True: the last batch of each epoch adds 3" in first["said"][0]
+    assert first["where"] == [__file__] * 2
     assert "6 entries where the batch has 2 samples, of which 1 only fill it up" in first["said"][1]
     assert second["said"] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import warnings
 
@@ -90,6 +92,9 @@ def _train(case):
         model, optimizer = acc.prepare(model, optimizer)
         loader = acc.prepare_data_loader(_loader(case, rank), **_options(case, rank))
         _spoil(case, rank, acc.unwrap_model(model), loader)
+        if case == "good":  # a teacher's weights, made while the inputs are watched
+            for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert copied(DATA.tensors[0]).shape == (24,)
         for _ in range(3):
             for number, batch in enumerate(loader):
                 x = batch if isinstance(batch, torch.Tensor) else batch[0]

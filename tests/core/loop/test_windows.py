@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -91,6 +93,69 @@ def test_gradients_when_the_length_of_windows_is_changed():
     assert ranks[0] == ranks[1] == pytest.approx((weight * 5.5, weight * 5.5))
 
 
+def _in_turn():
+    """Gradients of bare backwards after a loop of micro-steps, whose last batch was rank 0's alone."""
+    acc = Accelerator(cpu=True)
+    model, other = _model(), _model()
+    model, other, optimizer, loader = acc.prepare(
+        model, other, torch.optim.SGD(model.parameters(), lr=0.0), DataLoader(torch.ones(5, 1), batch_size=2)
+    )
+    found = []
+    for how in ("accumulate", "step"):
+        for batch in loader:
+            if how == "step":
+                acc.step(other(batch).mean(), optimizer)
+            else:
+                with acc.accumulate(other):
+                    acc.backward(other(batch).mean())
+        x = torch.tensor([[1.0 + acc.process_index]])
+        for options in ({}, {"weight": 2}):
+            model.zero_grad()
+            acc.backward(model(x).sum(), **options)
+            found.append(acc.unwrap_model(model).weight.grad.item())
+    return found
+
+
+def test_backward_when_it_follows_micro_steps_is_not_weighed_as_the_last():
+    assert run_ranks(_in_turn) == [[1.5, 0.75] * 2] * 2
+
+
+def test_backward_when_outside_the_micro_steps_of_longer_windows_is_refused():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = acc.prepare(_model())
+    with acc.accumulate(model):
+        acc.backward(model(torch.ones(1, 1)).sum())
+    with pytest.raises(ConfigError, match=r"backward on rank 0 stands outside .* accelerator\.accumulate"):
+        acc.backward(model(torch.ones(1, 1)).sum())
+
+
+SIZES = (7, 1, 3, 5, 2, 6, 4)
+
+
+def _bucketed():
+    """The weight after windows of four of a batch sampler's batches."""
+    ends = list(itertools.accumulate(SIZES))
+    buckets = [list(range(end - size, end)) for end, size in zip(ends, SIZES, strict=True)]
+    acc = Accelerator(cpu=True)
+    acc.gradient_accumulation_steps = 4 // acc.num_processes
+    model = _model()
+    model, optimizer, loader = acc.prepare(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        DataLoader(torch.arange(float(sum(SIZES)))[:, None], batch_sampler=buckets),
+    )
+    for x in loader:
+        acc.step(model(x).mean(), optimizer)
+    return acc.unwrap_model(model).weight.item()
+
+
+def test_gradients_when_a_batch_sampler_gives_unequal_batches_are_means_over_samples():
+    first, everyone = sum(SIZES[:4]), sum(SIZES)
+    expected = -(sum(range(first)) / first + sum(range(first, everyone)) / (everyone - first))
+    assert _bucketed() == pytest.approx(expected)
+    assert run_ranks(_bucketed) == pytest.approx([expected] * 2)
+
+
 def test_saving_when_any_window_is_not_finished_is_refused(tmp_path):
     acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
     one, other = acc.prepare(_model(), _model())
@@ -122,6 +187,28 @@ def test_saving_when_a_loop_was_left_in_mid_window_and_gone_on_with(tmp_path):
             break
     assert model.weight.item() == -1.0
     acc.save_state(tmp_path / "c")
+
+
+def test_scheduler_when_a_loop_was_left_in_mid_window_steps_between_passes():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    model, optimizer, scheduler, loader = acc.prepare(
+        model, optimizer, scheduler, DataLoader(torch.ones(12, 1), batch_size=2)
+    )
+    for epoch in range(2):
+        for number, x in enumerate(loader):
+            acc.step(model(x).mean(), optimizer)
+            if number == 4 - epoch:
+                break
+        assert not acc.sync_gradients
+        scheduler.step()
+        assert scheduler.get_last_lr() == [0.5 ** (epoch + 1)]
+    for _ in range(2):
+        acc.step(model(torch.ones(1, 1)).mean(), optimizer)
+        scheduler.step()
+    assert scheduler.get_last_lr() == [0.25], "of batches that no prepared loader gave, still by the window"
 
 
 def test_settings_when_set_later_are_used_or_refused():
