@@ -584,6 +584,18 @@ def test_way_to_start_is_said_when_there_is_no_session(new_kernel: Callable[...,
     assert 'UsageError: %nbaccel "x: No closing quotation' in plain(kernel.run('%nbaccel "x').output)
 
 
+def test_start_says_that_it_ends_the_session_before(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    start = "%nbaccel start -n 1 --device cpu"
+    assert "was ended" not in kernel.ok(f"%load_ext nbaccel\n{start}").stdout
+    assert (
+        "the session before this one was ended: the variables of its ranks are gone"
+        in kernel.ok(start).stdout
+    )
+    kernel.ok("%nbaccel stop")
+    assert "was ended" not in kernel.ok(start).stdout
+
+
 def test_session_goes_on_when_another_is_started_with_a_bad_option(live: Kernel) -> None:
     before = pids(live)
     assert "device (from the session) is 'nope'" in live.run("%nbaccel start -n 2 --device nope").output
