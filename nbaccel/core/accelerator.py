@@ -21,6 +21,7 @@ from nbaccel.core.assembly import (
     asked_config,
     check_change,
     check_flag,
+    choices,
     choose_strategy,
     ddp_options,
     fp8_options,
@@ -57,7 +58,7 @@ from nbaccel.core.world import join, read_environment
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
 from nbaccel.parallel import StrategyLike
-from nbaccel.wire import events
+from nbaccel.wire import events, occasions
 
 if TYPE_CHECKING:
     from nbaccel.core.plan import Plan
@@ -184,11 +185,7 @@ class Accelerator(Processes):
         how = config, world, ddp_options(config, ddp), self._precision
         self._auto = leave_to_planner(*how)
         self.strategy = self._auto or choose_strategy(*how)
-        precision, spread = self._precision, self.strategy
-
-        def chosen() -> dict[str, str]:
-            return {"mixed_precision": precision.kind, "strategy": spread.name}
-
+        chosen = choices(self._precision, self.strategy)
         tell_choices(chosen)
         watched = events.active()
         self._knobs = Knobs(world)
@@ -219,7 +216,7 @@ class Accelerator(Processes):
             led=lambda: loop.led,
         )
         loop.after_pass = self._log.flush
-        events.at_call_end(self._log.returned)
+        occasions.at_call_end(self._log.returned)
         trust = None
         if watched if config.verify is None else config.verify:
             trust = TrustChecks(loop, self.strategy.unwrap)

@@ -32,6 +32,7 @@ __all__ = [
     "asked_config",
     "check_change",
     "check_flag",
+    "choices",
     "choose_strategy",
     "ddp_options",
     "fp8_options",
@@ -265,6 +266,11 @@ def fp8_options(config: RunConfig, given: FP8Options | None) -> FP8Options | Non
             "'fp8' too, or leave fp8 out"
         )
     return options
+
+
+def choices(precision: Precision, strategy: Strategy) -> Choices:
+    """What the run's options came to; a strategy that the planner chooses has its name later."""
+    return lambda: {"mixed_precision": precision.kind, "strategy": strategy.name}
 
 
 def make_control(config: RunConfig, world: World, knobs: Knobs, chosen: Choices) -> Control | None:

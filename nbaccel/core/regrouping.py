@@ -14,7 +14,7 @@ from typing import final
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.loop import Loop
 from nbaccel.core.loop.trust import TrustChecks
-from nbaccel.wire import events
+from nbaccel.wire import occasions
 
 __all__ = ["Regrouping", "Standing"]
 
@@ -41,7 +41,7 @@ class Regrouping:
 
     def __init__(self, loop: Loop, trust: TrustChecks | None, loaders: list[ShardedLoader]) -> None:
         self._loop, self._trust, self._loaders = loop, trust, loaders
-        events.at_regrouping(self)
+        occasions.at_regrouping(self)
 
     def standing(self) -> Standing:
         """Where this rank stands."""

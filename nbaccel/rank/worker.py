@@ -41,7 +41,7 @@ from nbaccel.rank.returned import make_whole
 from nbaccel.rank.sharded import forget_broken_steps
 from nbaccel.rank.spec import Call, Exit, Join, Place, RunSpec, rank_environ
 from nbaccel.rank.trainer import relay_trainer
-from nbaccel.wire import events, payload
+from nbaccel.wire import events, occasions, payload
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Applied, Joined, Raised, Returned, Status
 
@@ -270,14 +270,14 @@ class Server:
         assert self._membership is not None
         replicas = self._membership.rejoin(order)
         if order.keep_groups and self._replica is None:
-            events.regroup(self._membership.exchange)
+            occasions.regroup(self._membership.exchange)
         self._port.emit(Joined(replicas=replicas))
         self._port.emit(Status(state="idle", pid=os.getpid()))
 
     def _perform(self, call: Call, fds: list[int]) -> bool:
         """Run a call and answer; whether it ended well."""
         thread = None if self._replica is None else threading.get_ident()
-        events.call_begins(thread)
+        occasions.call_begins(thread)
         try:
             try:
                 self._interruptible(True)
@@ -288,7 +288,7 @@ class Server:
                     make_whole(value, keep=call.returns)
                 display.show_figures()
                 _tell_of_peers()
-                events.call_ends(thread)
+                occasions.call_ends(thread)
             finally:
                 self._interruptible(False)
             self._answer(call, value)
@@ -361,7 +361,7 @@ class Server:
 
     def _fail(self, call: Call, error: BaseException) -> None:
         """All output first, then the error."""
-        events.call_fails(None if self._replica is None else threading.get_ident())
+        occasions.call_fails(None if self._replica is None else threading.get_ident())
         debugger.remember(error)
         info = describe(error)
         fd = None

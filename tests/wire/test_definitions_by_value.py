@@ -6,12 +6,11 @@ import pickle
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from nbaccel.wire.payload import pack, unpack
+from tests.wire.conftest import define
 
 RECEIVER = """
 import pickle, sys, types
@@ -22,19 +21,6 @@ for parcel in pickle.load(sys.stdin.buffer):
     install(sidecar, main, replace=True)
     print(repr(function()))
 """
-
-
-@pytest.fixture
-def main() -> Iterator[types.ModuleType]:
-    """A `__main__` of our own, as a notebook has one."""
-    before = sys.modules["__main__"]
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
-    yield module
-    sys.modules["__main__"] = before
-
-
-def define(main: types.ModuleType, source: str) -> None:
-    exec(compile(source, "<cell 1>", "exec"), main.__dict__)
 
 
 def there(*functions: Callable[[], Any]) -> list[str]:

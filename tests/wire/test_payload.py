@@ -11,7 +11,6 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from nbaccel.errors import PayloadError
 from nbaccel.wire.payload import Parcel, Sidecar, install, pack, unpack
 from nbaccel.wire.unpicklable import explain
+from tests.wire.conftest import define
 
 
 def round_trip(value: Any, *, outward: bool = True) -> Any:
@@ -34,19 +34,6 @@ def opened(value: Any, *, outward: bool = True) -> tuple[Any, Sidecar, Parcel]:
     finally:
         if fd is not None:
             os.close(fd)
-
-
-@pytest.fixture
-def main() -> Iterator[types.ModuleType]:
-    """A `__main__` of our own, as a notebook has one."""
-    before = sys.modules["__main__"]
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
-    yield module
-    sys.modules["__main__"] = before
-
-
-def define(main: types.ModuleType, source: str) -> None:
-    exec(compile(source, "<cell 1>", "exec"), main.__dict__)
 
 
 def test_small_value_travels_inline() -> None:

@@ -27,7 +27,7 @@ from nbaccel.core.checkpoint.staging import Buffer, State, gather_state
 from nbaccel.core.checkpoint.writer import Job, check_target, discard, free_bytes, space_problem, write
 from nbaccel.core.world import World
 from nbaccel.errors import CheckpointError, ConfigError
-from nbaccel.wire import events
+from nbaccel.wire import occasions
 
 __all__ = ["Checkpoints", "SaveReport"]
 
@@ -63,7 +63,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._last: SaveReport | None = None
-        events.at_call_end(self.wait)  # a rank's call that fails to save has failed
+        occasions.at_call_end(self.wait)  # a rank's call that fails to save has failed
 
     @property
     def pending(self) -> bool:

@@ -21,12 +21,18 @@ class Sideline:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._default = dist.group.WORLD
 
     @property
     def started(self) -> int:
         """Operations this rank has begun on the group's present connection: a session puts another in its place where
         it frees ranks from an interrupted step."""
         return int(self._group._get_backend(torch.device("cpu"))._get_sequence_number_for_group())
+
+    @property
+    def stands(self) -> bool:
+        """Whether the default group is still the one it was made beside; the same on all ranks."""
+        return self._default is dist.group.WORLD
 
     def start_max(self, numbers: torch.Tensor) -> Word:
         """Begins to replace `numbers` (on the CPU) by their maxima over the ranks."""

@@ -31,7 +31,7 @@ from nbaccel.core.comm.sideline import Sideline, Word
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import World
 from nbaccel.errors import TrustError
-from nbaccel.wire import events
+from nbaccel.wire import events, occasions
 
 __all__ = ["Choices", "Control", "tell_choices"]
 
@@ -115,7 +115,7 @@ class Control:
         self._due = self._ticks = 0
         self._started_at, self._started_tick = now, 0
         self._behind, self._chosen, self._anew = 0, chosen, False
-        events.at_call_begin(self._begin_anew)
+        occasions.at_call_begin(self._begin_anew)
 
     def tick(self, step: int, length: int = 0) -> None:
         """An optimizer step, the `step`-th (from 1), has been made. Called on every rank.

@@ -95,10 +95,10 @@ class TrustChecks:
         for seen in (self._passes, self._places, self._samples, self._orders, self._streams, self._inputs):
             seen.clear()
         self._regrouped = True
-        if self._counts is not None:
-            self._counts = _BatchCounts(self._loop)
         if ticks is None:
             self._loop.watch(None)
+        elif self._counts is not None:
+            self._counts = _BatchCounts(self._loop, self._counts.line)
         self._ticks = _AFTER[-1] if ticks is None else ticks
         if self._ticks >= _AFTER[-1]:
             self._remove_hooks()
@@ -304,9 +304,9 @@ class _BatchCounts:
 
     GOES_ON, AT_END, LEFT = range(3)
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, line: Sideline | None = None) -> None:
         self._loop = loop
-        self._line = Sideline()
+        self.line = line if line is not None and line.stands else Sideline()
         self._loader: ShardedLoader | None = None
         self._taken: dict[ShardedLoader, int] = {}
         self._said: tuple[Word, Tensor] | None = None
@@ -385,4 +385,4 @@ class _BatchCounts:
     def _say(self, taken: int, code: int) -> None:
         mine = torch.tensor([taken, code])
         table = torch.zeros(self._loop.world.size, 2, dtype=torch.int64)
-        self._said = self._line.start_gather(table, mine), table
+        self._said = self.line.start_gather(table, mine), table

@@ -18,7 +18,7 @@ from nbaccel.core.trackers.base import Trackers
 from nbaccel.core.trackers.shapes import simple
 from nbaccel.core.trackers.system import Sampler
 from nbaccel.core.world import World
-from nbaccel.wire import events
+from nbaccel.wire import events, occasions
 
 __all__ = ["MetricLog", "Snapshot"]
 
@@ -100,7 +100,7 @@ class MetricLog:
         self._waiting: deque[tuple[Snapshot, int, Reduced]] = deque()
         self._held: dict[str, tuple[float, int, Reduced]] = {}
         self._emitted = float("-inf")
-        events.at_call_failure(self._show_last)
+        occasions.at_call_failure(self._show_last)
 
     @property
     def trackers(self) -> Trackers:
