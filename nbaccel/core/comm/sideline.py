@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 from typing import Any, final
 
@@ -21,7 +22,8 @@ class Sideline:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        self._default = dist.group.WORLD
+        # Weakly: a search for a batch size frees the ranks that wait in the default group by letting it go.
+        self._default = weakref.ref(dist.group.WORLD)
 
     @property
     def started(self) -> int:
@@ -32,7 +34,7 @@ class Sideline:
     @property
     def stands(self) -> bool:
         """Whether the default group is still the one it was made beside; the same on all ranks."""
-        return self._default is dist.group.WORLD
+        return self._default() is dist.group.WORLD
 
     def start_max(self, numbers: torch.Tensor) -> Word:
         """Begins to replace `numbers` (on the CPU) by their maxima over the ranks."""
