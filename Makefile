@@ -15,7 +15,9 @@ ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
 # Two workers: much of the suite waits for processes. A file's tests stay together, with what they share.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-SCRIPTS := $(wildcard benchmarks/*.py) $(wildcard notebooks/*.py)
+
+# On all cores; a third less without what hardly anybody imports.
+COMPILED := -qq -j 0 -x '/(tests?|databricks|plotly|transformers/models)/'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test test-browser test-ipykernel6 test-xla chromium test-fast test-gpu lint bench bench-quick docs binder-check outputs clean distclean
@@ -66,7 +68,6 @@ lint: $(VENV)/.nbaccel-test  ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy -n 2
-	$(PY) -m mypy $(SCRIPTS)
 
 bench: $(VENV)/.nbaccel-test  ## the figures of the README, beside the peers (half an hour)
 	$(PY) benchmarks/launch.py --out build/bench
@@ -101,7 +102,7 @@ $(VENV)/.nbaccel-%: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): torch and what the notebooks use; a few minutes the first time."
 	$(PIP) install -q --upgrade pip
 	$(PIP) install --no-compile -c constraints.txt -e '.[$*]'
-	@$(PY) -m compileall -qq -j 0 $(VENV)/lib/python3.*/site-packages || true  # some hold files of other Pythons
+	@$(PY) -m compileall $(COMPILED) $(VENV)/lib/python3.*/site-packages || true  # some hold files of other Pythons
 	@touch $@
 
 # torch_xla 2.9 has wheels for Linux on x86-64 and Python 3.10 to 3.13 only.
@@ -114,6 +115,6 @@ $(XLA_VENV)/.nbaccel-xla: $(wildcard tests/xla/environment/*)
 	$(XLA_VENV)/bin/python -m pip --disable-pip-version-check install -q --upgrade pip
 	$(XLA_VENV)/bin/python -m pip install -q --no-compile --no-deps -r tests/xla/environment/wheels.txt -e .
 	$(XLA_VENV)/bin/python -m pip install -q --no-compile -r tests/xla/environment/requirements.txt
-	@$(XLA_VENV)/bin/python -m compileall -qq -j 0 $(XLA_VENV)/lib/python3.*/site-packages || true
+	@$(XLA_VENV)/bin/python -m compileall $(COMPILED) $(XLA_VENV)/lib/python3.*/site-packages || true
 	$(XLA_VENV)/bin/python tests/xla/environment/stand_ins.py
 	@touch $@
