@@ -9,6 +9,7 @@ Nothing runs between calls.
 from __future__ import annotations
 
 import contextvars
+import math
 import re
 import threading
 import time
@@ -162,11 +163,17 @@ class Watch:
     def _look_after(self, vigil: _Vigil) -> None:
         due, told, not_before = list(vigil.stages), False, 0.0
         said: set[str] = set()
+        loader_since = math.inf
         self._probes.pulse()
         while not vigil.over.wait(_PERIOD):
             still = max(self._probes.pulse().values(), default=0.0)
             if vitals := self._probes.take_vitals():
                 vigil.beat(vitals)
+            if still < 2 * _PERIOD:
+                # Who waits for a DataLoader looks up every 5 s, and waits on.
+                waited = self._waited_for_loader() if len(due) < len(vigil.stages) else 0.0
+                loader_since = time.monotonic() - waited if waited else math.inf
+            still = max(still, time.monotonic() - loader_since)
             if still < 2 * _PERIOD:
                 if told:
                     vigil.tell(Stall("the ranks go on", None))
@@ -174,7 +181,7 @@ class Watch:
             elif due and still >= max(due[0].after - _LAG, not_before):
                 stall = self._judge(due[0])
                 if stall is not None:
-                    # a wait that looks up now and then, as that for a DataLoader does, is one and the same
+                    # a wait that ends for a moment now and then is one and the same
                     findings = _timeless(stall.text)
                     if due[0].does != "word" or not findings <= said:
                         vigil.tell(stall)
@@ -183,6 +190,10 @@ class Watch:
                 elif still > due[0].after + _LAG:
                     # it computes, or somebody debugs it: ask less often
                     due, not_before = (due[1:], 0.0) if due[0].does == "word" else (due, 2 * still)
+
+    def _waited_for_loader(self) -> float:
+        """For how many seconds a rank has waited for its DataLoader; 0.0 when none does."""
+        return max((one.seconds for one in self.look().findings if one.kind == "loader"), default=0.0)
 
     def _judge(self, stage: _Stage) -> Stall | None:
         """What to tell of a stall that has come to this stage; None when there is nothing wrong."""

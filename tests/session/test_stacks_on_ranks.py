@@ -178,6 +178,20 @@ def test_a_stuck_loader_worker_is_named_with_its_line(hang: Callable[..., Run]) 
     assert re.search(r"is in __getitem__ test_stacks_on_ranks.py:\d+", report.headlines()[0])
 
 
+def load_apart() -> None:
+    for _ in torch.utils.data.DataLoader(SticksAtTen(), batch_size=2, num_workers=2):
+        pass
+    time.sleep(60)
+
+
+def test_a_stuck_loader_gets_the_report_though_its_rank_looks_up_every_five_seconds(
+    hang: Callable[..., Run],
+) -> None:
+    run = hang(load_apart, stall_after=8)
+    report = wait_until(lambda: run.stall and run.stall.report, 40, "a report")
+    assert any("is in __getitem__ test_stacks_on_ranks.py" in line for line in report.headlines())
+
+
 def wait_for_a_message() -> None:
     dist = join()
     if rank() == 0:
