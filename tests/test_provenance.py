@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 from pathlib import Path
 
-from nbaccel.provenance import git_commit
+from nbaccel.provenance import git_commit, package_versions
+
+
+def test_versions_are_those_that_the_library_reads_out_of_whole_files() -> None:
+    versions = package_versions()
+    assert versions == {name: importlib.metadata.version(name) for name in versions}
+    assert {"nbaccel", "torch", "cloudpickle"} <= versions.keys()
 
 
 def git(folder: Path, *arguments: str) -> str:

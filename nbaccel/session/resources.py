@@ -66,11 +66,11 @@ def read_resources(root: Path = Path("/")) -> Resources:
 class _Level:
     """One cgroup this process is in: its own or a parent of it."""
 
-    folder: Path
+    folder: str
     name: str
 
     def text(self, file: str) -> str:
-        return text_of(self.folder / file)
+        return text_of(f"{self.folder}/{file}")
 
     def number(self, file: str) -> int | None:
         return _number(self.text(file))
@@ -96,8 +96,7 @@ def _cgroup_levels(root: Path) -> Iterator[_Level]:
             parts = [] if inside == "." or inside.startswith("..") or "/.." in path else inside.split("/")
             for depth in range(len(parts), -1, -1):
                 below = "/".join(parts[:depth])
-                folder = root / mount_point.lstrip("/") / below
-                yield _Level(folder, f"/{below}")
+                yield _Level(os.path.join(root, mount_point.lstrip("/"), below), f"/{below}")
             break
 
 
@@ -252,9 +251,10 @@ def _number(text: str) -> int | None:
     return int(stripped) if re.fullmatch(r"-?\d+", stripped) else None
 
 
-def text_of(path: Path) -> str:
+def text_of(path: Path | str) -> str:
     """The file's text, or nothing where it is absent or closed to us: then it tells of nothing we can use."""
     try:
-        return path.read_text(errors="replace")
+        with open(path, "rb", buffering=0) as file:  # a launch looks for a hundred of them
+            return file.readall().decode(errors="replace")
     except OSError:
         return ""
