@@ -227,6 +227,8 @@ class _Maker:
                     children.forget()
                 self._leave(without)
                 die_with_parent(me)
+                if role == "worker":
+                    worker.be_fresh()
                 (boot if role == "worker" else store).main(theirs.detach())
         theirs.close()
         return _Seat(pid, Channel(ours))

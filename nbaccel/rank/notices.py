@@ -117,11 +117,15 @@ def _text(pattern: Any) -> str:
 
 
 def take_over_notices(notices: Notices) -> None:
-    """Set this process up in the same way. What its own libraries have set up stays where it is not contradicted."""
-    logging.disable(notices.disabled)
+    """Set this process up in the same way. What its own libraries have set up stays where it is not contradicted.
+
+    Nothing is set that is so already: setting a level goes over all loggers, whose memory a rank still shares.
+    """
+    if logging.root.manager.disable != notices.disabled:
+        logging.disable(notices.disabled)
     for name, settings in notices.loggers:
         logger = logging.getLogger(name)
-        if settings.level:
+        if settings.level and logger.level != settings.level:
             logger.setLevel(settings.level)
         if settings.printers and not logger.handlers:
             for printer in settings.printers:

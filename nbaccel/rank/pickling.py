@@ -16,6 +16,7 @@ from typing import Any, final
 import cloudpickle
 
 from nbaccel.wire.definitions import MainGlobals, by_value, part_by_value
+from nbaccel.wire.submodules import Pickler
 
 __all__ = ["by_value_in_main"]
 
@@ -33,7 +34,7 @@ def _reduce(_pickler: ForkingPickler, obj: Any) -> Any:
 
 
 @final
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (types.FunctionType, type)):
             return by_value(obj, super().reducer_override(obj))

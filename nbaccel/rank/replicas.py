@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
 from urllib.parse import parse_qsl, urlsplit
 
-from nbaccel.rank import capture, here, rendezvous, shell, tpu, worker
+from nbaccel.rank import capture, here, rendezvous, shell, threads, tpu, worker
 from nbaccel.rank.failure import describe
 from nbaccel.rank.reporter import Reporter
 from nbaccel.rank.spec import Place, RunSpec, rank_environ
@@ -52,7 +52,8 @@ def start(spec: RunSpec, places: Sequence[Place]) -> NoReturn:
         worker.take_over(spec)
         shared.set_names()
         os.environ.update(rank_environ(spec, places[0].rank, places[0].port))
-        worker.set_up(spec)
+        worker.be_fresh()
+        threads.limit(spec.threads)
         here.let_threads_follow()
         _separate_process_groups(spec, places[0].rank)
         devices = tpu.set_up(spec, places[0].rank // spec.replicas)

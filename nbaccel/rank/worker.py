@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # what `signal` wraps to make enums of handlers, at ten times the cost
 import atexit
+import functools
 import logging
 import multiprocessing.util
 import os
@@ -48,13 +49,13 @@ from nbaccel.wire.events import Applied, Joined, Raised, Returned, Status
 __all__ = [
     "Port",
     "Server",
+    "be_fresh",
     "empty_main",
     "enter",
     "join_session",
     "leave",
     "open_call",
     "serve_libraries",
-    "set_up",
     "start",
     "take_over",
 ]
@@ -102,7 +103,8 @@ def start(spec: RunSpec, place: Place, call: Any = None) -> NoReturn:
         if call is None:
             take_over(spec)
         os.environ.update(rank_environ(spec, place.rank, place.port))
-        set_up(spec)
+        be_fresh()
+        threads.limit(spec.threads)
         _set_device(spec, place.rank)
         renew = rendezvous.install(Channel.from_fd(stores), spec, place.rank)
         membership = join_session(spec, place, renew) if spec.keep else None
@@ -140,8 +142,12 @@ def serve_libraries(spec: RunSpec, rank: int, port: Any) -> None:
     os.register_at_fork(after_in_child=lambda: events.connect(None))
 
 
-def set_up(spec: RunSpec) -> None:
-    """Random state, signals and threads as a fresh process of its own would have them."""
+@functools.cache
+def be_fresh() -> None:
+    """Random state, exit handlers and signals as a fresh process of its own would have them.
+
+    Where a process waits for its place it is done before that comes: it copies 2 MB of what the process shares.
+    """
     import torch
 
     _forget_exit_handlers()
@@ -151,7 +157,6 @@ def set_up(spec: RunSpec) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     torch.default_generator.seed()  # a fresh process draws it too; CUDA's is fixed until it is set
-    threads.limit(spec.threads)
     gloo.keep_groups()
     by_value_in_main()
 

@@ -27,7 +27,7 @@ import cloudpickle
 from nbaccel.errors import PayloadError
 from nbaccel.wire.content import INLINE, Content, Reader, seal, write_at
 from nbaccel.wire.definitions import MainGlobals, by_value, dispatching, part_by_value, with_annotations
-from nbaccel.wire.submodules import function_state
+from nbaccel.wire.submodules import Pickler
 from nbaccel.wire.tensors import TorchReducer, function_made_anew, same
 from nbaccel.wire.unpicklable import explain
 
@@ -185,7 +185,7 @@ def install(sidecar: Sidecar, main: types.ModuleType, *, replace: bool = False) 
 
 
 @final
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(Pickler):
     """cloudpickle, with torch storages out of band and the notebook's `__main__` kept one namespace."""
 
     def __init__(self, file: Any, *, outward: bool, seen: list[Any] | None = None) -> None:
@@ -223,11 +223,6 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, types.ModuleType):
             self.modules.add(obj.__name__)
         return super().reducer_override(obj)
-
-    def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
-        made = cloudpickle.cloudpickle
-        new = self._function_getnewargs(func)
-        return made._make_function, new, function_state(func), None, None, made._function_setstate
 
     def _definition(self, obj: type | types.FunctionType) -> Any:
         """A class or a function: by name, or by value if its module is not there in the receiver."""

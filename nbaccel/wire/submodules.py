@@ -12,7 +12,7 @@ from typing import Any
 
 from cloudpickle import cloudpickle
 
-__all__ = ["function_state"]
+__all__ = ["Pickler"]
 
 
 def _imported_submodules(code: types.CodeType, referred: Iterable[Any]) -> list[types.ModuleType]:
@@ -29,8 +29,15 @@ def _below(package: str, names: tuple[str, ...]) -> Iterator[types.ModuleType]:
             yield from _below(path, names)
 
 
-function_state: Callable[[types.FunctionType], Any] = types.FunctionType(
+_function_state: Callable[[types.FunctionType], Any] = types.FunctionType(
     cloudpickle._function_getstate.__code__,
     {**vars(cloudpickle), "_find_imported_submodules": _imported_submodules},
 )
-"""cloudpickle's state of a function that goes by value, with its search for submodules replaced."""
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle's, with its search for submodules replaced."""
+
+    def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
+        new, state = self._function_getnewargs(func), _function_state(func)
+        return cloudpickle._make_function, new, state, None, None, cloudpickle._function_setstate
