@@ -83,6 +83,10 @@ _OPTIONS: dict[str, type] = {
     "fp8": FP8Options,
 }
 _COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_MOST_SEED = 2**63
+"""Torch's generators take no larger one."""
+_MOST_SECONDS = 1e9
+"""Some thirty years; a `timedelta` holds no more than a hundred times that."""
 _TEXTS = ("project_dir", "stop_after", "resume")
 # Known from elsewhere under another name.
 _ELSEWHERE: dict[str, dict[str, str]] = {
@@ -187,11 +191,11 @@ class RunConfig:
             self._require_positive_int(name)
         for name, choices in _CHOICES.items():
             value = getattr(self, name, None)
-            for one in value if isinstance(value, tuple) else (value,):
+            for one in value if name == "log_with" and isinstance(value, tuple) else (value,):
                 if one is not None:
                     self._require_choice(name, one, choices)
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ConfigError(f"{self._where('seed')} must be an int, not {self.seed!r}")
+        is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        self._require("seed", is_seed and 0 <= (self.seed or 0) < _MOST_SEED, "an int from 0 to 2**63 - 1")
         if self.collective_timeout is not None:
             _require_seconds(self._where("collective_timeout"), self.collective_timeout)
         self._check_types()
@@ -205,7 +209,9 @@ class RunConfig:
         for name in _FLAGS:
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
         for name in _TEXTS:
-            self._require(name, isinstance(getattr(self, name), str), "text")
+            value = getattr(self, name)
+            wanted = "a time, as in '11h30m'" if name == "stop_after" else "text, and not empty"
+            self._require(name, isinstance(value, str) and bool(value.strip()), wanted)
         self._require(
             "compile",
             isinstance(self.compile, bool) or self.compile in _COMPILE_MODES,
@@ -222,9 +228,8 @@ class RunConfig:
         self._require("save_every", is_time or _is_count(every), "steps (an int from 1) or a time ('15min')")
         is_norm = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
         self._require("gradient_clipping", is_norm, "a number above 0")
-        indices = isinstance(listed, (tuple, list)) and all(isinstance(one, int) for one in listed)
-        restarts = self.max_restarts
-        self._require("max_restarts", restarts == 0 or _is_count(restarts), "an int, 0 or more")
+        indices = isinstance(listed, (tuple, list)) and all(type(one) is int for one in listed)
+        self._require("max_restarts", _is_count(self.max_restarts, 0), "an int, 0 or more")
         self._require(
             "devices", indices or listed == "free", "indices ([4, 5]) or 'free'; how many is num_processes"
         )
@@ -365,10 +370,10 @@ def duration_seconds(text: str | float, *, what: str = "duration") -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _require_seconds(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST_SECONDS:
         raise ConfigError(f"{what} must be a number of seconds above 0, not {value!r}")

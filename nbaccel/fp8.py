@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from nbaccel.checks import check_types
 from nbaccel.errors import ConfigError
 
 __all__ = ["FP8Options"]
@@ -37,13 +38,7 @@ class FP8Options:
     model's last one, whose outputs suffer most."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("recipe", Recipe), ("backend", Backend)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(map(repr, get_args(kind)))
-                raise ConfigError(f"fp8: {name} is {getattr(self, name)!r}; it must be one of {known}")
-        listed = self.skip if self.skip is not None else ()
-        if isinstance(listed, str) or not all(isinstance(one, str) for one in listed):
-            raise ConfigError(f"fp8: skip is {self.skip!r}; it must be a list of names of layers")
+        check_types("fp8", self)
         if self.backend == "transformer_engine" and self.recipe != "tensorwise":
             raise ConfigError(
                 f"fp8: recipe {self.recipe!r} is torchao's; backend 'transformer_engine' has 'tensorwise'"

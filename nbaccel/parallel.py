@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from nbaccel.checks import check_types, choice, count, which_there_are
@@ -75,7 +76,7 @@ class DDPOptions:
 
     def __post_init__(self) -> None:
         check_types("ddp", self)
-        if self.bucket_cap_mb is not None and not self.bucket_cap_mb >= 0:
+        if self.bucket_cap_mb is not None and not 0 <= self.bucket_cap_mb < float("inf"):
             raise ConfigError(f"ddp: bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number, 0 or more")
         count("ddp: power_sgd_rank", self.power_sgd_rank, 1)
         count("ddp: power_sgd_start", self.power_sgd_start, 0)
@@ -102,7 +103,7 @@ class TensorParallel:
             raise ConfigError(f"tensor_parallel: plan is {self.plan!r}; it must be 'auto' or styles by name")
         if isinstance(self.plan, Mapping):
             for name, style in self.plan.items():
-                if isinstance(style, str):
+                if isinstance(style, (str, int, float, list, Mapping, NoneType)):  # else an object of torch's
                     choice(f"tensor_parallel: the style of {name!r}", style, get_args(ParallelStyle))
 
 

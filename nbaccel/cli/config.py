@@ -11,6 +11,7 @@ import click
 from nbaccel.cli.options import config_options, configuration, file_options
 from nbaccel.config import RunConfig, combine
 from nbaccel.errors import ConfigError
+from nbaccel.layout import require_layout
 from nbaccel.session import configfile
 
 __all__ = ["config"]
@@ -59,8 +60,7 @@ def config(
 
         found = {key: value for key, value in suggestions().items() if getattr(given, key) is None}
         given = combine(given, RunConfig.from_mapping(found, place="what this machine has"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(configfile.dump(_asked(given)), encoding="utf-8")
+    configfile.write(path, configfile.dump(_asked(given)))
     click.echo(f"{path} written:")
     click.echo(configfile.dump(_asked(given)), nl=False)
 
@@ -85,7 +85,8 @@ def show(config_file: str | None, assignments: tuple[str, ...], as_json: bool) -
 
 @config.command()
 @click.argument("file", required=False)
-def validate(file: str | None) -> None:
+@click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts like this one.")
+def validate(file: str | None, nnodes: int) -> None:
     """Check a file: its keys, their values, and whether this machine can do what it asks."""
     path = configfile.find_file(file)
     if path is None:
@@ -95,9 +96,10 @@ def validate(file: str | None) -> None:
     from nbaccel.session.resolve import resolve
 
     plan = resolve(found, probe())
-    click.echo(
-        f"{path} is good: {plan.num_processes} rank(s) on {plan.device}, {plan.threads} thread(s) each"
-    )
+    if plan.device != "tpu":
+        require_layout(found, plan.num_processes * nnodes, plan.num_processes)
+    each = f"{plan.num_processes} rank(s) on {plan.device}, {plan.threads} thread(s) each"
+    click.echo(f"{path} is good: {each}{f', on each of {nnodes} hosts' if nnodes > 1 else ''}")
     for note in plan.notes:
         click.echo(f"  {note}")
 
@@ -118,7 +120,7 @@ def update(assignments: tuple[str, ...], config_file: str | None) -> None:
     changes = {key.partition(".")[0]: None for key in pairs}
     changes.update({key: getattr(new, key) for key in changes})
     text = configfile.change(path, changes)
-    path.write_text(text, encoding="utf-8")
+    configfile.write(path, text)
     configfile.read_file(path).config()
     click.echo(f"{path} changed: {', '.join(changes)}")
 
@@ -141,7 +143,7 @@ def import_(file: str | None, target: Path, force: bool) -> None:
     if target.exists() and not force:
         raise ConfigError(f"{target} is there already: add --force to replace it")
     found = from_accelerate(configfile.read_file(configfile.find_file(source) or source))
-    target.write_text(configfile.dump(_asked(found.config)), encoding="utf-8")
+    configfile.write(target, configfile.dump(_asked(found.config)))
     click.echo(f"{target} written from {source}:")
     click.echo(configfile.dump(_asked(found.config)), nl=False)
     for note in found.notes:

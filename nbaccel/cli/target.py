@@ -133,7 +133,7 @@ def find_target(text: str, arguments: tuple[str, ...], *, module: bool) -> Targe
         with _unwarned():
             cells = read_cells(path)
         skipped = [f"\n  {cell.filename}: {line}" for cell in cells for line in cell.skipped]
-        notes = (f"these lines are for IPython and are left out:{''.join(skipped)}",) if skipped else ()
+        notes = (f"these are for IPython and are left out:{''.join(skipped)}",) if skipped else ()
         return Target(function=script.run_notebook, path=path, arguments=arguments, name=name, notes=notes)
     try:
         with _unwarned():

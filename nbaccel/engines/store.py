@@ -86,8 +86,9 @@ def serve(first: socket.socket, ranks: list[int], parent: int, boot: Channel) ->
                     continue
                 asked[key] += 1
                 world, number, _ = key
-                if asked[key] >= world:  # all have left the groups before this one
-                    for old in [old for old in stores if old[::2] == key[::2] and old[1] < number]:
+                # all have left the groups before this one; at the first a launched notebook's ranks meet all along
+                if asked[key] >= world:
+                    for old in [old for old in stores if old[::2] == key[::2] and 0 < old[1] < number]:
                         del stores[old]
     except BaseException:  # noqa: BLE001  # the end of this process: its last words go to rank 0's stderr
         sys.excepthook(*sys.exc_info())

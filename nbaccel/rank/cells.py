@@ -11,9 +11,10 @@ import json
 import operator
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any
+from typing import Any, final
 
 from nbaccel.errors import ConfigError
 
@@ -25,6 +26,16 @@ _FUTURE = functools.reduce(
 )
 _RUN_THE_BODY = ("%%time", "%%timeit", "%%capture", "%%prun")
 """Cell magics whose cell means the same without them."""
+_RUN_THE_STATEMENT = {
+    "time": re.compile(r"(--no-raise-error(\s+|$))?"),
+    "timeit": re.compile(r"(-([nrpv]\s*\S+|[tcqo]+)(\s+|$))*"),
+    "prun": re.compile(r"(-([DlsT]\s*\S+|[rq]+)(\s+|$))*"),
+}
+"""Line magics whose statement means the same without them, and the options that stand before it."""
+_RUNS = " (what it measures runs once, as plain Python)"
+_CALL = re.compile(r"get_ipython\(\)\.run_line_magic\((.*)\)$")
+_MAY_RAISE, _LEFT_OUT = "raises-exception", "skip-execution"
+"""Tags of cells, as nbclient knows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +48,8 @@ class Cell:
     code: CodeType
     skipped: tuple[str, ...] = ()
     """Lines for IPython that plain Python has nothing for."""
+    may_raise: bool = False
+    """Whether the notebook goes on when it raises: it is tagged "raises-exception"."""
 
     @property
     def awaits(self) -> bool:
@@ -57,14 +70,33 @@ def read_cells(path: str) -> list[Cell]:
         sources = [
             cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"]) for cell in cells
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tags = [tuple(cell.get("metadata", {}).get("tags", ())) for cell in cells]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a notebook that can be read: {error!r}") from error
     name = os.path.basename(path)
     found, future = list[Cell](), 0
-    for number, source in enumerate(sources, 1):
-        found.append(_plain(f"{name}, cell {number}", source, future))
+    for number, (source, tagged) in enumerate(zip(sources, tags, strict=True), 1):
+        found.append(_tagged(f"{name}, cell {number}", source, future, tagged))
         future = found[-1].code.co_flags & _FUTURE
     return found
+
+
+def _tagged(filename: str, source: str, future: int, tags: Collection[str]) -> Cell:
+    if _LEFT_OUT in tags:
+        nothing = _compiled("", filename, future)
+        return Cell(filename=filename, source="", code=nothing, skipped=(f"the cell, tagged {_LEFT_OUT}",))
+    if _MAY_RAISE not in tags:
+        return _plain(filename, source, future)
+    try:
+        return replace(_plain(filename, source, future), may_raise=True)
+    except _NotPythonError:  # which is what this cell is there to show
+        late = _compiled(f"compile({source!r}, {filename!r}, 'exec')", filename, future)
+        return Cell(filename=filename, source=source, code=late, may_raise=True)
+
+
+@final
+class _NotPythonError(ConfigError):
+    """The cell is no Python, whatever is left out of it."""
 
 
 def _plain(filename: str, source: str, future: int) -> Cell:
@@ -75,15 +107,17 @@ def _plain(filename: str, source: str, future: int) -> Cell:
     lines, skipped = lines_of(source + "\n"), list[str]()
     first = next(index for index, line in enumerate(lines) if line.strip())
     if lines[first].startswith("%%") and not re.match(r"%%\w+\?", lines[first]):
-        skipped.append(lines[first].strip())
+        magic, _, options = lines[first].strip().partition(" ")
+        runs = magic in _RUN_THE_BODY
+        skipped.append(lines[first].strip() + _RUNS * runs)
+        setup = _RUN_THE_STATEMENT["timeit"].sub("", options, count=1) if magic == "%%timeit" else ""
         # lines keep their numbers
-        lines = ["\n", *lines[first + 1 :]] if lines[first].split()[0] in _RUN_THE_BODY else []
-        lines = ["\n"] * first + lines
+        lines = ["\n"] * first + ([f"{setup}\n", *lines[first + 1 :]] if runs else [])
     source = "".join(_without_ipython(lines, filename, skipped))
     try:
         code = _compiled(source, filename, future)
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{filename} cannot be run: {type(error).__name__}: {error}") from error
+        raise _NotPythonError(f"{filename} cannot be run: {type(error).__name__}: {error}") from error
     return Cell(filename=filename, source=source, code=code, skipped=tuple(skipped))
 
 
@@ -107,7 +141,10 @@ def _without_ipython(lines: list[str], filename: str, skipped: list[str]) -> lis
         start = next(index for index, line in enumerate(new) if line != lines[index])
         end = start + 1 + len(lines) - len(new)
         call, command = new[start].strip(), "".join(lines[start:end]).strip()
-        if call.startswith("get_ipython()."):
+        if (measured := _measured(call)) is not None:
+            skipped.append(command + _RUNS)
+            new[start] = new[start].replace(call, measured)
+        elif call.startswith("get_ipython()."):
             skipped.append(command)
             indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
             new[start] = f"{indent}pass\n"
@@ -117,6 +154,19 @@ def _without_ipython(lines: list[str], filename: str, skipped: list[str]) -> lis
                 "runs as plain Python. Write it in Python, as with subprocess.run"
             )
         lines = [*new[: start + 1], *["\n"] * (end - start - 1), *new[start + 1 :]]
+
+
+def _measured(call: str) -> str | None:
+    """The statement that this call of IPython's only measures, with what it is assigned to."""
+    found = _CALL.search(call)
+    if found is None:
+        return None
+    name, statement = ast.literal_eval(found[1])
+    if name not in _RUN_THE_STATEMENT or (
+        found.start() and name != "time"
+    ):  # the others' value is a measurement
+        return None
+    return call[: found.start()] + (_RUN_THE_STATEMENT[name].sub("", statement, count=1) or "pass")
 
 
 def lines_of(source: str) -> list[str]:

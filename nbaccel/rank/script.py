@@ -14,7 +14,8 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from nbaccel.errors import ConfigError
-from nbaccel.rank.cells import lines_of, read_cells
+from nbaccel.rank.cells import Cell, lines_of, read_cells
+from nbaccel.rank.tagged import Leaving, show
 
 __all__ = ["find_module", "run_module", "run_notebook", "run_script"]
 
@@ -70,6 +71,8 @@ def find_module(name: str) -> Any:
 def run_notebook(path: str, arguments: tuple[str, ...]) -> None:
     """Run the code cells of a notebook, one after the other, as one script.
 
+    A cell with the tag "raises-exception" that raises shows its traceback, and the notebook goes on.
+
     Args:
         path: absolute.
     """
@@ -79,6 +82,7 @@ def run_notebook(path: str, arguments: tuple[str, ...]) -> None:
     namespace = _main(__package__=None, __spec__=None)
     namespace.setdefault("display", print)
     cells = read_cells(path)
+    leaving = Leaving() if any(cell.may_raise for cell in cells) else None
     awaits = any(cell.awaits for cell in cells)
     around: contextlib.AbstractContextManager[Any] = _event_loop() if awaits else contextlib.nullcontext()
     with around as loop:
@@ -86,9 +90,26 @@ def run_notebook(path: str, arguments: tuple[str, ...]) -> None:
             # with its source at hand, for tracebacks and inspect.getsource
             lines = lines_of(cell.source)
             linecache.cache[cell.filename] = (len(cell.source), None, lines, cell.filename)
-            result = eval(cell.code, namespace)
-            if cell.awaits:
-                loop.run_until_complete(result)
+            if leaving is None or not cell.may_raise:
+                _run_cell(cell, namespace, loop)
+            else:
+                leaving.leave(cell.filename, _error_of(cell, namespace, loop))
+
+
+def _run_cell(cell: Cell, namespace: dict[str, Any], loop: Any) -> None:
+    result = eval(cell.code, namespace)
+    if cell.awaits:
+        loop.run_until_complete(result)
+
+
+def _error_of(cell: Cell, namespace: dict[str, Any], loop: Any) -> Exception | None:
+    """What the cell raised, once it was shown."""
+    try:
+        _run_cell(cell, namespace, loop)
+    except Exception as error:  # noqa: BLE001  # as the cell's tag asks
+        show(error, cell.filename)
+        return error
+    return None
 
 
 @contextlib.contextmanager

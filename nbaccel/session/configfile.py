@@ -38,6 +38,7 @@ __all__ = [
     "read_file",
     "user_file",
     "working_folder",
+    "write",
 ]
 
 PROJECT_FILE = "nbaccel.yaml"
@@ -192,6 +193,11 @@ def _nodes(path: Path, text: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         raise ConfigError(f"{_shown(path)} holds no keys; write lines like `num_processes: 4`")
     found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
     for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            raise ConfigError(
+                f"{_shown(path)}:{line} has a key that is no word; write lines like `num_processes: 4`"
+            )
         if key.value in found:
             first = found[key.value][0].start_mark.line + 1
             here = key.start_mark.line + 1
@@ -251,7 +257,10 @@ def override(config: RunConfig, assignments: Iterable[str], *, place: str = "--s
         key, value = assignment(text)
         key, dot, part = key.partition(".")
         if dot:
-            value = {**(getattr(config, key, None) or {}), part: value}
+            before = getattr(config, key, None) or {}
+            if not isinstance(before, Mapping):
+                raise ConfigError(f"{text!r} ({place}): {key} is {before!r} and has no options of its own")
+            value = {**before, part: value}
         new = _asked(key, value, place)
         kept = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name not in ("sources", key)}
         sources = {name: where for name, where in config.sources.items() if name != key}
@@ -292,6 +301,19 @@ def change(path: Path, values: Mapping[str, Any]) -> str:
     for _, (start, end, written) in sorted(enumerate(edits), key=lambda e: (e[1][0], e[0]), reverse=True):
         text = text[:start] + written + text[end:]
     return text
+
+
+def write(path: Path, text: str) -> None:
+    """Make this the file's text, in a folder that is made if need be.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{_shown(path)} cannot be written: {error.strerror}") from error
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from nbaccel.config import RunConfig
 from tests.cli.conftest import Command, Writer, said_by
 
 
@@ -23,6 +24,8 @@ def test_default_writes_what_is_here_and_the_flags(nbaccel: Command):
     assert again.code == 2
     assert "--force" in again.err
     assert nbaccel("config", "--default", "--force", "--user").code == 0
+    nowhere = nbaccel("config", "--default", "--file", "nbaccel.yaml/mine.yaml")
+    assert (nowhere.code, "mine.yaml cannot be written: " in nowhere.err) == (2, True)
 
 
 def test_questions_are_those_that_flags_leave_open(nbaccel: Command, monkeypatch: pytest.MonkeyPatch):
@@ -66,7 +69,20 @@ def test_validate_and_update_say_what_is_wrong(nbaccel: Command):
     assert "2 rank(s) on cpu" in nbaccel("config", "validate").out
     done = nbaccel("config", "update", "num_procs=2")
     assert (done.code, "unknown option 'num_procs' in the command" in done.err) == (2, True)
+    done = nbaccel("config", "update", "num_processes.size=2")
+    assert (done.code, "num_processes is 2 and has no options of its own" in done.err) == (2, True)
     assert nbaccel("config", "validate", "nothing.yaml").code == 2
+    Path("nbaccel.yaml").write_text(
+        "device: cpu\nnum_processes: 2\nstrategy: fsdp\nfsdp: {reshard_after_forward: 4}\n"
+    )
+    Path("train.py").touch()
+    for command in (("config", "validate"), ("launch", "train.py")):
+        done = nbaccel(*command)
+        assert done.code == 2
+        assert (
+            "fsdp (from nbaccel.yaml:4): reshard_after_forward is 4, which does not divide the 2" in done.err
+        )
+    assert "on each of 2 hosts" in nbaccel("config", "validate", "--nnodes", 2).out
 
 
 def test_import_takes_over_what_accelerate_wrote(nbaccel: Command):
@@ -111,6 +127,11 @@ def test_import_refuses_what_cannot_be_taken_over(nbaccel: Command, text: str, w
     assert done.code == 2
     assert words in done.err
     assert not Path("nbaccel.yaml").exists()
+
+
+def test_page_of_the_command_line_names_every_key():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
+    assert [key for key in sorted(RunConfig.names() - {"sources"}) if f"`{key}`" not in page] == []
 
 
 IMPORTED: dict[str, tuple[str, dict[str, object], list[str]]] = {
@@ -206,10 +227,9 @@ def test_same_file_serves_the_notebook(clean, nbaccel: Command):
         acc = Accelerator()
         return acc.num_processes, acc.config.seed
 
-    path = Path("nbaccel.yaml")
+    path = Path("mine.yaml")  # "auto" is what the session below is asked
     path.write_text("device: cpu\nnum_processes: 2\nseed: 3\n")
     assert notebook_launcher(train, config=path, folder=False) == [(2, 3)] * 2
-    assert notebook_launcher(train, config="auto", folder=False) == [(2, 3)] * 2
 
 
 def test_same_file_serves_a_session(clean, nbaccel: Command):

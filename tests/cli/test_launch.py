@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ ECHO = """
 """
 
 
+def write_notebook(*cells: str, may_raise: Collection[int] = ()) -> None:
+    """t.ipynb; those of the numbers `may_raise` are tagged so."""
+    document = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "source": cell.splitlines(True),
+                "metadata": {"tags": ["raises-exception"]} if number in may_raise else {},
+            }
+            for number, cell in enumerate(cells, 1)
+        ]
+    }
+    Path("t.ipynb").write_text(json.dumps(document))
+
+
 def test_script_gets_its_own_arguments_when_they_look_like_ours(clean, nbaccel: Command, script: Writer):
     own = ["--num-processes", "9", "-n", "3", "--help", "--start", "--", "-m", "--set", "x=1"]
     done = nbaccel(*CPU, "--no-folder", script(ECHO), *own)
@@ -33,8 +49,7 @@ def test_script_gets_its_own_arguments_when_they_look_like_ours(clean, nbaccel: 
 
 def test_script_is_compiled_as_python_would(clean, nbaccel: Command, script: Writer):
     text = "def f(x: int): pass\nassert f.__annotations__ == {'x': int}, f.__annotations__\nprint('as written')\n"
-    document = {"cells": [{"cell_type": "code", "source": text}]}
-    Path("t.ipynb").write_text(json.dumps(document))
+    write_notebook(text)
     for name in (script(text), "t.ipynb"):
         done = nbaccel(*CPU, "--no-folder", name)
         assert said_by(done.out, "as written") == {0, 1}, done.err
@@ -67,8 +82,7 @@ def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbacc
         "worker.start()\nworker.join()\nprint('the spawned worker left with', worker.exitcode)",
         "if os.environ['RANK'] == '1':\n    1 / 0",
     ]
-    document = {"cells": [{"cell_type": "code", "source": cell.splitlines(True)} for cell in cells]}
-    Path("t.ipynb").write_text(json.dumps(document))
+    write_notebook(*cells)
     done = nbaccel(*CPU, "--no-folder", "t.ipynb", "--own")
     assert done.code == 1
     assert {"[rank 0] ['0'] ['--own'] 3", "[rank 1] ['1'] ['--own'] 3"} <= set(done.out.splitlines())
@@ -77,6 +91,27 @@ def test_notebook_runs_as_a_script_and_its_own_launch_runs_in_place(clean, nbacc
     assert "    1 / 0\nZeroDivisionError" in done.err
     said = ("1: %matplotlib inline", "1: !ls", "2: %%bash", "4: !echo")
     assert "".join(f"\n  t.ipynb, cell {line}" for line in said) in done.err
+
+
+def test_notebook_goes_on_after_a_cell_that_may_raise(clean, nbaccel: Command):
+    write_notebook(
+        "from nbaccel import Accelerator\nacc = Accelerator()\nacc.wait_for_everyone()",
+        "raise ValueError('on all ranks')",
+        "acc.wait_for_everyone()\n%time x = f'in {acc.num_processes}'\nprint('together', x)",
+        "if acc.process_index == 1:\n    raise ValueError('on one rank')\nacc.wait_for_everyone()",
+        "acc = Accelerator()\nacc.wait_for_everyone()\nprint('together again', acc.num_processes)",
+        "await acc.nothing()",
+        may_raise=(2, 4, 6),
+    )
+    done = nbaccel(*CPU, "--no-folder", "t.ipynb")
+    assert done.code == 0, done.err
+    assert said_by(done.err, "ValueError: on all ranks") == {0, 1}
+    assert said_by(done.out, "together in 2") == {0, 1}
+    assert said_by(done.err, "ValueError: on one rank") == {1}
+    assert said_by(done.err, "the ranks left t.ipynb, cell 4 at different places") == {0, 1}
+    assert said_by(done.out, "together again 2") == {0, 1}
+    assert said_by(done.err, "cell 6 may raise, by its tag: the notebook goes on") == {0, 1}
+    assert "nbaccel/rank/" not in done.err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from nbaccel.errors import ConfigError
 from nbaccel.rank.cells import Cell, read_cells
 
 
-def read(tmp_path: Path, *sources: str) -> list[Cell]:
+def read(tmp_path: Path, *sources: str, tags: Sequence[str] = ()) -> list[Cell]:
     path = tmp_path / "t.ipynb"
-    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": source} for source in sources]}))
+    metadata = {"metadata": {"tags": list(tags)}} if tags else {}
+    cells = [{"cell_type": "code", "source": source, **metadata} for source in sources]
+    path.write_text(json.dumps({"cells": cells}))
     return read_cells(str(path))
 
 
+RUNS = " (what it measures runs once, as plain Python)"
 KEPT = 'x = 2  # is this right?\ntext = """\n! keep me\n% keep me\nwho?\n"""\ny = (x\n% 2)\nz = "\\f|\u2028|\x0c"'
 
 
@@ -31,7 +35,7 @@ KEPT = 'x = 2  # is this right?\ntext = """\n! keep me\n% keep me\nwho?\n"""\ny 
         ),
         ("!pip install a \\\n   b", ("!pip install a \\\n   b",)),
         ("if True:\n    !ls\n\n    %cd x\nelse: pass", ("!ls", "%cd x")),
-        ("\n%%time -q\n!ls", ("%%time -q", "!ls")),
+        ("\n%%time -q\n!ls", (f"%%time -q{RUNS}", "!ls")),
         ("assert True\n!!ls", ("!!ls",)),
     ],
 )
@@ -46,6 +50,35 @@ def test_only_commands_of_ipython_are_left_out(tmp_path: Path, lines: str, skipp
     assert (found["text"], found["z"]) == ("\n! keep me\n% keep me\nwho?\n", "\f|\u2028|\x0c")
     assert raised.tb.tb_next is not None
     assert raised.tb.tb_next.tb_lineno == f"{lines}\n{KEPT}\n".count("\n") + 1  # as in the notebook
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("%time x = 1; y = 'a\\n\"b'", {"x": 1, "y": 'a\n"b'}),
+        ("if True:\n    x = %time 1 + \\\n 2\n    y = 4", {"x": 3, "y": 4}),
+        ("%timeit -n 3 -r2 -q x = -1\n%prun -s cumulative -q y = 2", {"x": -1, "y": 2}),
+        ("%%timeit -n 3 x = 1\ny = x + 1", {"x": 1, "y": 2}),
+        ("%%time\n%time x = 1\n%time !ls", {"x": 1}),
+    ],
+)
+def test_what_a_magic_measures_runs(tmp_path: Path, source: str, names: dict[str, object]):
+    (cell,) = read(tmp_path, source)
+    found: dict[str, object] = {}
+    exec(cell.code, found)
+    assert {name: found[name] for name in found if name != "__builtins__"} == names
+    assert all(line.startswith("!") or line.endswith(RUNS) for line in cell.skipped)
+
+
+def test_tags_of_cells_say_which_may_raise_and_which_are_left_out(tmp_path: Path):
+    for source in ("1 / 0", "x = ?"):
+        (cell,) = read(tmp_path, source, tags=["other", "raises-exception"])
+        assert (cell.may_raise, cell.skipped) == (True, ())
+        with pytest.raises(ZeroDivisionError if "/" in source else SyntaxError, match=r"zero|cell 1"):
+            exec(cell.code, {})
+    (cell,) = read(tmp_path, "1 / 0", tags=["skip-execution"])
+    exec(cell.code, {})
+    assert cell.skipped == ("the cell, tagged skip-execution",)
 
 
 def test_cell_of_python_alone_is_as_it_stands(tmp_path: Path):
@@ -79,6 +112,7 @@ def test_cell_for_another_language_is_left_out(tmp_path: Path):
     ("source", "words"),
     [
         ("\nfiles = !ls", "t.ipynb, cell 2, line 2: 'files = !ls' takes a value from IPython"),
+        ("x = %timeit -o f()", "'x = %timeit -o f\\(\\)' takes a value from IPython"),
         ("x = %env HOME", "cell 2, line 1: 'x = %env HOME' takes a value from IPython"),
         ("!ls\nx = = 3", r"cell 2 cannot be run: SyntaxError: .* \(t.ipynb, cell 2, line 2\)"),
         ("x = '\0'", "cell 2 cannot be run: .* null bytes"),

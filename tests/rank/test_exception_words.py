@@ -26,5 +26,23 @@ def test_words_when_parameters_are_used_outside_their_model_say_so() -> None:
     assert said.endswith("See 'What does not go' in docs/strategies.md.")
 
 
+def frozen_within_a_pass() -> str:
+    torch.distributed.init_process_group("gloo")
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model = torch.nn.parallel.DistributedDataParallel(layers)
+    layers[0].requires_grad_(False)
+    try:
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+    except RuntimeError as error:
+        return describe(error).message
+    return ""
+
+
+def test_words_when_layers_are_frozen_within_a_pass_say_so() -> None:
+    (said,) = run_ranks(frozen_within_a_pass, num_processes=1)
+    assert said.endswith("Accelerator(ddp=DDPOptions(find_unused_parameters=True)) allows both.")
+
+
 def test_words_of_other_errors_are_their_own() -> None:
     assert describe(RuntimeError("no such thing")).message == "RuntimeError: no such thing"
