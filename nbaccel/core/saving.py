@@ -102,6 +102,7 @@ class Saving:
         self._before_saving: OrderedDict[int, Hook] = OrderedDict()
         self._before_loading: OrderedDict[int, Hook] = OrderedDict()
         self._checkpoints = Checkpoints(world=world)
+        self._unanswered = 0  # batches since a save was asked for that nothing has made
         self._resume_from = resume
         if resume is not None and resume != "auto":
             _check_resume(Path(resume), world)
@@ -182,8 +183,9 @@ class Saving:
                 keep=self._keep if folder is None else None,
                 asynchronous=asynchronous,
             )
-        if control is not None:
-            control.saved()
+        self._unanswered = 0
+        if control is not None and control.saved() and self._world.is_main:
+            print(f"saved {path} at optimizer step {self._loop.steps}", flush=True)
         return path
 
     def load(
@@ -286,9 +288,17 @@ class Saving:
             print(f"resumed from {place} at optimizer step {loaded.step}{behind}", flush=True)
 
     def _save_if_possible(self) -> None:
-        # Asked from outside, with nowhere to put it: the loop may still do it itself.
         if self.project_dir is not None:
             self.save(None, asynchronous=False)
+            return
+        # Asked from outside, with nowhere to put it: the loop may still do it itself, before its next batch.
+        self._unanswered += 1
+        if self._unanswered == 2 and self._world.is_main:
+            warnings.warn(
+                "a checkpoint was asked for, and there is nowhere to put it: make the Accelerator with "
+                "project_dir=..., or call save_state(folder) where accelerator.save_requested is True",
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Waits, and gives back what saving held."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -13,9 +14,12 @@ from nbaccel.session.panel import html
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Knob
 
-__all__ = ["Actions", "Controls", "Stopped"]
+__all__ = ["CONTROLS", "Actions", "Controls", "Stopped"]
 
+CONTROLS = "nbaccel-controls"
+"""The class of the box they are in."""
 _LIVE_LINES = 200
+_SAID_SECONDS = 3.0
 _MOST_KNOBS = 6
 _ROUNDING = 1e-9
 
@@ -76,7 +80,8 @@ class Controls:
         self._stop.on_click(self._on_stop)
         hidden = widgets.Layout(width="auto", height="26px", display="none")
         self._save = widgets.Button(description="Save now", icon="save", layout=hidden)
-        self._save.on_click(lambda _: actions.save())
+        self._save.on_click(self._on_save)
+        self._save_said_until = 0.0
         options = [("output of …", -1), *((f"rank {known.rank}", known.rank) for known in state.ranks)]
         self._whose = widgets.Dropdown(options=options, value=-1, layout=widgets.Layout(width="120px"))
         self._output = widgets.HTML(layout=widgets.Layout(width="100%"))
@@ -86,6 +91,7 @@ class Controls:
         self._knobs = widgets.HBox([], layout=row)
         self._turned: dict[str, _Turned] = {}
         self._box = widgets.VBox([line, self._knobs, self._output], layout=widgets.Layout(width="100%"))
+        self._box.add_class(CONTROLS)
         self._widgets = widgets
         self._parts = [self._box, line, self._knobs, self._stop, self._save, self._whose]
         self._parts += [self._stops, self._output]
@@ -116,7 +122,7 @@ class Controls:
         return {"application/vnd.jupyter.widget-view+json": view, "text/html": "", "text/plain": ""}
 
     def paint(self, state: RunState) -> None:
-        """Bring the open output, the knobs and what Stop says up to date."""
+        """Bring the open output, the knobs and what is said beside the buttons up to date."""
         self._paint_stop()
         self._save.layout.display = "inline-block" if state.options else "none"
         for knob in list(state.knobs.values())[:_MOST_KNOBS]:
@@ -170,9 +176,16 @@ class Controls:
         self._actions.stop()
         self._paint_stop()
 
+    def _on_save(self, _: object) -> None:
+        self._actions.save()
+        self._save_said_until = time.monotonic() + _SAID_SECONDS
+        self._paint_stop()
+
     def _paint_stop(self) -> None:
         stopped = self._actions.stopped()
-        self._stop.description, self._stop.tooltip, self._stops.value = _STOP[stopped]
+        self._stop.description, self._stop.tooltip, said = _STOP[stopped]
+        saving = not said and time.monotonic() < self._save_said_until
+        self._stops.value = "all ranks save at their next optimizer step" if saving else said
         self._stop.button_style = "danger" if stopped else ""
 
 

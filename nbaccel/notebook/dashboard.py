@@ -8,7 +8,7 @@ Three outputs, painted from the run's state at most four times a second on the r
     body      HTML: ranks, where their time goes, curves
 
 So a notebook that is saved half-way holds the whole panel as HTML. Where the widgets of its controls are gone,
-JupyterLab writes "Loading widget..." in their place; a rule of style hides an output that holds only that.
+JupyterLab writes "Loading widget..." in their place, or draws broken links; rules of style hide both.
 
 The number of widgets does not depend on the number of ranks, and a repaint touches none that is clicked.
 """
@@ -16,13 +16,14 @@ The number of widgets does not depend on the number of ranks, and a repaint touc
 from __future__ import annotations
 
 import contextvars
+import math
 import secrets
 import threading
 import time
 from typing import final
 
 from nbaccel.notebook.cell import Bundle, Cell
-from nbaccel.notebook.controls import Actions, Controls
+from nbaccel.notebook.controls import CONTROLS, Actions, Controls
 from nbaccel.session.panel import html
 from nbaccel.session.panel.failure import error_lines, headline
 from nbaccel.session.panel.pages import last_outputs, panel_bundle
@@ -44,15 +45,26 @@ _SLOWEST = 1.0
 _CONTROLS_AFTER = 0.4
 # The run's folder is filled, and the ranks are at work.
 _COMPARED_AFTER = 1.5
+# The thread that waits may be held up for a moment; after a `result(timeout=…)` it waits no longer.
+_STILL_AWAITED = 1.0
 _ROOM = '<div style="height:30px"></div>'
 """Where the controls will be: nothing jumps when they come."""
 _CLASS = "nbaccel-panel"
-_HIDE_LOST_WIDGETS = (
-    f"<style>.jp-OutputArea:has(>.jp-OutputArea-child .{_CLASS})"
-    ">.jp-OutputArea-child>.jp-OutputArea-output.lm-Panel:not(:has(*)){display:none}</style>"
+_OURS = f".jp-OutputArea:has(>.jp-OutputArea-child .{_CLASS})"
+_BROKEN = f".{CONTROLS}.jupyter-widgets-disconnected"
+_WORD = f"{_OURS}:has({_BROKEN}) .{html.GOES_ON}"
+_STYLE = (
+    "<style>"
+    # a widget's output that has no element in it is the front end's word that it has no such widget
+    f"{_OURS}>.jp-OutputArea-child>.jp-OutputArea-output.lm-Panel:not(:has(*)),"
+    # of a kernel that was restarted, each widget is a broken link
+    f"{_BROKEN}{{display:none}}"
+    f"{_WORD}{{font-size:0;color:inherit!important}}"
+    f"{_WORD}::after{{font-size:13px;content:'○ cut off here: nbaccel.last_run().show() tells how it went on'}}"
+    "</style>"
 )
-"""A widget's output that has no element in it is the front end's word that it has no such widget. Sanitisers
-drop the rule, and of this output show the HTML beside the widget."""
+"""For a page whose kernel is gone while the run goes on. Sanitisers drop it, and of the widgets show the HTML beside
+them."""
 
 
 @final
@@ -64,7 +76,6 @@ class Panel:
         state: what is known at the start.
         actions: what the controls do; None for a panel without them.
         label: what the front end calls a file a cell was compiled from.
-        retold: a failure is told again, traceback and all, by the error of the cell if that still runs.
     """
 
     def __init__(
@@ -75,10 +86,9 @@ class Panel:
         *,
         actions: Actions | None,
         label: CellLabel,
-        retold: bool = False,
     ) -> None:
         self._cell, self._heading, self._label, self._state = cell, heading, label, state
-        self._retold = retold
+        self._awaited = -math.inf  # when the thread that waits for the run was last here
         name = secrets.token_hex(6)
         self._header, self._middle, self._body = (f"nbaccel-{name}-{part}" for part in "hcb")
         self._actions = actions
@@ -90,7 +100,7 @@ class Panel:
         self._closed = self._compared = False
         view = read(state, heading, time.time())
         self._painted_body = html.body(view)
-        cell.show(_bundle(html.header(view), paint_text(view), style=_HIDE_LOST_WIDGETS), name=self._header)
+        cell.show(_bundle(html.header(view), paint_text(view), style=_STYLE), name=self._header)
         cell.show(_bundle(_ROOM if actions is not None else "", ""), name=self._middle)
         cell.show(_bundle(self._painted_body, ""), name=self._body)
 
@@ -118,7 +128,8 @@ class Panel:
             self._due = now + min(max(_REPAINT_SECONDS, spent / _PAINTING_SHARE), _SLOWEST)
 
     def pump(self) -> None:
-        """For ipykernel 6: called by the main thread while it waits for the run."""
+        """Called by the thread that waits for the run, ten times a second or more; ipykernel 6 hears clicks here."""
+        self._awaited = time.monotonic()
         controls = self._controls
         if controls is not None:
             controls.ear.pump()
@@ -131,7 +142,7 @@ class Panel:
             if any(rank.paces for rank in state.ranks):
                 self._compare()
             # the cell's own error follows right below, unless it is caught
-            brief = self._retold and self._cell.running
+            brief = self._cell.running and time.monotonic() - self._awaited < _STILL_AWAITED
             header, error, body = _final(state, self._heading, self._label, brief=brief)
             self._cell.show(header, name=self._header, update=True)
             self._cell.show(error, name=self._middle, update=True)
@@ -146,7 +157,7 @@ class Panel:
 
     def _paint(self) -> None:
         view = read(self._state, self._heading, time.time())
-        header = _bundle(html.header(view), paint_text(view), style=_HIDE_LOST_WIDGETS)
+        header = _bundle(html.header(view), paint_text(view), style=_STYLE)
         self._cell.show(header, name=self._header, update=True)
         if self._controls is not None:
             self._controls.paint(self._state)
@@ -185,7 +196,7 @@ def show(
     if run.done():
         Panel(cell, heading, run.state, actions=None, label=label).close(run.state)
         return
-    panel = Panel(cell, heading, run.state, actions=actions, label=label, retold=True)
+    panel = Panel(cell, heading, run.state, actions=actions, label=label)
 
     def follow() -> None:
         while not run.done():

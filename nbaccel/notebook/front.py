@@ -30,7 +30,7 @@ from nbaccel.session.sinks.text import Mode, TextSink, Write
 from nbaccel.session.state import new_state
 from nbaccel.wire.events import Request
 
-__all__ = ["Dashboard", "Front", "LateFront", "build_front", "running_kernel"]
+__all__ = ["Dashboard", "Front", "LateFront", "build_front", "running_kernel", "with_tilde"]
 
 Dashboard = Literal["auto"] | bool
 
@@ -96,7 +96,7 @@ def build_front(
         made: where the run will be: it is started with what is built here.
     """
     num_ranks = plan.num_processes
-    shown_folder = _with_tilde(folder) if folder else None
+    shown_folder = with_tilde(folder) if folder else None
     heading = Heading(
         name=name,
         device=plan.device,
@@ -117,7 +117,7 @@ def build_front(
     limit: Limit | None = None
     if wanted and cell is not None and live:
         state = new_state(num_ranks, time.time())
-        panel = Panel(cell, heading, state, actions=actions, label=label, retold=True)
+        panel = Panel(cell, heading, state, actions=actions, label=label)
         limit = Limit(write)
     elif wanted and cell is None and environment.is_tty:
         panel = TerminalPanel(heading)
@@ -205,7 +205,7 @@ def _controls(made: Sequence[Run]) -> tuple[Actions, Callable[[int, Request], No
     return Actions(stop=stop, stopped=lambda: stopped, save=save, turn=turn), tell
 
 
-def _with_tilde(folder: Path) -> str:
+def with_tilde(folder: Path) -> str:
     """A path as people write it: notebooks are given to others."""
     try:
         return f"~/{folder.relative_to(Path.home())}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nbaccel.notebook.cell import Cell
 from nbaccel.notebook.dashboard import show
-from nbaccel.notebook.front import running_kernel
+from nbaccel.notebook.front import running_kernel, with_tilde
 from nbaccel.session import reopen
 from nbaccel.session.reopen import PastRun, PastRuns
 
@@ -22,4 +23,5 @@ def runs(root: Path | None = None, limit: int = 20) -> PastRuns:
 
 
 def _show(run: PastRun) -> None:
-    show(Cell(running_kernel()), run.heading, run, every=_READ_SECONDS)
+    folder = None if run.heading.folder is None else with_tilde(Path(run.heading.folder))
+    show(Cell(running_kernel()), replace(run.heading, folder=folder), run, every=_READ_SECONDS)

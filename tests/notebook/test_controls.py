@@ -7,7 +7,7 @@ from typing import Any
 import ipywidgets
 import pytest
 
-from nbaccel.notebook.controls import Actions, Controls
+from nbaccel.notebook.controls import Actions, Controls, Stopped
 from nbaccel.session.state import fold, new_state
 from nbaccel.wire.events import Knob
 
@@ -72,3 +72,19 @@ def test_logarithmic_slider_reaches_its_limits_and_asks_for_nothing_beyond(low: 
 def test_knob_without_an_end_is_a_box_for_a_number() -> None:
     assert isinstance(Turning(0.5, low=0.0, high=float("inf")).widget, ipywidgets.FloatText)
     assert isinstance(Turning(5, low=0).widget, ipywidgets.IntText)
+
+
+def test_what_save_now_asks_is_said_beside_it_until_stop_has_more_to_say() -> None:
+    told: list[str] = []
+    stopped: list[Stopped] = [""]
+    actions = Actions(
+        stop=lambda: stopped.append("asked"),
+        stopped=lambda: stopped[-1],
+        save=lambda: told.append("save"),
+        turn=lambda *_: None,
+    )
+    controls = Controls(ipywidgets, actions, new_state(2, started=0.0), lambda: None)
+    controls._save.click()
+    assert (told, controls._stops.value) == (["save"], "all ranks save at their next optimizer step")
+    controls._stop.click()
+    assert controls._stops.value == "all ranks stop at their next optimizer step"

@@ -133,6 +133,22 @@ def test_traceback_of_a_failure_that_is_caught_is_folded_in_the_panel(kernel: Ke
     assert "<details" not in again
 
 
+LEFT = """
+run = nbaccel.launch(deep, num_processes=2, dashboard=True)
+print("failed", type(run.exception()).__name__)
+"""
+
+
+@pytest.mark.kernel
+def test_traceback_is_open_where_the_cell_that_launched_does_not_wait_for_the_values(kernel: Kernel) -> None:
+    kernel.ok("import nbaccel\ndef deep():\n    raise ValueError('deep cause')")
+    cell = kernel.ok(LEFT)
+    assert "failed WorkerError" in cell.stdout
+    shown = cell.displays[-2]["text/html"]
+    assert "Traceback" in shown
+    assert "<details" not in shown
+
+
 INSIDE = """
 import ipywidgets, nbaccel
 def work():

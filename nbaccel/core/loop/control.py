@@ -106,7 +106,7 @@ class Control:
         self._save_steps = save_every if isinstance(save_every, int) else None
         self._save_seconds = save_every if isinstance(save_every, float) else None
         self._saved_at = now
-        self._want_stop = self._want_save = False
+        self._want_stop = self._want_save = self._save_asked = False
         self._turned: list[tuple[str, Any]] = []
         self._travelling: list[tuple[str, Any]] = []
         self._deaf_until = 0.0
@@ -173,17 +173,19 @@ class Control:
         self.stopping = self.stopped_early = True
         self.saving |= self._save_on_stop
 
-    def saved(self) -> None:
-        """A save asked for by `saving` has been made."""
+    def saved(self) -> bool:
+        """A save asked for by `saving` has been made; whether a person waits for it."""
         self.saving = False
         self._saved_at = time.monotonic()
+        asked, self._save_asked = self._save_asked, False
+        return asked
 
     def _listen(self) -> None:
         for request in events.requests():
             if request.kind == "stop":
                 self._want_stop = True
             elif request.kind == "save" and time.monotonic() >= self._deaf_until:
-                self._want_save = True
+                self._want_save = self._save_asked = True
             elif request.kind == "knob" and self._world.is_main:
                 self._turned.append((request.name, request.value))
         if self._deadline is None and self._save_seconds is None:

@@ -21,6 +21,7 @@ from nbaccel.session.panel.reading import PARTS, Row, View, scaling
 from nbaccel.session.results import rank_ranges
 
 __all__ = [
+    "GOES_ON",
     "body",
     "document",
     "failure",
@@ -53,9 +54,13 @@ _PARTS = {
     "checkpoint": "#d55e00",
     "other": "#9a9a9a",
 }
+GOES_ON = "nbaccel-goes-on"
+"""The class of the word that says so of a run, for a page that is cut off from it."""
 _LINE = "#3b8fd0"
 _BAND = "rgba(59,143,208,0.3)"
 RULE = "border-top:1px solid rgba(128,128,128,0.25)"
+# A blank line would end the HTML where a notebook is exported as Markdown.
+_LINE_END = "&#10;"
 _MONO = "font-family:monospace;font-size:12px;line-height:1.35"
 MUTED = "opacity:0.7"
 _ONE_LINE = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
@@ -102,10 +107,11 @@ def header(view: View) -> str:
     if view.left is not None:
         figures.append(f"{clock(view.left)} left")
     figures += filter(None, [view.as_of])
+    goes_on = f' class="{GOES_ON}"' if view.at is not None else ""
     line = (
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;align-items:center">'
         f'<b style="font-size:14px">{escape(plain(heading.name))}</b>'
-        f'<span style="color:{colour};font-weight:bold">{sign} {view.situation}</span>'
+        f'<span{goes_on} style="color:{colour};font-weight:bold">{sign} {view.situation}</span>'
         f'<span style="{MUTED}">{" · ".join(figures)}</span></div>'
     )
     said = "".join(
@@ -141,7 +147,7 @@ def failure(lines: Sequence[str], *, headline: str = "") -> str:
     """The first failure: open, or folded below its `headline`."""
     if not lines:
         return ""
-    text = ansi_to_html(headline) or "\n".join(ansi_to_html(line) for line in lines)
+    text = ansi_to_html(headline) or _LINE_END.join(ansi_to_html(line) for line in lines)
     folded = output("traceback", lines) if headline and len(lines) > 1 else ""
     return (
         f'<div style="margin:6px 0;padding:4px 10px;border-left:4px solid #d55e00;overflow-x:auto">'
@@ -151,7 +157,7 @@ def failure(lines: Sequence[str], *, headline: str = "") -> str:
 
 def output(title: str, lines: Sequence[str], *, opened: bool = False) -> str:
     """Lines of a rank, folded unless `opened`."""
-    text = "\n".join(ansi_to_html(line) for line in lines)
+    text = _LINE_END.join(ansi_to_html(line) for line in lines)
     return (
         f'<details{" open" if opened else ""} style="margin:2px 0"><summary style="cursor:pointer;{MUTED}">'
         f'{escape(title)}</summary><div style="{_MONO};white-space:pre-wrap;overflow-wrap:anywhere;'
@@ -167,7 +173,7 @@ def outputs_folded(outputs: Sequence[tuple[int, Sequence[str]]]) -> str:
 
 def scrolling(lines: Sequence[str]) -> str:
     """What a rank printed last, in a box whose end is in view."""
-    text = "\n".join(ansi_to_html(line) for line in lines)
+    text = _LINE_END.join(ansi_to_html(line) for line in lines)
     return (
         '<div style="display:flex;flex-direction:column-reverse;max-height:260px;overflow-y:auto;'
         f'border-left:3px solid rgba(128,128,128,0.4);padding:2px 10px">'
@@ -188,7 +194,10 @@ def folder(view: View) -> str:
 # ── a row per rank ────────────────────────────────────────────────────────────────────────────────────
 
 
-_WIDTHS = {"rank": 104, "progress": 178, "latest": 110, "memory": 56, "device": 56, "step": 80}
+_WIDTHS = {"rank": 104, "latest": 110, "memory": 56, "device": 56, "step": 80}
+# Where the page is wide, the bar's numbers have room to the last.
+_PROGRESS = "flex:1 1 178px;max-width:260px;min-width:0"
+_OUTPUT = "flex:1 1 70px;min-width:0"
 
 
 def _columns(view: View) -> dict[str, str]:
@@ -207,15 +216,23 @@ def _columns(view: View) -> dict[str, str]:
         found["device"] = "GPU"
     if any(row.parts for row in view.rows):
         found["step"] = "each step"
+    if live or any(row.words for row in view.rows):
+        found["output"] = "last output"
     return found
 
 
 def _captions(columns: Mapping[str, str]) -> str:
     """What stands above the columns; of what does not fit a narrow page, nothing."""
     names = {"rank": "rank", **columns}
-    cells = "".join(cell(escape(name), _WIDTHS[column]) for column, name in names.items())
+    growing = {"progress": _PROGRESS, "output": _OUTPUT}
+    cells = "".join(
+        f'<div style="{growing[column]};{_ONE_LINE}">{escape(name)}</div>'
+        if column in growing
+        else cell(escape(name), _WIDTHS[column])
+        for column, name in names.items()
+    )
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;height:16px;overflow:hidden;font-size:11px;{MUTED}"
-    return f'<div style="{style}">{cells}<div style="flex:1 1 70px;{_ONE_LINE}">last output</div></div>'
+    return f'<div style="{style}">{cells}</div>'
 
 
 def _row(row: Row, columns: Mapping[str, str]) -> str:
@@ -235,10 +252,11 @@ def _row(row: Row, columns: Mapping[str, str]) -> str:
         cells.append(small_cell([*_sizes(row.device_memory), *busy], _WIDTHS["device"]))
     if "step" in columns:
         cells.append(_parts_cell(row.parts))
-    words = f'<span style="{MUTED};{_MONO}">{ansi_to_html(row.words[:200])}</span>'
-    if row.age is not None and row.age >= _SILENT:
-        words = f"no sign of life for {clock(row.age)} {words}"
-    cells.append(f'<div style="flex:1 1 70px;min-width:0;{_ONE_LINE}">{words}</div>')
+    if "output" in columns:
+        words = f'<span style="{MUTED};{_MONO}">{ansi_to_html(row.words[:200])}</span>'
+        if row.age is not None and row.age >= _SILENT:
+            words = f"no sign of life for {clock(row.age)} {words}"
+        cells.append(f'<div style="{_OUTPUT};{_ONE_LINE}">{words}</div>')
     style = f"display:flex;flex-wrap:wrap;gap:0 12px;align-items:center;padding:2px 0;{RULE}"
     return f'<div style="{style}">{"".join(cells)}</div>'
 
@@ -282,7 +300,9 @@ def bar_cell(row: Row, *, named: bool) -> str:
         parts += ["".join(scaled(row.rate, row.divisor, 3)) + "/s"] if row.rate is not None else []
         parts += [clock(row.left)] if row.left else []
         words = escape(plain(" · ".join(parts)))
-    return cell(f'{bar}<div style="font-size:11px;{MUTED};{_ONE_LINE}">{words}</div>', _WIDTHS["progress"])
+    return (
+        f'<div style="{_PROGRESS}">{bar}<div style="font-size:11px;{MUTED};{_ONE_LINE}">{words}</div></div>'
+    )
 
 
 def _parts_cell(parts: Iterable[tuple[str, float]]) -> str:

@@ -98,14 +98,21 @@ class Held:
 
     def _join(self, rank: int, error: bool, texts: list[str]) -> None:
         where = self._where[error]
-        if where.knows_none_of(texts) and len(set(texts)) == len(texts):
+        different = len(set(texts))
+        if different == len(texts) and where.knows_none_of(texts):
             where.note_all(texts, self._first + len(self._texts))
+            self._append(rank, error, texts)
+            return
+        if different == 1 and where.after(texts[0], max(self._latest[rank], self._first - 1)) is None:
+            start = self._first + len(self._texts)
+            where.note(texts[0], range(start, start + len(texts)), self._first)
             self._append(rank, error, texts)
             return
         for text in texts:
             place = where.after(text, max(self._latest[rank], self._first - 1))
             if place is None:
-                where.note(text, self._first + len(self._texts), self._first)
+                end = self._first + len(self._texts)
+                where.note(text, range(end, end + 1), self._first)
                 self._append(rank, error, [text])
             else:
                 self._tags[place - self._first] |= 2 << rank
@@ -169,16 +176,17 @@ class _Places:
             return places[bisect_right(places, latest)] if places[-1] > latest else None
         return places if places is not None and places > latest else None
 
-    def note(self, text: str, place: int, first: int) -> None:
-        """That `text` lies at `place` too; what lay before `first` is held no longer."""
+    def note(self, text: str, more: range, first: int) -> None:
+        """That `text` lies at these places too; what lay before `first` is held no longer."""
         places = self.of(text)
         if isinstance(places, list):
             if places[0] < first:
                 del places[: bisect_left(places, first)]
-            places.append(place)
+            places.extend(more)
             self._young[text] = places
         else:
-            self._young[text] = place if places is None or places < first else [places, place]
+            before = [] if places is None or places < first else [places]
+            self._young[text] = [*before, *more] if before or len(more) > 1 else more[0]
 
     def note_all(self, texts: list[str], start: int) -> None:
         """That these, new and all different, lie one after another from `start`."""

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, final
 
 from nbaccel.session.lines import Lines, fit, visible
 from nbaccel.session.sinks.held import Block, Held, Stream
+from nbaccel.session.sinks.repeats import Repeats
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Died, Display, Event, InputRequest, Output, Raised, Returned
 
@@ -45,8 +46,10 @@ class TextSink:
         write: called with text and the stream it belongs to; the text is one or more whole lines, except
             for bars and for pieces of very long lines.
         num_ranks: ranks of the run; with one there are no labels.
-        mode: "auto" folds lines that several ranks print within `hold` seconds into one; "all" labels
-            every line and folds none; "rank0" shows rank 0 only, as it is; "none" nothing.
+        mode: "auto" folds lines that several ranks print within `hold` seconds into one, and what is printed over
+            and over into a line with a count (of a single rank only where `transient`: elsewhere its text may be
+            read by a program); "all" labels every line and folds none; "rank0" shows rank 0 only, as it is;
+            "none" nothing.
         label: "short", `[2] ` and `[0,2-3] `, and in mode "auto" none for what only rank 0 printed; or
             "long", `[rank 2] ` and `[ranks 0,2-3] `, for every line.
         transient: whether what has been painted can be painted over: a live front end or a terminal, on both
@@ -85,6 +88,7 @@ class TextSink:
         self._clock = clock
         folds = mode == "auto" and not self._bare
         self._held = Held(num_ranks, hold if folds else 0.0)
+        self._repeats = Repeats() if folds or (mode == "auto" and transient) else None
         self._splitters: dict[tuple[int, Stream], Lines] = {}
         self._due = 0.0  # before then, lines wait for a tick so that more go out together
         self._painted = 0.0
@@ -121,9 +125,7 @@ class TextSink:
 
     def flush(self) -> None:
         """Print what is held back: something else is about to appear below it."""
-        blocks = self._held.take(self._clock(), everything=True)
-        if blocks:
-            self._print(blocks)
+        self._print_all(self._clock(), everything=True)
 
     def close(self, state: RunState) -> None:
         for rank in sorted({rank for rank, _ in self._splitters}):
@@ -135,8 +137,8 @@ class TextSink:
 
     def _add(self, key: tuple[int, Stream], texts: list[str]) -> None:
         now = self._clock()
-        # Without labels there is nothing to do line by line.
-        self._held.add(*key, ["".join(texts)] if self._bare else texts, now)
+        by_line = not self._bare or self._repeats is not None
+        self._held.add(*key, texts if by_line else ["".join(texts)], now)
         if now >= self._due or self._held.overfull:
             self._flush(now)
 
@@ -149,7 +151,13 @@ class TextSink:
 
     def _flush(self, now: float) -> None:
         self._due = now + _BATCH_SECONDS
-        blocks = self._held.take(now)
+        self._print_all(now)
+
+    def _print_all(self, now: float, *, everything: bool = False) -> None:
+        """Print what has been held long enough; with `everything`, all."""
+        blocks = self._held.take(now, everything=everything)
+        if self._repeats is not None:
+            blocks = self._repeats.fold(blocks, now, everything=everything)
         if blocks:
             self._print(blocks)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
+import re
 import threading
 import time
 import warnings
@@ -259,6 +262,12 @@ def test_knob_when_it_cannot_be():
 def _save_once(folder):
     port = Inbox()
     events.connect(port)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return (*_save_when_asked(folder, port), said.getvalue())
+
+
+def _save_when_asked(folder, port):
     acc = Accelerator(cpu=True, project_dir=folder)
     model, optimizer = acc.prepare(*_tiny())
     loader = acc.prepare(DataLoader(TensorDataset(torch.ones(4000, 2)), batch_size=2))
@@ -274,10 +283,31 @@ def _save_once(folder):
 
 
 def test_save_when_asked_once_is_made_once_though_ranks_hear_at_different_times(tmp_path):
-    (folders, pending), other = run_ranks(_save_once, str(tmp_path))
-    assert (folders, pending) == other
+    (folders, pending, said), other = run_ranks(_save_once, str(tmp_path))
+    assert (folders, pending, "") == other
     assert len(folders) == 1
     assert not pending
+    assert re.fullmatch(rf"saved {re.escape(str(tmp_path / folders[0]))} at optimizer step \d+\n", said)
+
+
+def test_save_that_nothing_can_make_is_said_once_and_no_loop_that_makes_it_is_told(inbox, tmp_path):
+    acc = Accelerator(cpu=True)
+    model, optimizer = acc.prepare(*_tiny())
+    loader = acc.prepare(DataLoader(TensorDataset(torch.ones(12, 2)), batch_size=2))
+
+    def train(answers):
+        inbox.put(events.Request(kind="save"))
+        for (x,) in loader:
+            acc.step(model(x).mean(), optimizer)
+            if answers and acc.save_requested:
+                acc.save_state(tmp_path)
+
+    train(answers=True)
+    assert not acc.save_requested
+    with pytest.warns(UserWarning, match="nowhere to put it") as told:
+        train(answers=False)
+    assert len(told) == 1
+    acc.end_training()
 
 
 def _limited(folder, options, epochs):

@@ -76,7 +76,7 @@ def hostile() -> str:
 def test_only_plain_tags_and_styles_are_used(text: str) -> None:
     found = Tags(text)
     assert found.tags <= {"div", "span", "b", "i", "details", "summary"}
-    assert found.attributes <= {"style", "open"}
+    assert found.attributes <= {"style", "open", "class"}
     assert "var(" not in text
     assert "url(" not in text
 
@@ -84,6 +84,20 @@ def test_only_plain_tags_and_styles_are_used(text: str) -> None:
 def test_hostile_output_is_shown_as_text() -> None:
     words = Tags(hostile()).words
     assert words.count("<script>alert(1)</script>") >= 5
+
+
+def test_empty_lines_of_output_do_not_end_the_html_in_a_markdown_export() -> None:
+    lines = ["before", "", "after"]
+    text = html.panel(view(2, training(2)), error=lines, outputs=[(0, lines)])
+    text += html.failure(lines, headline="bad") + html.scrolling(lines)
+    assert "\n" not in text
+    assert Tags(text).words.count("before\n\nafter") == 4
+
+
+def test_columns_without_anything_in_them_are_left_out_at_the_end() -> None:
+    silent = [*started(1), Progress(rank=0, time=1, name="train", step=1, total=2)]
+    assert "last output" in html.body(view(1, iter(silent)))
+    assert "last output" not in html.body(view(1, chain(silent, returned(1))))
 
 
 def test_every_fact_has_a_word_beside_its_colour() -> None:

@@ -46,7 +46,7 @@ def test_metrics_that_are_not_drawn_are_told_in_a_line_and_all_in_the_report() -
     assert len(found.charts) == 6
     assert dict(found.others) == {**{f"m{i}": i / 4 for i in range(6, 40)}, "m9": -1.0}
     for words in (paint_text(found), html.body(found)):
-        assert "34 more metrics: m10 2.5, m11 2.75, " in words
+        assert "34 more metrics: m6 1.5, m7 1.75, m8 2, m9 -1, m10 2.5, " in words
     state = replay(2, iter([*started(2), *logged(values)]))
     assert report(state, HEADING, lambda _: None, {}).values["metrics"] == values
 
