@@ -79,7 +79,7 @@ class Weight:
 
 @final
 class Absent(nn.Parameter):
-    """Stands where a weight is while its layer does not run: its shape and type, on the meta device.
+    """Stands where a weight is while its layer does not run: its shape, type and device, without memory.
 
     A model that uses a layer's weight without calling the layer still works: whatever computes with this
     gets the weight itself, read for that one call. Nothing can be written to it: it would be lost.
@@ -93,8 +93,9 @@ class Absent(nn.Parameter):
     @staticmethod
     def of(weight: Weight, device: torch.device) -> Absent:
         """The stand-in of `weight`, computed with on `device`."""
-        empty = torch.empty(weight.stored.shape, dtype=weight.dtype, device="meta")
-        made: Absent = torch.Tensor._make_subclass(Absent, empty, weight.learns)
+        made: Absent = torch.Tensor._make_wrapper_subclass(
+            Absent, weight.stored.shape, dtype=weight.dtype, device=device, requires_grad=weight.learns
+        )
         made.weight, made.runs_on, made.addressed = weight, device, None
         return made
 
@@ -119,15 +120,10 @@ class Absent(nn.Parameter):
                 f"{args[0].weight.slots[0].name} is streamed: .to(), .cuda(), .half() and the like cannot change it; "
                 "remove_hooks(model) first"
             )
-        written = next(_written(func, name, args, kwargs), None)
-        if written is not None:
-            raise ConfigError(
-                f"{written.weight.slots[0].name} is streamed: what is written to it would be lost; "
-                "remove_hooks(model) first"
-            )
-        if func in _PLACE:
-            args = (torch.empty(0, device=args[0].runs_on),)
-        elif func in _BARE:
+        _refuse_write(next(_written(func, name, args, kwargs), None))
+        if func == _IS_META:
+            return True  # as of any weight without values
+        if func in _BARE:
             return args[0].values()
         elif name in _ADDRESS:
             args = map_leaves(_addressed, args)
@@ -135,6 +131,14 @@ class Absent(nn.Parameter):
             args, kwargs = map_leaves(_real, args), map_leaves(_real, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """What computes with it below `__torch_function__`, as torch.func does with what it has wrapped."""
+        if func._schema.is_mutable and isinstance(args[0], Absent):
+            _refuse_write(args[0])
+        values = partial(map_leaves, lambda value: value.values() if isinstance(value, Absent) else value)
+        return func(*values(args), **values(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A plain parameter, as of a model in memory."""
@@ -153,19 +157,30 @@ def _getters(*names: str) -> frozenset[Any]:
     return frozenset(getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name))
 
 
+(_IS_META,) = _getters("is_meta")
 _DESCRIBING = _getters(
     *("shape", "dtype", "layout", "ndim", "itemsize", "nbytes"),
     *("requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad", "output_nr", "_version", "_base"),
-    *("is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested", "_backward_hooks"),
+    *("device", "is_cpu", "is_cuda", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested"),
+    "_backward_hooks",
 )
 """What can be said of a weight without having its values."""
 _DESCRIBING_METHODS = frozenset(
-    {"__hash__", "__repr__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride"}
+    {
+        "__hash__",
+        "__repr__",
+        "__len__",
+        "get_device",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+    }
     | {"element_size", "storage_offset", "is_floating_point", "is_complex", "is_contiguous", "is_inference"}
     | {"__set__", "__delete__", "requires_grad_", "retain_grad"}
 )
-_PLACE = _getters("device", "is_cpu", "is_cuda") | {torch.Tensor.get_device}
-"""Said of the device its part runs on: that is where what is computed with it has to be."""
 _BARE = _getters("data") | {torch.Tensor.detach, torch.detach}
 _ADDRESS = frozenset({"data_ptr", "untyped_storage", "_typed_storage", "storage", "const_data_ptr"})
 _SETTERS = frozenset(getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad"))
@@ -218,6 +233,14 @@ def _addressed(value: Any) -> Any:
     if value.addressed is None:
         value.addressed = value.values()
     return value.addressed
+
+
+def _refuse_write(written: Absent | None) -> None:
+    if written is not None:
+        raise ConfigError(
+            f"{written.weight.slots[0].name} is streamed: what is written to it would be lost; "
+            "remove_hooks(model) first"
+        )
 
 
 def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:

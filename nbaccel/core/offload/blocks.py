@@ -129,6 +129,11 @@ class Block:
                 slot.exchange(parameter, absent)
         self._present = ()
 
+    def is_used(self) -> bool:
+        """Whether a module has one of its weights: each may have been given others, as by torch.func."""
+        present = zip(self.absent, self._present, strict=False)
+        return any(slot.held is parameter for absent, parameter in present for slot in absent.weight.slots)
+
     def has(self, parameter: nn.Parameter | None) -> bool:
         """Whether that is one of its weights, or stands for one."""
         return any(parameter is one for one in (*self.absent, *self._present))

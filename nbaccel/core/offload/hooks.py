@@ -22,6 +22,8 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["Streamer", "answer_on", "compute_on", "return_to_caller"]
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 may not have it
+
 
 @dataclass(slots=True, eq=False)
 class _State:
@@ -103,6 +105,8 @@ class Streamer:
 
     def enter(self, unit: Unit) -> None:
         """Returns when the unit's weights are there, or will be before what the device is asked to do next."""
+        if _is_exporting():
+            raise ConfigError("a model with streamed weights cannot be exported; remove_hooks(model) first")
         with self._lock:
             self._order.entered(unit)
             following = self._order.after(unit)
@@ -146,11 +150,11 @@ class Streamer:
         }
 
         def is_weight(value: Any) -> bool:
-            return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in ours
+            return isinstance(value, torch.Tensor) and _inside(value).untyped_storage().data_ptr() in ours
 
         if any(is_weight(value) for _, value in leaves(output)):
             output = map_tensors(lambda value: value.clone() if is_weight(value) else value, output)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(block.is_used() for block in unit.blocks):
             self._watch_gradients(unit, output)
         self._release(unit)
         return output
@@ -295,6 +299,13 @@ def return_to_caller(model: nn.Module) -> list[RemovableHandle]:
         model.register_forward_pre_hook(Hook(remember), prepend=True, with_kwargs=True),
         model.register_forward_hook(Hook(give_back)),
     ]
+
+
+def _inside(tensor: torch.Tensor) -> torch.Tensor:
+    """What torch.func has wrapped, which alone has memory."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -20,6 +20,7 @@ from nbaccel.core.offload.operations import count_operations
 from nbaccel.core.offload.parts import Part, listed, parts_of
 from nbaccel.core.offload.placing import Mode, plan_placement
 from nbaccel.core.offload.plan import Plan, executing, plan_given
+from nbaccel.core.offload.renamed import as_transformers
 from nbaccel.core.offload.sources import for_model, open_checkpoint
 from nbaccel.errors import ConfigError
 
@@ -109,7 +110,9 @@ def load_checkpoint_and_dispatch(
 
     Args:
         checkpoint: a safetensors or torch file, an index, or a folder with them or with a checkpoint of
-            torch.distributed. What is on the "disk" stays in a safetensors or torch file: nothing is written.
+            torch.distributed. What is on the "disk" stays in a safetensors or torch file: nothing is written. A
+            Hugging Face model's is read as its `from_pretrained` reads it: names that transformers renames, the
+            base model's prefix that is there or not, tensors made of others; a line says what was done.
         device_map: how to place it (`infer_auto_device_map`), or the places by name.
         offload_folder: for what is to be on the disk and is in no file that can be mapped.
         dtype: of all floating-point tensors; None: the model's own.
@@ -123,7 +126,10 @@ def load_checkpoint_and_dispatch(
     _not_twice(model)
     _check_types(dtype)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = for_model(names | {name for name, _ in model.named_buffers()}, open_checkpoint(checkpoint))
+    renamed = as_transformers(model, open_checkpoint(checkpoint))
+    if renamed.applied:
+        print(f"{checkpoint} is read as transformers reads it: {renamed}", flush=True)
+    stored = for_model(names | {name for name, _ in model.named_buffers()}, renamed.stored)
     values = match(model, stored, str(checkpoint), strict=strict)
     folder = _folder(offload_folder)
     source = Path(checkpoint).expanduser()
@@ -201,6 +207,8 @@ def _folder(given: str | Path | None) -> Path | None:
 
 
 def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{model!r:.80} is no model: give a torch.nn.Module")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ConfigError(f"{listed(lazy)} have no shape yet: call the model once before it is placed")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbaccel.core.model.unchanged import unchanged
@@ -18,6 +20,9 @@ from nbaccel.core.offload.parts import Part
 from nbaccel.errors import ConfigError
 
 __all__ = ["count_operations"]
+
+_GROUPED: Any = getattr(torch.ops.aten, "_grouped_mm", None)
+"""What a mixture of experts computes with; the counter passes over it, and without numbers it takes bfloat16 alone."""
 
 
 def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int:
@@ -33,7 +38,9 @@ def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int
     Raises:
         ConfigError: the model cannot run with it.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(
+        display=False, custom_mapping={_GROUPED: _grouped_operations} if _GROUPED else None
+    )
     spent: dict[nn.Module, int] = {}
     running: list[list[int]] = []
     """Of the modules that run, each inside the one before: operations when it began, and those of parts inside."""
@@ -73,6 +80,21 @@ def count_operations(parts: Sequence[Part], model: nn.Module, batch: Any) -> int
     return max(1, tokens)
 
 
+def _grouped_operations(left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Each row of `left` is multiplied with one matrix of `right`."""
+    return 2 * math.prod(left) * right[-1]
+
+
+@final
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Says the shape of what grouped products give, in any type."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _GROUPED is not None and func.overloadpacket is _GROUPED:
+            return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
 def _run(model: nn.Module, batch: Any, counter: FlopCounterMode) -> None:
     """One forward pass; everything is taken to be on the CPU, and has no memory."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -93,7 +115,7 @@ def _run(model: nn.Module, batch: Any, counter: FlopCounterMode) -> None:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know its fused layers
         try:
-            with counter:
+            with _GroupedProducts(), counter:  # type: ignore[no-untyped-call]
                 functional_call(model, state, args, dict(given) if isinstance(given, Mapping) else None)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -36,9 +36,9 @@ class Cost:
     rows: int
     """Of an embedding table, of which a forward pass reads one per token; 0 for anything else."""
     read_always: int
-    """Bytes of its parameters that every forward pass reads: all but tables of embeddings inside."""
+    """Bytes of its parameters that every forward pass reads: all but tables of embeddings and experts inside."""
     read_per_token: int
-    """Bytes of the tables' rows."""
+    """Bytes of the tables' rows, and of the experts that a token is given to."""
 
 
 @dataclass(slots=True, eq=False)  # not frozen: thousands are made, and that takes thrice as long
@@ -113,7 +113,7 @@ def parts_of(
     """
     classes = frozenset(_own_no_split(model) if no_split is None else _names_of(no_split))
     above = {name[:dot] for name in divided for dot, letter in enumerate(name) if letter == "."}
-    walk = _Walk(classes, dtype, special_dtypes or {}, above)
+    walk = _Walk(classes, dtype, special_dtypes or {}, above, _Experts.of(model))
     parts = walk.parts(model)
     if no_split is not None and classes and not any(walk.has(name) for name in classes):
         warnings.warn(
@@ -165,6 +165,30 @@ class _Class:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """Of a mixture of experts, as Hugging Face's configurations describe it."""
+
+    num: int
+    share: float
+    """Of the experts' weights that a token needs."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Experts | None:
+        config = getattr(model, "config", None)
+        config = getattr(config, "text_config", None) or config
+        used = getattr(config, "num_experts_per_tok", None)
+        named = (
+            getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")
+        )
+        num = next((found for found in named if isinstance(found, int)), 0)
+        return cls(num, used / num) if isinstance(used, int) and 0 < used < num else None
+
+    def have(self, path: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the module at `path` is one expert's, or holds all experts, one after the other."""
+        return ".experts." in path or (parameter.dim() > 2 and len(parameter) == self.num)
+
+
 class _Itemsizes(dict[torch.dtype, int]):
     """Bytes of an element by its present type."""
 
@@ -186,8 +210,9 @@ class _Walk:
         dtype: torch.dtype | None,
         special: Mapping[str, torch.dtype],
         divided: Collection[str],
+        experts: _Experts | None,
     ) -> None:
-        self._no_split, self._special, self._divided = no_split, special, divided
+        self._no_split, self._special, self._divided, self._experts = no_split, special, divided, experts
         self._itemsizes = _Itemsizes(dtype)
         self._classes: dict[type[nn.Module], _Class] = {}
         self._modules: set[int] = set()
@@ -195,7 +220,7 @@ class _Walk:
         """Index of the last part that uses a parameter, by the parameter's id."""
         self._ties: dict[int, list[int]] = {}
         """Indices of all parts that use a parameter, where there are several."""
-        self._costs: dict[tuple[int, ...], Cost] = {}
+        self._costs: dict[tuple[float, ...], Cost] = {}
         self._found: list[Part] = []
 
     def parts(self, model: nn.Module) -> list[Part]:
@@ -259,8 +284,10 @@ class _Walk:
         owners: Sequence[tuple[str, nn.Module]],
         holders: Iterable[tuple[str, nn.Module, _Class]],
     ) -> None:
-        users, itemsizes, special, index = self._users, self._itemsizes, self._special, len(self._found)
-        num_bytes = buffer_bytes = flops = always = per_token = rows = 0
+        users, itemsizes, special, experts = self._users, self._itemsizes, self._special, self._experts
+        index = len(self._found)
+        num_bytes = buffer_bytes = always = per_token = rows = 0
+        flops = 0.0
         has_any = False
         for path, owner, kind in holders:
             if kind.table and not own and owner is module:
@@ -288,9 +315,14 @@ class _Walk:
                 if kind.table and count:
                     per_token += size // int(owner.num_embeddings)  # type: ignore[arg-type]
                     continue
-                always += size
+                share = 1.0
+                if experts is not None and experts.have(path, parameter):
+                    share = experts.share
+                    per_token += int(size * share)
+                else:
+                    always += size
                 if not rows and parameter.dim() > 1:
-                    flops += 2 * count * kind.positions
+                    flops += 2 * count * kind.positions * share
             for key, buffer in owner._buffers.items():
                 if buffer is not None:
                     has_any = True

@@ -135,8 +135,9 @@ class _Placing:
         # What has to be free beside item i when all after it are streamed.
         after = [*[*accumulate(reversed(sizes), max)][-2::-1], 0]
         needed = sum(item.kind.num_bytes + item.kind.buffer_bytes for item in self._items)
-        streams = self._devices != ["cpu"] and needed > sum(self._free[d] for d in self._devices)
-        if streams:
+        overflows = needed > sum(self._free[device] for device in self._devices)
+        streams = self._devices != ["cpu"] and overflows
+        if overflows:
             self._keep_buffers()
         turn = 0
         for index, item in enumerate(self._items):
@@ -158,8 +159,8 @@ class _Placing:
         With accelerators nothing larger than `largest` bytes is streamed: what is, has to stay there.
         """
         left: Sequence[int] = range(len(self._items))
+        self._keep_buffers()
         if self._devices != ["cpu"]:
-            self._keep_buffers()
             streamed = [
                 i for i, item in enumerate(self._items) if item.kind.lookup or item.kind.num_bytes <= largest
             ]
@@ -240,7 +241,7 @@ class _Placing:
         return step, f"saves {gain * 1e3:.2f} ms per pass" if gain > 5e-6 else "fits"
 
     def _keep_buffers(self) -> None:
-        """All buffers are on the first accelerator, whatever is streamed to it."""
+        """All buffers are on the first device that computes, whatever is streamed to it."""
         self._buffers_kept = True
         self._free[self._devices[0]] -= sum(item.kind.buffer_bytes for item in self._items)
 

@@ -79,6 +79,12 @@ def test_dispatch_with_a_wrong_option_is_refused(tmp_path: Path) -> None:
         load_checkpoint_and_dispatch(nn.Linear(4, 4), path, dtype="float16")  # type: ignore[arg-type]
 
 
+def test_what_is_no_model_is_refused() -> None:
+    for wrong in (None, [nn.Linear(1, 1)], nn.Linear):
+        with pytest.raises(ConfigError, match=r"is no model: give a torch\.nn\.Module"):
+            infer_auto_device_map(wrong)  # type: ignore[arg-type]
+
+
 def test_class_that_is_not_divided_may_be_named_alone() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100)), nn.Linear(100, 100))
     whole = infer_auto_device_map(model[0], {"cpu": 50_000}, "Sequential")

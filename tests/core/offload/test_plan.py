@@ -11,7 +11,7 @@ from nbaccel.core.offload.given import places_given
 from nbaccel.core.offload.machine import Machine, Speed
 from nbaccel.core.offload.operations import count_operations
 from nbaccel.core.offload.parts import parts_of
-from nbaccel.core.offload.placing import plan_placement
+from nbaccel.core.offload.placing import Mode, plan_placement
 from nbaccel.core.offload.plan import Plan, plan_given
 from nbaccel.errors import ConfigError
 from tests.core.offload.models import TiedLanguageModel, made
@@ -135,6 +135,14 @@ def test_buffers_count_where_their_part_runs() -> None:
     limits = {"cuda:0": 2 * LAYER + 8007, "cpu": 10**6}
     plan = plan_placement(parts_of(model), limits, MACHINE)
     assert bytes_at(plan, "cuda:0") + 8008 <= limits["cuda:0"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "sequential"])
+def test_buffers_of_what_is_on_the_disk_count_where_it_runs(mode: Mode) -> None:
+    parts = parts_of(nn.Sequential(nn.Linear(100, 100, bias=False), nn.BatchNorm1d(1000)))
+    limits = {"cpu": LAYER + 8007}
+    plan = plan_placement(parts, limits, MACHINE, mode=mode)
+    assert bytes_at(plan, "cpu") + 8008 <= limits["cpu"]
 
 
 def test_too_little_memory_says_what_does_not_fit_and_by_how_much() -> None:
