@@ -8,7 +8,15 @@ from typing import Any
 from nbaccel.checks import nearest
 from nbaccel.errors import ConfigError
 
-__all__ = ["ARGUMENTS", "ATTRIBUTES", "PARAMETERS", "explain", "refuse_arguments", "refuse_parameters"]
+__all__ = [
+    "ARGUMENTS",
+    "ATTRIBUTES",
+    "LOADER",
+    "PARAMETERS",
+    "explain",
+    "refuse_arguments",
+    "refuse_parameters",
+]
 
 _DEEPSPEED = "is strategy=DeepSpeed(...)"
 _PLACE = (
@@ -72,6 +80,28 @@ ATTRIBUTES: Mapping[str, str] = {
     "rng_types": "is not needed: loaders' orders come from (seed, epoch), equal on all ranks",
     "step_scheduler_with_optimizer": "is acc.config.step_scheduler_with_optimizer here",
 }
+
+_ORDERS = "is not needed: orders come from (seed, epoch), equal on all ranks"
+_PASSES = "is not needed: the loop over a prepared loader says when a pass begins and when it ends"
+LOADER: Mapping[str, str] = {
+    "adjust_state_dict_for_prefetch": "is not needed: state_dict counts what the loop has consumed",
+    "base_dataloader": "is loader.dataloader here",
+    "begin": _PASSES,
+    "end": _PASSES,
+    "end_of_dataloader": "is loader.at_end here",
+    "get_sampler": "is loader.sampler here",
+    "gradient_state": "is sync_gradients and gradient_accumulation_steps of the Accelerator, and loader.at_end",
+    "iteration": "is loader.epoch here",
+    "remainder": "is loader.batch_samples here, of the batch in hand; gather_for_metrics leaves out what is repeated",
+    "reset": _PASSES,
+    "rng_types": _ORDERS,
+    "set_sampler": "does not exist here: give the sampler to the DataLoader before it is prepared",
+    "split_batches": "is acc.config.split_batches here",
+    "synchronized_generator": _ORDERS,
+    "total_dataset_length": "is len(loader.dataset) here; loader.total_samples is what an epoch gives over all ranks",
+    "use_stateful_dataloader": "is always so here: every prepared loader has state_dict",
+}
+"""Names of the peer's prepared loaders."""
 
 SET_SYNC_GRADIENTS = (
     "accelerator.sync_gradients cannot be set: the window says when a step is due. accelerator.accumulate(model) "

@@ -46,9 +46,9 @@ SCRIPTS = [
     Script("test_distributed_data_loop", sizes=(2,)),  # which it insists on
     Script("test_ddp_comm_hook"),
     Script("external_deps/test_metrics"),
-    Script("external_deps/test_performance", (*_SMALL, "--num_epochs", "2"), (1, 2)),
-    Script("external_deps/test_checkpointing", (*_SMALL, "--partial_train_epoch", "1"), (1, 2)),
-    Script("external_deps/test_checkpointing", (*_SMALL, "--resume_from_checkpoint", "out-{n}/epoch_0"), (1, 2)),
+    Script("external_deps/test_performance", (*_SMALL, "--num_epochs", "2")),
+    Script("external_deps/test_checkpointing", (*_SMALL, "--partial_train_epoch", "1")),
+    Script("external_deps/test_checkpointing", (*_SMALL, "--resume_from_checkpoint", "out-{n}/epoch_0")),
 ]  # fmt: skip
 
 
@@ -115,11 +115,10 @@ def hub(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accelerates_scripts_pass_when_only_their_imports_are_ours(num_processes: int, hub: Path) -> None:
     if num_processes > 1:
         on_ranks(num_processes, hub)
-    if num_processes < 4:
-        out = hub / f"out-{num_processes}"
-        assert json.loads((out / "state_0.json").read_text())["epoch"] == 0
-        assert set(json.loads((out / "all_results.json").read_text())) == {"epoch-0", "epoch-1"}
-        assert (out / "model.safetensors").is_file()
+    out = hub / f"out-{num_processes}"
+    assert json.loads((out / "state_0.json").read_text())["epoch"] == 0
+    assert set(json.loads((out / "all_results.json").read_text())) == {"epoch-0", "epoch-1"}
+    assert (out / "model.safetensors").is_file()
 
 
 def test_accelerates_accumulation_script_fails_when_schedulers_step_once(tmp_path: Path) -> None:

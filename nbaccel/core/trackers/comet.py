@@ -52,6 +52,10 @@ class CometTracker:
         self._experiment.log_others(flat(facts, "system."))
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        if self._experiment.ended:
+            raise RuntimeError(
+                "its experiment has ended: Comet has one at a time, and a later one may have begun"
+            )
         keep_each(values, partial(self._keep, step))
 
     def log_images(self, values: dict[str, Any], step: int | None = None) -> None:

@@ -94,9 +94,7 @@ class Logbook:
         sampler = Sampler(sample(self._world.device)) if trackers.can("log_system") else None
         self._log = MetricLog(trackers, world=self._world, sampler=sampler)
         # a loop that never says end_training; at exit before the trackers' own handlers, which came before
-        finalizer = weakref.finalize(self, self._log.close)
-        finalizer.atexit = False
-        atexit.register(_leave, finalizer, self._log)
+        atexit.register(_leave, weakref.ref(self))
 
     def get(self, name: str) -> Tracker:
         """The running tracker of that name; where it was asked for and does not run, one that keeps nothing.
@@ -198,6 +196,17 @@ class Logbook:
         self.timings.flush()
         self._log.flush()
 
+    def flushing(self) -> Callable[[], None]:
+        """`flush`, for a loop: that is held by what a cell has prepared, which must not hold the trackers of an
+        Accelerator that is gone."""
+        kept = weakref.WeakMethod(self.flush)
+
+        def flush() -> None:
+            if (method := kept()) is not None:
+                method()
+
+        return flush
+
     def returned(self) -> None:
         """The function that was launched has: hands on what is held back."""
         self.flush()
@@ -209,6 +218,15 @@ class Logbook:
         self._log.close()
         self._ended = self._started
 
+    def leave(self) -> None:
+        """`close` when the process ends: trackers are told when the launched function has not returned."""
+        self.timings.flush()
+        self._log.leave()
+
+    def __del__(self) -> None:
+        """Nobody holds its Accelerator any more: what was logged last is handed on, and runs end."""
+        self.close()
+
 
 def _wide(value: Tensor | float) -> Tensor:
     """A number in which a sum over ranks is exact: float64, where the device has it. Of one type whatever it was, for
@@ -218,7 +236,7 @@ def _wide(value: Tensor | float) -> Tensor:
     return value.detach().to(torch.float64 if value.device.type in ("cpu", "cuda") else torch.float32)
 
 
-def _leave(finalizer: weakref.finalize[..., Any], log: MetricLog) -> None:
+def _leave(logbook: weakref.ref[Logbook]) -> None:
     """The process ends, and nobody has ended the trackers."""
-    if finalizer.detach() is not None:
-        log.leave()
+    if (open_ := logbook()) is not None:
+        open_.leave()

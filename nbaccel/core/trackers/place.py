@@ -16,6 +16,8 @@ _logger = logging.getLogger("nbaccel")
 _MOST = 1000
 _WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.05
+_held: set[Path] = set()
+"""Places of this process: to itself no lock is denied, and its first to be closed would let go of it for all."""
 
 
 def below(root: Path, project: str) -> Path:
@@ -25,34 +27,38 @@ def below(root: Path, project: str) -> Path:
 
 @final
 class Place:
-    """`wanted`, or `<wanted>-2` and so on while other processes hold those before it.
+    """`wanted`, or `<wanted>-2` and so on while others hold those before it, in this process or another.
 
-    Two runs of one project at a time, as the trials of a sweep, would otherwise mix their rows; one after the other
-    continues the files. Held until `release`, or the end of the process.
+    Two runs of one project at a time, as the trials of a sweep or two Accelerators, would otherwise mix their rows;
+    one after the other continues the files. Held until `release`, or the end of the process.
     """
 
     def __init__(self, wanted: Path) -> None:
         self.path = wanted
         """What is held; `wanted`, not held, where nothing can be written or locked."""
-        self._held: IO[str] | None = None
+        self._lock: IO[str] | None = None
         for number in range(1, _MOST):
             path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            if path.absolute() in _held:
+                continue
             try:
-                self._held = _hold(path)
+                self._lock = _hold(path)
             except BlockingIOError:
                 continue
             except OSError:
                 return  # a tracker that cannot write there says so itself
             self.path = path
+            _held.add(path.absolute())
             break
         if self.path != wanted:
             _logger.warning("another run writes to %s: tracker files of this one go to %s", wanted, self.path)
 
     def release(self) -> None:
         """Another run may write here; may be called twice."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            _held.discard(self.path.absolute())
 
 
 @contextmanager
@@ -77,8 +83,7 @@ def alone(folder: Path, name: str) -> Iterator[None]:
 
 
 def _hold(path: Path, name: str = ".lock") -> IO[str]:
-    """The folder's lock; BlockingIOError when another process has it. This process has it as often as it likes: a
-    cell that is run again makes new trackers before the old ones are gone."""
+    """The folder's lock; BlockingIOError when another process has it."""
     path.mkdir(parents=True, exist_ok=True)
     file = open(path / name, "w")  # noqa: SIM115  # it is open as long as the folder is held
     try:

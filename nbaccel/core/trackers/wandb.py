@@ -11,8 +11,25 @@ from nbaccel.core.trackers.shapes import plain, rows
 
 __all__ = ["WandbTracker"]
 
-_open: set[str] = set()
-"""Runs of this process's trackers."""
+_open: list[Any] = []
+"""Runs of this process's trackers, the newest last."""
+_LED = (
+    "config",
+    "log",
+    "summary",
+    "save",
+    "use_artifact",
+    "log_artifact",
+    "define_metric",
+    "alert",
+    "mark_preempting",
+    "log_model",
+    "use_model",
+    "link_model",
+    "watch",
+    "unwatch",
+)
+"""What the package has of one run, beside `wandb.run`."""
 
 
 @final
@@ -20,7 +37,8 @@ class WandbTracker:
     """A run of `project`. `options` are those of `wandb.init`; `mode="offline"` (or WANDB_MODE) keeps it on the
     disk until `wandb sync`. wandb samples the machine's utilisation itself.
 
-    A run that the script has begun itself is gone on with, as `wandb.init` does; not one of another tracker."""
+    A run that the script has begun itself is gone on with; not one of another tracker. The newest tracker's run is the
+    one that the package's own functions (`wandb.log`) act on; after its end, the newest of those that go on."""
 
     name = "wandb"
 
@@ -31,9 +49,12 @@ class WandbTracker:
         if folder is not None and "dir" not in options:
             folder.mkdir(parents=True, exist_ok=True)
             options["dir"] = str(folder)
-        beside = {"reinit": "create_new"} if _open else {}
-        self.run: Any = wandb.init(**{"project": project, **beside, **options})
-        _open.add(self.run.id)
+        _open[:] = [run for run in _open if not _ended(run)]
+        # by default a kernel's run would be ended, a script's gone on with
+        reinit = "create_new" if _open else "return_previous"
+        self.run: Any = wandb.init(**{"project": project, "reinit": reinit, **options})
+        _open.append(self.run)
+        _lead(wandb, self.run)
 
     @property
     def tracker(self) -> Any:
@@ -86,9 +107,24 @@ class WandbTracker:
         self._end(1)
 
     def _end(self, exit_code: int) -> None:
-        _open.discard(self.run.id)
+        _open[:] = [run for run in _open if run is not self.run and not _ended(run)]
         self.run.finish(exit_code=exit_code)
+        if _open and self._wandb.run is None:
+            _lead(self._wandb, _open[-1])
 
     def _not_before(self, step: int | None) -> int | None:
         """The step, or the newest so far: wandb drops what is logged for an earlier one."""
-        return None if step is None else max(step, self.run.step)
+        # a run that the script has finished says so when it is logged to, and is silent for 30 s when asked its step
+        return step if step is None or _ended(self.run) else max(step, self.run.step)
+
+
+def _ended(run: Any) -> bool:
+    return bool(getattr(run, "_is_finished", False))
+
+
+def _lead(wandb: Any, run: Any) -> None:
+    """Has W&B's own functions act on `run`; a run made beside another is nobody's for them."""
+    wandb.run = run
+    for name in _LED:
+        if hasattr(run, name):
+            setattr(wandb, name, getattr(run, name))

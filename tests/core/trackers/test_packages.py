@@ -436,9 +436,10 @@ def test_wandb_takes_a_table_with_a_column_of_several_types(odd: tuple[Path, str
 
 def begin_again(folder: str) -> dict[str, list[Any]]:
     """What a cell does that is run three times: the Accelerator of its first time is gone, that of the second is still
-    there. Then what the runs hold."""
+    there, and outlives that of the third. Then what the runs hold."""
     import comet_ml
     import mlflow
+    import wandb
 
     kept, runs = [], []
     for time_ in range(3):
@@ -446,16 +447,20 @@ def begin_again(folder: str) -> dict[str, list[Any]]:
         acc.init_trackers("again", init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}})
         names = [acc.get_tracker(name, unwrap=True) for name in ("wandb", "mlflow", "comet_ml")]
         runs.append((names[0].id, names[1].info.run_id, names[2].get_key()))
+        assert wandb.run.id == runs[-1][0]
         assert mlflow.active_run().info.run_id == runs[-1][1]
         assert comet_ml.get_running_experiment().get_key() == runs[-1][2]
         acc.log({"loss": float(time_)}, step=time_)
         if time_ == 1:
             kept.append(acc)
         del acc, names
-    kept[0].log({"loss": 9.0}, step=9)
-    kept[0].end_training()
-    kept.clear()
     gc.collect()
+    assert wandb.run.id == runs[1][0]
+    kept[0].log({"loss": 9.0}, step=9)
+    wandb.finish()
+    kept[0].log({"loss": 10.0}, step=10)
+    kept[0].end_training()
+    assert wandb.run is None
     client = mlflow.MlflowClient()
     held = [
         ([one.value for one in client.get_metric_history(run, "loss")], client.get_run(run).info.status)
@@ -467,8 +472,11 @@ def begin_again(folder: str) -> dict[str, list[Any]]:
 def test_run_that_is_begun_again_in_one_process_has_a_history_of_its_own(warm: None, tmp_path: Path) -> None:
     run = launch(begin_again, str(tmp_path), num_processes=1, env=VARIABLES, stall_after=0)
     (found,) = run.result(200)
-    assert "could not be started" not in run.logs(0)
-    assert found["mlflow"] == [([0.0], "FINISHED"), ([1.0, 9.0], "FINISHED"), ([2.0], "FINISHED")]
+    said = run.logs(0)
+    assert "could not be started" not in said
+    assert "'wandb' failed (UsageError: Run" in said  # the script had finished it
+    assert "'comet_ml' failed (RuntimeError: its experiment has ended" in said
+    assert found["mlflow"] == [([0.0], "FINISHED"), ([1.0, 9.0, 10.0], "FINISHED"), ([2.0], "FINISHED")]
     for kind in zip(*found["runs"], strict=True):
         assert len(set(kind)) == 3
     kept = [

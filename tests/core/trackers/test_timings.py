@@ -273,3 +273,24 @@ def test_block_is_of_the_run_in_which_it_ended(tmp_path: Path, caplog: pytest.Lo
     assert last["loss"] == 1.0
     assert lines(tmp_path / "two") == []
     assert "end_training has ended them" in caplog.text  # of the block between two runs
+
+
+def test_run_begun_again_takes_the_place_of_one_whose_accelerator_is_gone(tmp_path: Path) -> None:
+    def begin(number: int) -> tuple[Accelerator, Any]:
+        acc = Accelerator(cpu=True, project_dir=tmp_path, log_with="jsonl")
+        acc.init_trackers("run")
+        optimizer = acc.prepare(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+        acc.log({"number": number}, step=number)
+        with acc.track("eval"):
+            pass
+        return acc, optimizer
+
+    optimizer = begin(0)[1]  # as a notebook's name keeps it until the cell that made it has run again
+    acc, optimizer = begin(1)
+    other, _ = begin(2)
+    for one in (acc, other):
+        one.end_training()
+    del optimizer
+    found = [[name for name in line if name in ("number", "eval/count")] for line in lines(tmp_path / "run")]
+    assert found == [["number"], ["eval/count"]] * 2
+    assert [line.get("number") for line in lines(tmp_path / "run-2")] == [2, None]
