@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["keep_groups", "let_go", "settle"]
+__all__ = ["keep_groups", "let_go", "settle", "silent"]
 
 # Between the end of a collective and its worker's last use of the lock lie microseconds.
 _LATER = 2.0
@@ -52,7 +52,7 @@ def keep_groups() -> None:
 
     def make(*args: Any, **options: Any) -> Any:
         _forget(_LATER)
-        with _silent():
+        with silent():
             made = original(*args, **options)
         _kept.append((made[0] if isinstance(made, tuple) else made, None))
         return made
@@ -62,8 +62,11 @@ def keep_groups() -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """C++'s `std::cout` takes nothing meanwhile, in no thread; Python's and C's streams are others."""
+def silent() -> Iterator[None]:
+    """While a group is made: C++'s `std::cout` takes nothing, in no thread; Python's and C's streams are others.
+
+    Not left to whoever reads the rank's output: gloo writes its line in pieces.
+    """
     with _lock:
         _making.append(threading.current_thread())
         _set_cout()(_BAD)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
 
+from nbaccel.gloo import silent
 from nbaccel.rank.spec import Join, RunSpec
 
 __all__ = ["Membership", "num_called"]
@@ -140,7 +141,8 @@ class Membership:
             name = world.pg_names[group]
             described = getattr(group, "group_desc", "")
             own = c10d.PrefixStore(f"nbaccel/{name}", store)
-            backend = gloo(own, group.rank(), group.size(), options or self._timeout)
+            with silent():
+                backend = gloo(own, group.rank(), group.size(), options or self._timeout)
             backend._set_sequence_number_for_group()
             group._register_backend(torch.device("cpu"), kinds(_FIRST_KIND + self._swaps), backend)
             group._set_group_name(name)  # else the flight recorder shows none

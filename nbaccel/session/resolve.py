@@ -33,7 +33,7 @@ from nbaccel.session.devices import (
 )
 from nbaccel.session.environment import Environment
 from nbaccel.session.room import default_ranks, require_room, room_notes
-from nbaccel.session.tpus import plan_tpu
+from nbaccel.session.tpus import away_from_tpu, plan_tpu
 
 __all__ = ["Plan", "resolve"]
 
@@ -107,7 +107,11 @@ def resolve(config: RunConfig, environment: Environment) -> Plan:
         device_names=devices.names,
         threads=threads,
         backend=_backend(chosen.device, environment),
-        variables={**devices.variables, **_thread_variables(environment, threads)},
+        variables={
+            **devices.variables,
+            **away_from_tpu(environment.variables),
+            **_thread_variables(environment, threads),
+        },
         reasons=(chosen.reason, why, why_threads),
         notes=(
             *chosen.notes,

@@ -17,7 +17,7 @@ from nbaccel.errors import ConfigError
 from nbaccel.session.accelerators import Accelerators
 from nbaccel.session.environment import Environment
 
-__all__ = ["TpuPlan", "plan_tpu"]
+__all__ = ["TpuPlan", "away_from_tpu", "plan_tpu"]
 
 # Each makes a process believe it is a certain one of others, or alone: right in the kernel, wrong in ranks.
 _OF_ONE_PROCESS = (
@@ -66,20 +66,21 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
         ConfigError: it cannot be done here; the message names the number that fits.
     """
     there, variables = environment.accelerators, environment.variables
-    runtime = _choose_runtime(config, environment)
-    if runtime == "torch_xla" and variables.get("PJRT_DEVICE", "").upper() == "CPU":
-        return _on_cpu(config, environment)
-    if not there.tpu_chips:
+    on_cpu = _is_for(variables, "CPU")
+    if not there.tpu_chips and not on_cpu:
         raise ConfigError(
             'device="tpu" cannot be honoured: no TPU chip was found on this host. To run on the CPU, paste '
             'device="cpu" (in a command: --device cpu); to try the code of a TPU there, set PJRT_DEVICE=CPU '
             "(torch_xla)."
         )
+    runtime = _choose_runtime(config, environment)
+    if runtime == "torch_xla" and on_cpu:
+        return _on_cpu(config, environment)
     _require_one_host(variables)
     if there.tpu_held:
-        by = f" by {environment.opened_by}" if environment.opened_by else ""
+        by = f" (opened by {environment.opened_by})" if environment.opened_by else ""
         raise ConfigError(
-            f"this kernel itself holds the TPU chips (opened{by}), and a chip serves one process. They come "
+            f"this kernel itself holds the TPU chips{by}, and a chip serves one process. They come "
             "back when the kernel restarts: use the device only inside the function that is launched."
         )
     if runtime == "torch_tpu":
@@ -87,11 +88,22 @@ def plan_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
     return _on_all_chips(config, environment) if config.xla_spmd else _on_chips(config, environment)
 
 
+def away_from_tpu(variables: Mapping[str, str]) -> dict[str, str]:
+    """What ranks on another device need, so that torch_xla, where something of theirs imports it, opens no chip and
+    looks for none: a kernel that has only asked it for its device has PJRT_DEVICE=TPU."""
+    return {"PJRT_DEVICE": "CPU"} if _is_for(variables, "TPU") else {}
+
+
+def _is_for(variables: Mapping[str, str], device: str) -> bool:
+    """Whether torch_xla has been told this device."""
+    return variables.get("PJRT_DEVICE", "").upper() == device
+
+
 def _choose_runtime(config: RunConfig, environment: Environment) -> TpuRuntime:
     """The one asked for, else TorchTPU, else torch_xla. On a CPU, on v2 and v3 and in SPMD mode only torch_xla
     will do."""
     installed, asked = environment.accelerators.tpu_runtimes, config.tpu_runtime
-    on_cpu = environment.variables.get("PJRT_DEVICE", "").upper() == "CPU"
+    on_cpu = _is_for(environment.variables, "CPU")
     if asked == "torch_tpu" and config.xla_spmd:
         raise ConfigError("xla_spmd is a mode of torch_xla: ask for tpu_runtime='torch_xla', or leave it out")
     if asked is None:
@@ -116,7 +128,9 @@ def _on_torch_tpu(config: RunConfig, environment: Environment) -> TpuPlan:
             "TorchTPU knows no chips before v4, and these are v2 or v3: pip install 'nbaccel[xla]' and ask for "
             "tpu_runtime='torch_xla'"
         )
-    _require_number(config, there.tpu_chips, f"there are {said}, and TorchTPU's ranks take one each")
+    _require_number(
+        config, there.tpu_chips, f"there {_are(there)} {said}, and TorchTPU's ranks take one each"
+    )
     unset = (*_stale(environment.variables), *(name for name in _BOUNDS if name in environment.variables))
     return TpuPlan(
         runtime="torch_tpu",
@@ -134,7 +148,7 @@ def _on_chips(config: RunConfig, environment: Environment) -> TpuPlan:
     name, said = _name(there), _count(there)
     replicas = 2 if two_cores else 1
     ranks = chips * replicas
-    fits = f"there {'are' if chips > 1 else 'is'} {said}" + (" with two cores each" if replicas > 1 else "")
+    fits = f"there {_are(there)} {said}" + (" with two cores each" if replicas > 1 else "")
     _require_number(config, ranks, f"{fits}, and the runtime takes all of them")
     kept, unset = _for_ranks(environment.variables)
     return TpuPlan(
@@ -177,6 +191,10 @@ def _name(there: Accelerators) -> str:
 def _count(there: Accelerators) -> str:
     """How many there are, in words."""
     return f"{there.tpu_chips} {_name(there)} chips" if there.tpu_chips > 1 else f"one {_name(there)} chip"
+
+
+def _are(there: Accelerators) -> str:
+    return "are" if there.tpu_chips > 1 else "is"
 
 
 def _on_cpu(config: RunConfig, environment: Environment) -> TpuPlan:

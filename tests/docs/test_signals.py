@@ -18,6 +18,10 @@ from tests.docs.pages import ROOT
 SPEAKERS = {
     "core/loop/findings.py": "*",
     "core/xla/recompiles.py": "*",
+    "core/trackers/base.py": "finish _offer _guard _tell_left_out log_images log_table log_file",
+    "core/trackers/logbook.py": "_tell_missed",
+    "core/trackers/opening.py": "_start",
+    "core/trackers/place.py": "__init__",
     "core/loop/trust.py": "backward stepped _compare _tell_unused _tell_idle _look",
     "engines/forkserver.py": "server_for",
     "engines/local.py": "_ask",
@@ -25,7 +29,19 @@ SPEAKERS = {
     "session/calls.py": "_on_time_ending _on_time_idle on_death",
     "session/diagnosis.py": "*",
     "session/fates.py": "cause_of_exit fates",
+    "notebook/controls.py": "_STOP _paint_stop",
+    "notebook/displays.py": "_show_lost",
     "notebook/launcher.py": "_tell_of_unfinished",
+    "notebook/magics.py": "_hint_at_data _send_definitions",
+    "notebook/session.py": "look",
+    "notebook/view.py": "__call__",
+    "session/call.py": "_make_late_sinks",
+    "session/hosts.py": "_trouble",
+    "session/prompts.py": "handle tick _put",
+    "session/session.py": "expectations",
+    "session/sinks/capped.py": "close",
+    "session/sinks/folder.py": "_try",
+    "session/sinks/limit.py": "close",
     "session/outcome.py": "_hung _place _came_back",
     "session/panel/failure.py": "headline _fate _how_it_ended",
     "session/panel/reading.py": "_ADVICE _sentences _why_data _straggler _late scaling",
@@ -41,8 +57,14 @@ SPEAKERS = {
 }
 """By file, the functions (and tables) whose words reach a person while a run goes on or when it ends; "*": all."""
 
-QUIET = {"after optimizer step", "threads: OMP_NUM_THREADS", "cores for", "per rank"}
-"""Of these, what is said elsewhere: a reason of the plan, the beginning of a clause."""
+QUIET = {
+    "name '(w+)' is not defined",
+    "after optimizer step",
+    "threads: OMP_NUM_THREADS",
+    "cores for",
+    "per rank",
+}
+"""Of these, what is said elsewhere, or by Python: a reason of the plan, the beginning of a clause."""
 
 
 def phrases(path: str, names: str) -> Iterator[str]:
@@ -50,14 +72,18 @@ def phrases(path: str, names: str) -> Iterator[str]:
     for node in ast.walk(ast.parse((ROOT / "nbaccel" / path).read_text())):
         if isinstance(node, ast.FunctionDef) and (names == "*" or node.name in names.split()):
             texts = [text for statement in node.body for text in literals(statement)]
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in names.split():
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and _assigned(node) in names.split():
             texts = list(literals(node))
         else:
             continue
         for text in texts:
-            for part in re.split(r"[\n{}]", text.partition("Likely cause")[0]):
+            for part in re.split(r"[\n{}]|%[rsd]", text.partition("Likely cause")[0]):
                 if " " in bare(part):
                     yield bare(part)
+
+
+def _assigned(node: ast.Assign | ast.AnnAssign) -> str:
+    return str(getattr(node.targets[0] if isinstance(node, ast.Assign) else node.target, "id", ""))
 
 
 def literals(node: ast.AST) -> Iterator[str]:

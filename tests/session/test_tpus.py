@@ -91,6 +91,7 @@ MACHINES = {
         config=RunConfig(xla_spmd=True),
     ),
     "the number that fits": Case(host(8, "v5e"), 8, config=RunConfig(num_processes=8)),
+    "v3-8, the number that fits": Case(host(4, "v2/v3"), 8, replicas=2, config=RunConfig(num_processes=8)),
 }
 
 
@@ -116,6 +117,8 @@ def test_one_chip_is_said() -> None:
     ("config", "environment", "fits", "why"),
     [
         ({"num_processes": 8}, host(1, "v5e"), 1, "one TPU v5e chip"),
+        ({"num_processes": 8}, host(1, "v6e", tpu_runtimes=BOTH), 1, "there is one TPU v6e chip"),
+        ({"num_processes": 8}, host(4, "v4"), 4, "4 TPU v4 chips"),
         ({"num_processes": 4}, host(8, "v5e"), 8, "8 TPU v5e chips"),
         ({"num_processes": 4}, host(4, "v2/v3"), 8, "4 TPU v2/v3 chips with two cores each"),
         ({"num_processes": 2}, host(4, "v6e", tpu_runtimes=(TORCH_TPU,)), 4, "TorchTPU's ranks take one each"),
@@ -149,6 +152,9 @@ def test_kernel_that_holds_the_chips_is_named() -> None:
     [
         ({"device": "tpu"}, host(8, "v5e", tpu_runtimes=()), r"nbaccel\[xla\]"),
         ({"device": "tpu"}, host(0, ""), "no TPU chip was found"),
+        ({"device": "tpu"}, host(0, "", tpu_runtimes=()), "no TPU chip was found"),
+        ({"device": "tpu"}, host(0, "", {"PJRT_DEVICE": "CPU"}, tpu_runtimes=()), r"nbaccel\[xla\]"),
+        ({}, host(8, "v5e", tpu_held=True), r"holds the TPU chips, and"),
         ({"device": "tpu", "tpu_runtime": XLA}, host(8, "v6e", tpu_runtimes=(TORCH_TPU,)), r"nbaccel\[xla\]"),
         ({"tpu_runtime": TORCH_TPU}, host(8, "v6e"), r"nbaccel\[tpu\]"),
         (
@@ -175,6 +181,20 @@ def test_replicas_on_the_cpu_have_a_thread_each() -> None:
     assert plan.unset == ("TPU_VISIBLE_CHIPS",)
     assert plan.variables.items() >= {"CPU_NUM_DEVICES": "200", "XLA_THREAD_POOL_SIZE": "200"}.items()
     assert resolve(RunConfig(), environment).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("config", "environment"),
+    [
+        ({"device": "cpu"}, host(8, "v5e", {"PJRT_DEVICE": "TPU"}, tpu_held=True)),
+        ({}, host(0, "", {"PJRT_DEVICE": "TPU"})),
+        ({}, host(8, "v5e", {"PJRT_DEVICE": "TPU"}, tpu_runtimes=())),
+    ],
+)
+def test_ranks_on_the_cpu_leave_the_chips_alone(config: dict[str, Any], environment: Environment) -> None:
+    plan = resolve(RunConfig(**config, num_processes=2), environment)
+    assert (plan.device, plan.variables["PJRT_DEVICE"]) == ("cpu", "CPU")
+    assert "PJRT_DEVICE" not in resolve(RunConfig(num_processes=2), host(0, "")).variables
 
 
 def test_one_process_on_the_cpu_has_all_its_devices() -> None:

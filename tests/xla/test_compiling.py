@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch.utils.data import DataLoader
 from nbaccel import Accelerator, Session, launch
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with Session(num_processes=1, device="tpu") as started:
+        yield started
 
 
 def counts(*names: str) -> list[int]:
@@ -38,10 +45,9 @@ def train(sizes: list[int]) -> dict[str, int]:
     return {"compiled": compiled - before, "known on disk": known, "parameters": len(value)}
 
 
-def test_second_call_of_a_session_compiles_nothing() -> None:
-    with Session(num_processes=1, device="tpu") as session:
-        first, second = (session.run(train, [4, 4, 4])[0] for _ in range(2))
-        other = session.run(train, [4, 5, 5])[0]
+def test_second_call_of_a_session_compiles_nothing(session: Session) -> None:
+    first, second = (session.run(train, [4, 4, 4])[0] for _ in range(2))
+    other = session.run(train, [4, 5, 5])[0]
     assert first["compiled"] > 0
     assert second["compiled"] == 0
     assert 0 < other["compiled"] <= first["compiled"]
@@ -60,11 +66,13 @@ def test_second_launch_finds_its_programs_on_disk(tmp_path: Path) -> None:
     assert again == (compiled, compiled, files)
 
 
-def test_shapes_that_are_compiled_again_and_again_are_named() -> None:
-    run = launch(train, [8, 8, 7, 6, 8], num_processes=1, device="tpu")
+def test_shapes_that_are_compiled_again_and_again_are_named_once(session: Session) -> None:
+    run = session.submit(train, [8, 8, 7, 6, 9, 8])
     run.result(timeout=200)
     logged = run.logs(0)
-    assert "compiled the training step for 3 different shapes of the model's inputs" in logged
+    assert logged.count("XLA compile") == 1
+    assert f"{__file__}:" in logged
+    assert "compiles the training step again for each new shape of the model's inputs, 3 so far" in logged
     assert "step 1: float32[8, 8]; step 3: float32[7, 8]; step 4: float32[6, 8]" in logged
 
 
@@ -77,8 +85,8 @@ def deep(layers: int) -> float:
     return value.mean().item()
 
 
-def test_rank_that_compiles_says_so() -> None:
-    run = launch(deep, 150, num_processes=1, device="tpu")
+def test_rank_that_compiles_says_so(session: Session) -> None:
+    run = session.submit(deep, 80)
     seen = set()
     deadline = time.monotonic() + 200
     while not run.done() and time.monotonic() < deadline:
@@ -114,9 +122,8 @@ def executed() -> int:
     return int((torch_xla._XLAC._xla_metric_data("ExecuteTime") or (0,))[0])
 
 
-def test_logging_neither_cuts_the_step_nor_waits_for_it(tmp_path: Path) -> None:
-    with Session(num_processes=1, device="tpu") as session:
-        silent, told = (session.run(logged, str(tmp_path / str(log)), log)[0] for log in (False, True))
+def test_logging_neither_cuts_the_step_nor_waits_for_it(session: Session, tmp_path: Path) -> None:
+    silent, told = (session.run(logged, str(tmp_path / str(log)), log)[0] for log in (False, True))
     assert told == silent == 6
     (file,) = tmp_path.rglob("True/**/metrics.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -140,11 +147,9 @@ def evaluate(batches: int) -> tuple[float, int]:
     return value, counts("UncachedCompile")[0] - before if on_xla else 0
 
 
-def test_an_evaluation_of_more_batches_compiles_nothing_more() -> None:
-    with Session(num_processes=1, device="tpu") as session:
-        few, many = (session.run(evaluate, batches)[0] for batches in (3, 9))
-    with Session(num_processes=1, device="cpu") as session:
-        expected = session.run(evaluate, 9)[0]
+def test_an_evaluation_of_more_batches_compiles_nothing_more(session: Session) -> None:
+    few, many = (session.run(evaluate, batches)[0] for batches in (3, 9))
+    expected = launch(evaluate, 9, num_processes=1, device="cpu").result(timeout=200)[0]
     assert few[1] > 0
     assert many[1] == 0
     assert many[0] == pytest.approx(expected[0], rel=1e-5)
@@ -169,5 +174,21 @@ def distil(accumulation: int) -> int:
     return executed() - before
 
 
-def test_model_without_gradients_within_a_step_of_training_does_not_cut_it() -> None:
-    assert launch(distil, 3, num_processes=1, device="tpu").result(timeout=200)[0] == 2
+def test_model_without_gradients_within_a_step_of_training_does_not_cut_it(session: Session) -> None:
+    assert session.run(distil, 3)[0] == 2
+
+
+def evaluate_unlike(sizes: list[int]) -> list[float]:
+    """The means of a model's outputs for batches of these sizes."""
+    acc = Accelerator(verify=False)
+    model: Any = acc.prepare(nn.Linear(7, 3))
+    with torch.no_grad():
+        return [model(torch.ones(size, 7).to(acc.device)).mean().item() for size in sizes]
+
+
+def test_shapes_of_an_evaluation_are_named_once_and_a_last_batch_is_not(session: Session) -> None:
+    silent, told = (session.submit(evaluate_unlike, sizes) for sizes in ([4, 4, 3, 4], [5, 6, 7, 8, 9]))
+    assert [len(run.result(timeout=200)[0]) for run in (silent, told)] == [4, 5]
+    assert "XLA" not in silent.logs(0)
+    assert told.logs(0).count("XLA compiles the evaluation step again") == 1
+    assert "step 1: float32[5, 7]; step 2: float32[6, 7]; step 3: float32[7, 7]" in told.logs(0)

@@ -57,8 +57,8 @@ class Traced:
 
     def watch(self, module: nn.Module) -> None:
         """Note when and with what `module` is called; compile and run what making it ready has traced."""
-        self._recompiles.watch(module)
         module.register_forward_pre_hook(Hook(self._called))
+        self._recompiles.watch(module)  # behind the cut: this call's inputs are the next graph's
         torch_xla.sync()
 
     def _called(self, module: nn.Module, _: Any) -> None:
@@ -66,6 +66,7 @@ class Traced:
             if module in self._evaluated:
                 self._evaluated.clear()
                 torch_xla.sync()
+                self._recompiles.evaluated()
             self._evaluated.add(module)
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
@@ -94,6 +95,7 @@ class Traced:
     def backward(self, loss: Tensor, options: Mapping[str, Any]) -> None:
         """`loss.backward`."""
         self._evaluated.clear()  # called in a step of training, as a teacher is: not the place for a cut
+        self._recompiles.within_training()
         loss.backward(**options)  # type: ignore[no-untyped-call]
 
 

@@ -6,6 +6,7 @@ first two optimizer steps are compiled in any case: the second finds the optimiz
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, final
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 
 from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves
+from nbaccel.ownership import is_users
 
 __all__ = ["Recompiles"]
 
 _EXPECTED = 2
+_WORTH_A_WORD = 3
+"""Shapes of a step's inputs: the second is the last batch of an epoch."""
 _MOST = 64  # different shapes that are remembered: whoever has more has been told
 _UNEXPLAINED = 3  # compilations without a new shape that are worth a word
 
@@ -27,7 +31,7 @@ Shapes = tuple[str, ...]
 
 @final
 class Recompiles:
-    """Watches the steps of one loop; at most a few warnings.
+    """Watches the steps of one loop, and those of its evaluations; at most one warning of each kind.
 
     Args:
         compiled: how many graphs were compiled so far.
@@ -36,59 +40,99 @@ class Recompiles:
     def __init__(self, compiled: Callable[[], int]) -> None:
         self._compiled, self._before = compiled, compiled()
         self._inputs: list[str] = []
-        self._steps = 0
-        self._seen: dict[Shapes, int] = {}
-        """Shapes of the inputs by step, and the step that had them first."""
+        self._evaluated: list[str] = []
+        """Those of calls without gradients."""
+        self._training, self._evaluation = _Seen("training"), _Seen("evaluation")
         self._unexplained: list[int] = []
-        self._worth_a_word = 3
-        """So many shapes, the next time: the second is the last batch of an epoch."""
 
     def watch(self, module: nn.Module) -> None:
-        """Note what `module` is called with while it trains."""
+        """Note what `module` is called with."""
         module.register_forward_pre_hook(Hook(self._note), with_kwargs=True)
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._inputs += [_shape(leaf) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and not module.training:
+            return
+        inputs = self._inputs if torch.is_grad_enabled() else self._evaluated
+        inputs += [_shape(leaf) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
     def stepped(self) -> None:
         """The graph of an optimizer step was cut."""
-        self._steps += 1
-        shapes, self._inputs = tuple(self._inputs), []
-        known = shapes in self._seen
-        if not known and len(self._seen) < _MOST:
-            self._seen[shapes] = self._steps
-        before, self._before = self._before, self._compiled()
-        if self._before == before or self._steps <= _EXPECTED:
+        shapes, self._inputs, self._evaluated = tuple(self._inputs), [], []
+        steps = self._training
+        known = steps.add(shapes)
+        if not self._have_compiled() or steps.number <= _EXPECTED:
             return
         if not known:
-            self._tell_shapes()
+            steps.tell()
         else:
-            self._unexplained.append(self._steps)
+            self._unexplained.append(steps.number)
             if len(self._unexplained) == _UNEXPLAINED:
                 self._tell_unexplained()
 
-    def _tell_shapes(self) -> None:
-        number = len(self._seen)
-        if number < self._worth_a_word:
-            return
-        self._worth_a_word *= 2
-        listed = "; ".join(f"step {step}: {_text(shapes)}" for shapes, step in list(self._seen.items())[-4:])
-        warnings.warn(
-            f"XLA has compiled the training step for {number} different shapes of the model's inputs ({listed}), and "
-            "each compilation takes long. Pad the batches to one shape, or to a few; drop_last=True leaves a "
-            "smaller last one out.",
-            stacklevel=2,
-        )
+    def evaluated(self) -> None:
+        """The graph of an evaluation's step was cut."""
+        shapes, self._evaluated = tuple(self._evaluated), []
+        known = self._evaluation.add(shapes)
+        if self._have_compiled() and not known:
+            self._evaluation.tell()
+
+    def within_training(self) -> None:
+        """What was called without gradients belongs to a step of training, as a teacher's outputs do."""
+        self._evaluated = []
+
+    def _have_compiled(self) -> bool:
+        """Since this was asked last."""
+        before, self._before = self._before, self._compiled()
+        return self._before > before
 
     def _tell_unexplained(self) -> None:
         steps = ", ".join(map(str, self._unexplained))
-        warnings.warn(
+        _warn(
             f"XLA compiled the training step again at steps {steps}, although the model's inputs had shapes it had "
-            "seen before. Likely cause: a branch or a shape that depends on values, a Python number that changes and "
-            "becomes part of the graph, or a value read (loss.item()) in some steps only.",
-            stacklevel=2,
+            "seen before. Likely cause: a branch or a shape that depends on values (also of what is no input of the "
+            "model, as targets), a Python number that changes and becomes part of the graph, or a value read "
+            "(loss.item()) in some steps only."
         )
+
+
+@final
+class _Seen:
+    """The shapes that the inputs of one kind of step have had."""
+
+    def __init__(self, kind: str) -> None:
+        self.number = 0
+        """Steps so far."""
+        self._kind, self._told = kind, False
+        self._first: dict[Shapes, int] = {}
+        """The step that had them first."""
+
+    def add(self, shapes: Shapes) -> bool:
+        """Another step; whether there was one of these shapes before."""
+        self.number += 1
+        known = shapes in self._first
+        if not known and len(self._first) < _MOST:
+            self._first[shapes] = self.number
+        return known
+
+    def tell(self) -> None:
+        """A new one was compiled."""
+        if self._told or len(self._first) < _WORTH_A_WORD:
+            return
+        self._told = True
+        listed = "; ".join(f"step {step}: {_text(shapes)}" for shapes, step in list(self._first.items())[-4:])
+        _warn(
+            f"XLA compiles the {self._kind} step again for each new shape of the model's inputs, {len(self._first)} "
+            f"so far ({listed}), and each compilation takes long. Pad the batches to one shape, or to a few; "
+            "drop_last=True leaves a smaller last one out. This is said once."
+        )
+
+
+def _warn(text: str) -> None:
+    """At the person's own line."""
+    level, frame = 1, sys._getframe()
+    while not is_users(frame.f_code.co_filename) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def _shape(tensor: Tensor) -> str:
