@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["assembled_by", "gathered", "is_divided", "whole"]
 
 assembled_by: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
-"""By a module that holds some of its model's layers only: what puts the others into it, on all ranks together."""
+"""By a module that holds some of its model's layers only, or values that ZeRO has not taken over yet: what puts the
+others into it, on all ranks together."""
 
 gathered: dict[int, tuple[Tensor, Tensor]] = {}
 """By the identity of a tensor that a launch's ranks made whole: itself, and what is sent in its place."""

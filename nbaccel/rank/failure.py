@@ -25,6 +25,11 @@ _MEANINGS = {
         "is called: not in another method of it, in one of its layers called directly, or in a loss computed from its "
         "parameters. See 'What does not go' in docs/strategies.md."
     ),
+    "Expected to have finished reduction in the prior iteration": (
+        "In the step before, parameters of the model had no part in the loss: layers that are frozen within a pass (a "
+        "loop over a prepared loader; between passes goes), or that some batches do not use. "
+        "Accelerator(ddp=DDPOptions(find_unused_parameters=True)) allows both."
+    ),
 }
 
 

@@ -17,21 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["context_ranks", "divide_context", "make_context_mesh"]
-
-
-def context_ranks(asked: int, world_size: int, tensor_size: int) -> int:
-    """Ranks that share a sequence.
-
-    Raises:
-        ConfigError: they cannot be divided so.
-    """
-    size = asked or world_size // tensor_size
-    if world_size % (size * tensor_size):
-        raise ConfigError(
-            f"context_parallel: {size} ranks for a sequence do not divide {world_size} ranks; choose a divisor"
-        )
-    return size
+__all__ = ["divide_context", "make_context_mesh"]
 
 
 def make_context_mesh(world: World, size: int, tensor_size: int) -> DeviceMesh:

@@ -28,7 +28,7 @@ from nbaccel.core.model.tied import find_tied_parameters, retie_parameters
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import TensorParallel
 
-__all__ = ["divide", "draw_alike", "styles_of", "tensor_ranks"]
+__all__ = ["divide", "draw_alike", "styles_of"]
 
 _LLAMA = {
     r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)": "column",
@@ -47,21 +47,6 @@ _GPT2 = {
 }
 _DEFAULTS = (_LLAMA, _GPT2)
 _HEADS = ("num_attention_heads", "num_key_value_heads", "n_head")
-
-
-def tensor_ranks(options: TensorParallel, world_size: int) -> int:
-    """Ranks that share one copy of the model.
-
-    Raises:
-        ConfigError: the ranks cannot be divided into groups of that size.
-    """
-    size = options.size or world_size
-    if world_size % size:
-        raise ConfigError(
-            f"tensor_parallel: size {size} does not divide the {world_size} ranks; use a divisor, or launch "
-            f"{size * (world_size // size) or size}"
-        )
-    return size
 
 
 def styles_of(model: nn.Module, options: TensorParallel, size: int) -> dict[nn.Module, ParallelStyle]:

@@ -32,8 +32,9 @@ from nbaccel.core.checkpoint import ModelState, OptimizerState, Sharded
 from nbaccel.core.data.upload import Upload
 from nbaccel.core.load_model import load_module
 from nbaccel.errors import ConfigError
+from nbaccel.whole import is_divided
 
-__all__ = ["DataAxis", "Strategy", "clip_local_norm", "scale_whole_gradients", "trainable"]
+__all__ = ["DataAxis", "Strategy", "clip_local_norm", "refuse_divided", "scale_whole_gradients", "trainable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +217,21 @@ class Strategy(ABC):
 def trainable(module: nn.Module) -> bool:
     """Whether any parameter of `module` wants a gradient."""
     return any(p.requires_grad for p in module.parameters())
+
+
+def refuse_divided(named: Iterable[tuple[str, Tensor]], strategy: str) -> None:
+    """Looks for parameters of which each rank has a part, before what needs whole ones fails over them.
+
+    Raises:
+        ConfigError: there is one; it is named.
+    """
+    for name, parameter in named:
+        if is_divided(parameter):
+            raise ConfigError(
+                f"{name} is divided over the ranks already (a {type(parameter).__name__}), as by torch's "
+                f"parallelize_module or fully_shard, or by another strategy, and strategy {strategy!r} begins with "
+                "whole parameters: give prepare the plain model, built anew"
+            )
 
 
 def clip_local_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:

@@ -22,6 +22,7 @@ from nbaccel.core.strategies.base import (
     DataAxis,
     Strategy,
     clip_local_norm,
+    refuse_divided,
     trainable,
 )
 from nbaccel.core.world import World
@@ -70,6 +71,7 @@ class DDP(Strategy):
     def _wrap(self, module: nn.Module, place: bool) -> nn.Module:
         if isinstance(module, DistributedDataParallel):
             return module
+        refuse_divided(module.named_parameters(), self.name)
         if place:
             module = module.to(self._world.device)
         if not trainable(module):

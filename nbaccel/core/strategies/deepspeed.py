@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -27,7 +28,14 @@ from nbaccel.core.model.recompute import recompute_in_backward
 from nbaccel.core.nested import map_tensors
 from nbaccel.core.plan import size_of
 from nbaccel.core.precision import Precision
-from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm, scale_whole_gradients, trainable
+from nbaccel.core.strategies.base import (
+    DataAxis,
+    Strategy,
+    clip_local_norm,
+    refuse_divided,
+    scale_whole_gradients,
+    trainable,
+)
 from nbaccel.core.world import World
 from nbaccel.core.zero import gradients
 from nbaccel.core.zero.changes import Changes
@@ -42,6 +50,7 @@ from nbaccel.core.zero.swapping import is_on_disk
 from nbaccel.core.zero.weights import ZeroModelState, load_weights, whole_state_dict
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import DeepSpeed
+from nbaccel.whole import assembled_by
 
 __all__ = ["Zero", "unfit"]
 
@@ -50,6 +59,13 @@ _WENT_BACK_TWICE = (
     "parameter until the first one has passed it. Add the losses, backward(first + second), run the forward again, or "
     "use stage 2"
 )
+_USED_OUTSIDE = (
+    "the loss uses a parameter outside the model's forward, as a penalty on weights does, and backward failed on rank "
+    "{rank}: stage 3 of ZeRO has parameters whole within forward only. Compute that term in forward and return it, use "
+    "the optimizer's weight_decay, or use stage 2"
+)
+_EMPTY_GRADIENT = ("returned an invalid gradient", "size is not same as the params")
+"""What torch and DeepSpeed say of the gradient of an empty tensor that stands for a parameter."""
 
 
 @final
@@ -81,6 +97,8 @@ class Zero(Strategy):
         self._engine: Any = None
         self._names: list[dict[str, nn.Parameter]] = []
         """The parameters of each group of the optimizer, by the names of the user's model."""
+        self._learning: dict[str, nn.Parameter] = {}
+        """Those of them that wanted gradients when the model was prepared."""
         self._refusing: Any = None
         """The hook on the model that refuses `load_state_dict`."""
         self._changes: Changes | None = None
@@ -99,6 +117,8 @@ class Zero(Strategy):
     ) -> tuple[nn.Module, list[Optimizer]]:
         if module is self._engine:
             return module, list(optimizers)
+        whole = ((name, p) for name, p in module.named_parameters() if not hasattr(p, "ds_tensor"))
+        refuse_divided(whole, self.name)
         if not trainable(module):
             materialise(module, module, self._world.device)
             module = module.to(self._world.device) if place else module
@@ -117,6 +137,7 @@ class Zero(Strategy):
             {canonical_name(module, name): named[name] for name in group if name is not None}
             for group in groups
         ]
+        self._learning = {n: p for group in self._names for n, p in group.items() if p.requires_grad}
         self._engine, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -129,6 +150,7 @@ class Zero(Strategy):
         if self._precision.dtype is not None:
             _compute_in(self._engine, self._precision.dtype)
         self._changes = Changes(self._engine.optimizer, module)
+        assembled_by[module] = assembled_by[self._engine] = partial(_take_over_or_warn, self._changes)
         return self._engine, [ZeroStep(optimizer, self._engine, self._changes)]
 
     def _fill(
@@ -228,11 +250,13 @@ class Zero(Strategy):
 
     def forget(self) -> None:
         if self._engine is not None:
+            for one in (self._engine, self._engine.module):
+                assembled_by.pop(one, None)
             self._engine.destroy()
         if self._refusing is not None:
             self._refusing.remove()
         self._engine = self._refusing = self._changes = None
-        self._names = []
+        self._names, self._learning = [], {}
 
     def learns_otherwise(self, module: nn.Module, changed: Sequence[str]) -> None:
         if self._stage == 0 and module is self._engine:
@@ -277,14 +301,17 @@ class Zero(Strategy):
             return
         if options.keys() - {"retain_graph"}:
             raise ConfigError(f"backward({', '.join(options)}) cannot go with strategy 'deepspeed'")
+        if frozen := [name for name, parameter in self._learning.items() if not parameter.requires_grad]:
+            self.learns_otherwise(self._engine, frozen)
         zero = self._zero
         again, self._retained = self._retained, bool(options.get("retain_graph"))
         try:
             with nullcontext() if zero is None else gradients.added_up(zero):
                 self._engine.backward(loss, **options)
         except RuntimeError as error:
-            if again and self._stage == 3:
-                raise ConfigError(_WENT_BACK_TWICE.format(rank=self._world.rank)) from error
+            if self._stage == 3 and (again or any(told in str(error) for told in _EMPTY_GRADIENT)):
+                said = _WENT_BACK_TWICE if again else _USED_OUTSIDE
+                raise ConfigError(said.format(rank=self._world.rank)) from error
             raise
 
     def scale_gradients(self, modules: Sequence[nn.Module], ratio: float | Tensor) -> None:
@@ -358,6 +385,14 @@ class Zero(Strategy):
             groups = [{prefix + name: p for name, p in named.items()} for named in self._names]
             return ZeroOptimizerState(self._zero, groups)
         return OptimizerState(optimizer, [self.unwrap(module) for module in modules])
+
+
+def _take_over_or_warn(changes: Changes) -> None:
+    """As a launch returns the model: what it has learnt is not to be refused for a change that has reached nothing."""
+    try:
+        changes.take_over()
+    except ConfigError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 def _compute_in(engine: nn.Module, dtype: torch.dtype) -> None:

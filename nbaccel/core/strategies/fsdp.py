@@ -29,7 +29,7 @@ from nbaccel.core.model.blocks import find_blocks, keep_ties_together, owners
 from nbaccel.core.model.composed import refuse_composed
 from nbaccel.core.model.materialise import give_back_memory, materialise
 from nbaccel.core.model.recompute import recompute_in_backward
-from nbaccel.core.sharding.context import context_ranks, make_context_mesh
+from nbaccel.core.sharding.context import make_context_mesh
 from nbaccel.core.sharding.dtensors import (
     clip_sharded_norm,
     clip_sharded_value,
@@ -42,10 +42,11 @@ from nbaccel.core.sharding.dtensors import (
     require_same_model,
     share_values,
 )
-from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of, tensor_ranks
-from nbaccel.core.strategies.base import DataAxis, Strategy
+from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of
+from nbaccel.core.strategies.base import DataAxis, Strategy, refuse_divided
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.layout import context_ranks, shard_ranks, tensor_ranks
 from nbaccel.parallel import FSDP
 
 __all__ = ["FullyShardedDataParallel"]
@@ -101,6 +102,7 @@ class FullyShardedDataParallel(Strategy):
                 "device_placement=False cannot go with strategy 'fsdp', whose shards lie on the device"
             )
         self._refuse_shared(module)
+        refuse_divided(module.named_parameters(), self.name)
         refuse_composed(module, self.name)
         for optimizer in optimizers:
             refuse_undivided(optimizer, self.name)
@@ -380,16 +382,7 @@ def _policy(options: FSDP, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
 def _make_meshes(world: World, options: FSDP, tensor_size: int) -> tuple[DeviceMesh, DeviceMesh | None]:
     """The mesh that is sharded over (with copies on its outer dimension), and that of the matrices' parts."""
     data = world.size // tensor_size
-    shards = data
-    if options.sharding == "no_shard":
-        shards = 1
-    elif options.sharding == "hybrid_shard":
-        shards = options.shard_size or max(1, world.local_size // tensor_size)
-        if data % shards:
-            raise ConfigError(
-                f"fsdp: shard_size is {shards}, which does not divide the {data} ranks with data of their own; choose "
-                "a divisor"
-            )
+    shards = shard_ranks(options, data, world.local_size // tensor_size)
     sizes = {"replicate": data // shards, "shard": shards, "tensor": tensor_size}
     kept = {
         name: size

@@ -34,6 +34,7 @@ from nbaccel.core.sharding.replicas import set_up_anew
 from nbaccel.core.strategies.base import DataAxis, Strategy, trainable
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.layout import copy_ranks
 from nbaccel.parallel import Megatron
 
 __all__ = ["MegatronCore"]
@@ -46,11 +47,7 @@ class MegatronCore(Strategy):
     name = "megatron"
 
     def __init__(self, world: World, *, options: Megatron) -> None:
-        size = options.size or world.size
-        if world.size % size:
-            raise ConfigError(
-                f"megatron: {world.size} ranks cannot be divided into groups of {size}; launch a multiple of {size}"
-            )
+        size = copy_ranks("megatron", options.size, world.size)
         self._world = world
         groups = _groups(size)
         self._tensor: dist.ProcessGroup = groups.get_tensor_model_parallel_group()

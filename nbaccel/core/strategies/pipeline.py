@@ -34,6 +34,7 @@ from nbaccel.core.sharding.stages import StagedModel, StagedOptimizer, divide_la
 from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.layout import copy_ranks
 from nbaccel.parallel import Pipeline
 from nbaccel.whole import assembled_by
 
@@ -61,11 +62,7 @@ class PipelineParallelism(Strategy):
                 "gradient_accumulation_steps cannot go with strategy 'pipeline', whose microbatches add up already; "
                 "take larger batches and Pipeline(microbatches=...)"
             )
-        self._size = size = options.size or world.size
-        if world.size % size:
-            raise ConfigError(
-                f"pipeline: size is {size}, which does not divide the {world.size} ranks; choose a divisor"
-            )
+        self._size = size = copy_ranks("pipeline", options.size, world.size)
         self._world, self._options, self._loss = world, options, options.loss
         mesh = init_device_mesh(
             world.device.type, (world.size // size, size), mesh_dim_names=("data", "pipeline")

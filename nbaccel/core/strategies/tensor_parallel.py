@@ -30,6 +30,7 @@ from nbaccel.core.sharding.dtensors import (
 from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of
 from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.world import World
+from nbaccel.errors import ConfigError
 from nbaccel.parallel import TensorParallel
 
 __all__ = ["TensorParallelism"]
@@ -55,6 +56,7 @@ class TensorParallelism(Strategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], *, place: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
         if any(isinstance(p, DTensor) for p in module.parameters()):
+            self._refuse_half_divided(module)
             return module, list(optimizers)
         refuse_composed(module, self.name)
         for optimizer in optimizers:
@@ -77,6 +79,19 @@ class TensorParallelism(Strategy):
         for one in module.modules():
             one.register_load_state_dict_pre_hook(lay_out_loaded)  # type: ignore[no-untyped-call]
         return module, list(optimizers)
+
+    def _refuse_half_divided(self, module: nn.Module) -> None:
+        """What is divided already, by this strategy or the user, is taken as it is, if it is all that a plan names."""
+        if isinstance(self._options.plan, str):
+            return
+        styles = styles_of(module, self._options, self._world.size)
+        for name, parameter in module.named_parameters():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if owner in styles and not isinstance(parameter, DTensor):
+                raise ConfigError(
+                    f"{name} is to be divided by the plan, and is not, where other parameters of the model are divided "
+                    "already: give prepare a model of which nothing is, or of which all is that the plan names"
+                )
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
         point_optimizer(optimizer, self._replaced)

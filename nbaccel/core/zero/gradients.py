@@ -51,11 +51,13 @@ def added_up(zero: Any) -> Iterator[None]:
     zero.clear_backward_seen_flag()  # as a forward does: what follows is a micro-step of its own
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
         yield
+        _bring_along(zero)
         return
+    zero.setup_buckets()  # as its first hook does; a loss that reaches no parameter calls none
     apart = [n for n in zero.averaged_gradients if not zero._use_compact_grad_partition_buffer(n)]
     kept = {number: zero.averaged_gradients[number] for number in apart}
     zero.averaged_gradients |= dict.fromkeys(apart)
-    with _added_up_beside_parameters(zero):
+    with _added_up_beside_parameters(zero), _reducing_what_waits(zero):
         yield
     for number, gradients in kept.items():
         if gradients is not None:
@@ -80,6 +82,7 @@ def _added_up_beside_parameters(zero: Any) -> Iterator[None]:
     for number in kept:
         groups[number].zero_()  # else what this backward does not use would be counted twice
     yield
+    _bring_along(zero)
     if zero.is_gradient_accumulation_boundary():
         # Else the next one would add gradients that wait in main memory since another window.
         zero.micro_step_id = -1
@@ -87,6 +90,38 @@ def _added_up_beside_parameters(zero: Any) -> Iterator[None]:
         groups[number].add_(gradients)
     for name, (number, _, start, count) in names.items():
         zero.norm_for_param_grads[name] = groups[number].narrow(0, start, count).norm(2)
+
+
+def _bring_along(zero: Any) -> None:
+    """Under offload the last backward of a window copies to the float32 parameters what it reaches itself; this copies
+    the gradients that only earlier micro-steps have given, of a branch or an expert that was not chosen again."""
+    if not _offloads(zero) or not zero.is_gradient_accumulation_boundary():
+        return
+    copied = zero.norm_for_param_grads.keys()
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        name = "_offload_boundary_param_ids"
+        done = {p.ds_id for group in zero.fp16_groups for p in group if zero.get_param_id(p) in copied}
+        finish = zero._finalize_offload_gradient_accumulation
+    else:
+        name, done = "_offload_accumulated_param_ids", set(copied)
+        finish = zero._finalize_cpu_offload_gradient_accumulation
+    reached = getattr(zero, name)
+    if reached - done:
+        setattr(zero, name, reached - done)
+        finish()
+        setattr(zero, name, reached)
+
+
+@contextmanager
+def _reducing_what_waits(zero: Any) -> Iterator[None]:
+    """With overlapped communication stage 1 sends the gradients that the last backward of a window reaches, and would
+    leave out those that wait since an earlier micro-step; without, it sends all when that backward is done."""
+    overlaps = zero.overlap_comm
+    if overlaps and not zero.partition_gradients and zero.is_gradient_accumulation_boundary():
+        parameters = [p for group in zero.bit16_groups for p in group]
+        zero.overlap_comm = all(zero.get_gradient_for_reduction(p) is None for p in parameters)
+    yield
+    zero.overlap_comm = overlaps
 
 
 @torch.no_grad()
@@ -133,9 +168,13 @@ def clear(zero: Any) -> None:
     kept: Tensor | None = getattr(zero, "grad_partitions_flat_buffer", None)
     if kept is not None:
         kept.zero_()
-    for flat in flats(zero) if _offloads(zero) else ():
-        if flat.tensor.grad is not None:
-            flat.tensor.grad.zero_()
+    if not _offloads(zero):
+        return
+    # stages 1 and 2, of micro-steps before a window's last
+    waiting = getattr(zero, "accumulated_grads_in_cpu", {})
+    for gradient in [*waiting.values(), *(flat.tensor.grad for flat in flats(zero))]:
+        if gradient is not None:
+            gradient.zero_()
 
 
 def drop(zero: Any) -> None:
@@ -153,6 +192,8 @@ def drop(zero: Any) -> None:
         zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
     if _offloads(zero):
         zero.reset_cpu_buffers()
+        # stage 3 has the one, stages 1 and 2 the other
+        zero._offload_boundary_param_ids = zero._offload_accumulated_param_ids = set()
 
 
 def _offloads(zero: Any) -> bool:

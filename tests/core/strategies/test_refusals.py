@@ -72,6 +72,11 @@ def shared() -> str:
     return "was taken"
 
 
+def half_divided() -> nn.Module:
+    acc = Accelerator(cpu=True, strategy=TensorParallel(plan={"0": "column"}))
+    return nn.Sequential(acc.prepare(nn.Sequential(nn.Linear(2, 2))), nn.Linear(2, 2))
+
+
 class Adafactor(torch.optim.Adafactor):
     """One of the user's own."""
 
@@ -98,6 +103,9 @@ def sharded() -> dict[str, str]:
         "fsdp, shared": shared(),
         "fsdp, sparse": said("fsdp", nn.Sequential(nn.Embedding(4, 2, sparse=True))),
         "divided, hook": said(plan, hooked()),
+        "ddp, divided": said("ddp", half_divided()),
+        "fsdp, divided": said("fsdp", half_divided()),
+        "divided, half": said(TensorParallel(plan={"0.0": "column", "1": "row"}), half_divided()),
         "fsdp, inside attention": said(
             FSDP(wrap=lambda one: isinstance(one, nn.Linear)), nn.TransformerEncoderLayer(4, 2, 8)
         ),
@@ -119,6 +127,9 @@ def test_what_cannot_be_sharded_is_named() -> None:
         assert found["fsdp, two types apart"] == "was taken"
         assert "0.weight has a hook on its gradient" in found["fsdp, hook"]
         assert found["divided, hook"] == found["fsdp, hook"].replace("'fsdp'", "'tensor_parallel'")
+        assert "0.0.weight is divided over the ranks already (a DTensor)" in found["ddp, divided"]
+        assert found["fsdp, divided"] == found["ddp, divided"].replace("'ddp'", "'fsdp'")
+        assert "1.weight is to be divided by the plan, and is not" in found["divided, half"]
         assert "register_hook was called on weight after prepare" in found["fsdp, late hook"]
         assert "0.weight is a parameter of another model that was prepared before" in found["fsdp, shared"]
         assert "0 is an Embedding(sparse=True)" in found["fsdp, sparse"]
@@ -150,6 +161,12 @@ def under_zero() -> dict[str, str]:
             said(DeepSpeed(stage=2), net, mixed_precision="no")
         return "".join(str(one.message) for one in told if "mixed_precision" in str(one.message))
 
+    def frozen_in_a_pass() -> None:
+        acc, net = Accelerator(cpu=True, strategy=DeepSpeed(stage=2)), nn.Linear(2, 2)
+        model, _ = acc.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        net.bias.requires_grad_(False)
+        acc.backward(model(torch.ones(1, 2)).sum())
+
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model, optimizer = prepared(1)
     return {
@@ -160,6 +177,7 @@ def under_zero() -> dict[str, str]:
         "group": caught(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
         "weights": caught(lambda: model.load_state_dict(model.state_dict())),
         "shards": caught(lambda: (lambda one: one.load_state_dict(one.state_dict()))(prepared(3)[0])),
+        "frozen": caught(frozen_in_a_pass),
         "empty": said(DeepSpeed(stage=3), with_parameter(torch.empty(0))),
         "two types": said(DeepSpeed(stage=3), two_types()),
         "norm": said(DeepSpeed(stage=2), norm, mixed_precision="bf16"),
@@ -179,6 +197,7 @@ def test_what_zero_cannot_do_is_named() -> None:
         assert "add_param_group cannot go with ZeRO" in found["group"]
         assert "acc.load_model(model, folder)" in found["weights"]
         assert found["shards"] == found["weights"]
+        assert found["frozen"].startswith("'bias' learned when the model was prepared and does not now")
         assert "odd is a parameter without elements" in found["empty"]
         assert "0.bias is torch.float32 and 1.bias is torch.float64" in found["two types"]
         assert "1 is a BatchNorm1d" in found["norm"]

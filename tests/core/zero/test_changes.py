@@ -44,10 +44,11 @@ def gathered(model: Any) -> Any:
 
 
 def trained(
-    strategy: object, change: Any, *, gathers: bool = False, precision: str = "no"
+    strategy: object, change: Any, *, gathers: bool = False, precision: str = "no", returns: bool = False
 ) -> dict[str, list[float]]:
-    """The weights after three steps, each followed by the change, the last one too."""
+    """The weights after three steps, each followed by the change, the last one too; as a launch `returns` them."""
     from nbaccel.core import Accelerator
+    from nbaccel.rank.returned import make_whole
 
     acc = Accelerator(cpu=True, strategy=strategy, mixed_precision=precision)
     torch.manual_seed(7)
@@ -62,7 +63,10 @@ def trained(
         inner = acc.unwrap_model(model)
         with gathered(inner) if gathers else contextlib.nullcontext():
             change(inner)
-    return {name: value.float().flatten().tolist() for name, value in acc.get_state_dict(model).items()}
+    if returns:
+        make_whole(inner, keep=True)
+    state = inner.state_dict() if returns else acc.get_state_dict(model)
+    return {name: value.float().flatten().tolist() for name, value in state.items()}
 
 
 CHANGES = (clipped, begun_anew, averaged)
@@ -77,6 +81,7 @@ def under_zero() -> tuple[list[Any], dict[str, list[float]], list[str]]:
     found = [each(strategy) for strategy in asked]
     sharded = DeepSpeed(stage=3, param_persistence_threshold=7)
     found.append([trained(sharded, change, gathers=True) for change in CHANGES[:2]])
+    found += [[trained(one, clipped, gathers=True, returns=True)] for one in (asked[0], sharded)]
     said = []
     for change in CHANGES[:2]:
         with pytest.raises(ConfigError) as refused:
