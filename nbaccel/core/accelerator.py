@@ -25,7 +25,9 @@ from nbaccel.core.assembly import (
     choose_strategy,
     ddp_options,
     fp8_options,
+    loader_options,
     make_control,
+    scheduler_repeat,
     split_trackers,
 )
 from nbaccel.core.checkpoint import Loaded
@@ -207,29 +209,13 @@ class Accelerator(Processes):
             resume=config.resume,
         )
         self._talk = Communicator(loop, config.check_collectives or "sampled")
-        self._log = Logbook(
-            world,
-            wanted=(*(config.log_with or ()), *trackers),
-            folder=config.project_dir,
-            reduce=self._talk.reduce,
-            step=lambda: loop.steps,
-            led=lambda: loop.led,
-        )
-        loop.after_pass = self._log.flush
-        occasions.at_call_end(self._log.returned)
+        self._log = self._open_logbook(trackers)
         trust = None
         if watched if config.verify is None else config.verify:
             trust = TrustChecks(loop, self.strategy.unwrap)
             loop.watch(trust)
         self._regrouping = Regrouping(loop, trust, self._saving.loaders)
-        self._loader_options: dict[str, Any] = {
-            "split_batches": bool(config.split_batches),
-            "even_batches": bool(config.even_batches),
-            "dispatch": bool(config.dispatch_batches),
-            "shard": shard or config.shard or "interleaved",
-            "per_sample_seed": bool(config.per_sample_seed),
-            "seed": config.seed,
-        }
+        self._loader_options = loader_options(config, shard)
         self._preparing = Preparing(
             loop,
             self._saving,
@@ -238,13 +224,25 @@ class Accelerator(Processes):
             compile=config.compile,
             loader_options=self._loader_options,
             scheduler_follows=config.step_scheduler_with_optimizer is not False,
-            scheduler_repeat=world.size
-            if config.scheduler_steps == "per_rank" and not config.split_batches
-            else 1,
+            scheduler_repeat=scheduler_repeat(config, world),
             trust=trust,
             chooser=self._auto,
         )
         self._micro_steps = MicroSteps(loop, self._preparing.prepared_or_same)
+
+    def _open_logbook(self, trackers: Sequence[Tracker]) -> Logbook:
+        config, loop = self.config, self._loop
+        logbook = Logbook(
+            self.world,
+            wanted=(*(config.log_with or ()), *trackers),
+            folder=config.project_dir,
+            reduce=self._talk.reduce,
+            step=lambda: loop.steps,
+            led=lambda: loop.led,
+        )
+        loop.after_pass = logbook.flushing()
+        occasions.at_call_end(logbook.returned)
+        return logbook
 
     # Who and where -----------------------------------------------------------------------------------
 
@@ -394,10 +392,11 @@ class Accelerator(Processes):
 
         Args:
             weight: `loss` is a sum over this many units (tokens): the window's gradient becomes that of
-                the mean over all units of all ranks.
+                the mean over all units of all ranks. Without accumulation each backward is a mean by itself, and
+                several before a step add up.
 
         Raises:
-            ConfigError: the loss is not one number.
+            ConfigError: the loss is not one number; with accumulation, a second weight in a micro-step.
         """
         loop = self._loop
         if weight is None and loop.simple:

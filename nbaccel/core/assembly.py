@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbaccel.config import RunConfig, combine, duration_seconds
+from nbaccel.core.data import Shard
 from nbaccel.core.loop.control import Choices, Control
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.precision import Precision
@@ -17,6 +18,7 @@ from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
+from nbaccel.layout import refuse_idle
 from nbaccel.parallel import (
     FSDP,
     ContextParallel,
@@ -36,20 +38,13 @@ __all__ = [
     "choose_strategy",
     "ddp_options",
     "fp8_options",
+    "loader_options",
     "make_control",
+    "scheduler_repeat",
     "split_trackers",
 ]
 
 _PLACE = "Accelerator(...)"
-_OPTIONS_OF = {
-    "fsdp": ("fsdp",),
-    "tensor_parallel": ("tensor_parallel", "fsdp"),
-    "context_parallel": ("context_parallel", "fsdp"),
-    "deepspeed": ("deepspeed",),
-    "pipeline": ("pipeline",),
-    "megatron": ("megatron",),
-}
-"""Keys that hold a strategy's options, with the strategies that read them."""
 
 
 def asked_config(launched: RunConfig, **arguments: Any) -> RunConfig:
@@ -101,7 +96,7 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         raise ConfigError(
             f"strategy='single' was asked for, but there are {world.size} ranks; use 'ddp' or launch one"
         )
-    _check_options(config)
+    refuse_idle(config)
     if world.device.type == "xla":
         return _on_xla(config, world)
     if name == "xla" or config.xla_spmd:
@@ -200,18 +195,6 @@ def _pipeline(config: RunConfig, world: World, precision: Precision, *, accumula
     return PipelineParallelism(world, options=options, accumulates=accumulates)
 
 
-def _check_options(config: RunConfig) -> None:
-    """Options of a strategy that is not the one in force would be ignored."""
-    for options, strategies in _OPTIONS_OF.items():
-        if getattr(config, options) is not None and config.strategy not in strategies:
-            place = config.sources.get(options, "an unnamed place")
-            asked = repr(config.strategy) if config.strategy else "not given"
-            raise ConfigError(
-                f"{options} (from {place}) holds options of strategy {strategies[0]!r}, but strategy is {asked}; ask "
-                f"for strategy={strategies[0]!r} too, or leave {options} out"
-            )
-
-
 def _check_half(precision: Precision, strategy: str) -> None:
     if precision.kind == "fp16" and precision.device_type == "cpu":
         raise ConfigError(
@@ -266,6 +249,27 @@ def fp8_options(config: RunConfig, given: FP8Options | None) -> FP8Options | Non
             "'fp8' too, or leave fp8 out"
         )
     return options
+
+
+def loader_options(config: RunConfig, shard: Shard | None) -> dict[str, Any]:
+    """Of `ShardedLoader`, for the loaders that will be prepared.
+
+    Args:
+        shard: the Accelerator's argument, which may be a function.
+    """
+    return {
+        "split_batches": bool(config.split_batches),
+        "even_batches": bool(config.even_batches),
+        "dispatch": bool(config.dispatch_batches),
+        "shard": shard or config.shard or "interleaved",
+        "per_sample_seed": bool(config.per_sample_seed),
+        "seed": config.seed,
+    }
+
+
+def scheduler_repeat(config: RunConfig, world: World) -> int:
+    """Scheduler steps per optimizer step."""
+    return world.size if config.scheduler_steps == "per_rank" and not config.split_batches else 1
 
 
 def choices(precision: Precision, strategy: Strategy) -> Choices:

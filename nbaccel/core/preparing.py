@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from nbaccel.core.comm.collectives import gather_object
+from nbaccel.core.comm.frames import digest
 from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.loop import Loop
 from nbaccel.core.loop.trust import TrustChecks
@@ -26,7 +29,7 @@ from nbaccel.core.nested import leaves, map_leaves
 from nbaccel.core.precision import Precision, choose_precision, probe_hardware
 from nbaccel.core.saving import Saving
 from nbaccel.core.world import World
-from nbaccel.errors import ConfigError
+from nbaccel.errors import ConfigError, TrustError
 
 __all__ = ["Chooser", "Preparing"]
 
@@ -171,6 +174,8 @@ class Preparing:
         if evaluation_mode:
             wrapped = inner.to(self._device) if place else inner
         else:
+            if loop.strategy.replicates and loop.world.size > 1:
+                _check_equal(inner, loop.world)
             wrapped = self._spread(model, optimizers, place)
             loop.learning.spread(wrapped)
         plain = loop.strategy.handles_precision and not evaluation_mode
@@ -274,6 +279,35 @@ class Preparing:
             listed.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _check_equal(model: nn.Module, world: World) -> None:
+    """Compares the ranks' parameters by name, shape and type, since whatever copies or averages them would wait or
+    mix them up.
+
+    Raises:
+        TrustError: they differ; the first that does is named.
+    """
+    mine = [_described(name, parameter) for name, parameter in model.named_parameters()]
+    if len(set(gather_object(digest("\n".join(mine)), world=world))) == 1:
+        return
+    told = gather_object(mine, world=world)
+    other = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
+    pairs = itertools.zip_longest(told[0], told[other], fillvalue="no such parameter")
+    first, second = next((one, another) for one, another in pairs if one != another)
+    raise TrustError(
+        f"the ranks prepared different models: rank 0 has {first} and rank {other} {second} in a "
+        f"{type(model).__name__}. Every rank must make the same model; look for a branch on the rank, or for a size "
+        "that is read from a rank's part of the data."
+    )
+
+
+def _described(name: str, parameter: torch.Tensor) -> str:
+    if nn.parameter.is_lazy(parameter):
+        return f"{name!r} (lazy)"
+    return f"{name!r} {list(parameter.shape)} of {str(parameter.dtype).removeprefix('torch.')}" + (
+        "" if parameter.requires_grad else " (frozen)"
+    )
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

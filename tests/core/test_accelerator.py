@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import itertools
+import os
 import warnings
 import weakref
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nbaccel.core import Accelerator, DDPOptions, ScalerOptions
-from nbaccel.errors import ConfigError
+from nbaccel.errors import ConfigError, TrustError
 
 PRIME = 67  # samples: no batch size divides it
 
@@ -367,6 +368,22 @@ def test_names_when_the_peer_has_them_are_built_or_refused_by_name():
             assert hasattr(acc, name), name
 
 
+def test_names_of_loaders_when_the_peer_has_them_are_built_or_refused_by_name():
+    import accelerate
+
+    loader = DataLoader([1.0, 2.0], batch_size=2)
+    theirs = accelerate.Accelerator(cpu=True).prepare(loader)
+    ours = Accelerator(cpu=True).prepare(loader)
+    names = {*dir(type(theirs)), *vars(theirs)}  # its dir() is that of a DataLoader
+    lacking = {name for name in names if not name.startswith("_") and not hasattr(ours, name)}
+    assert lacking >= {"remainder", "total_dataset_length"}
+    for name in lacking:
+        with pytest.raises(AttributeError, match=f"loader.{name} (is|does) "):
+            getattr(ours, name)
+    with pytest.raises(AttributeError, match="'DataLoader' object has no attribute 'sample'"):
+        _ = ours.sample
+
+
 @pytest.mark.parametrize("name", ["fsdp_plugin", "kwargs_handlers", "dataloader_config"])
 def test_arguments_when_the_peers_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=name):
@@ -484,3 +501,30 @@ def test_gather_for_metrics_when_the_loader_has_no_length():
 class Endless(IterableDataset):
     def __iter__(self):
         return itertools.count()
+
+
+def _unequal_models():
+    acc, apart = Accelerator(cpu=True), int(os.environ["RANK"]) == 1
+    frozen = nn.Linear(2, 1).requires_grad_(not apart)
+    told = []
+    for model in (nn.Linear(3 if apart else 2, 1), frozen, nn.Sequential(*[nn.Linear(2, 2)] * (1 - apart))):
+        with pytest.raises(TrustError) as raised:
+            acc.prepare(model)
+        told.append(str(raised.value))
+    return told
+
+
+def test_prepare_when_the_ranks_models_differ_names_the_parameter():
+    told = run_ranks(_unequal_models)
+    assert told[0] == told[1]
+    for text, words in zip(
+        told[0],
+        (
+            "rank 0 has 'weight' [1, 2] of float32 and rank 1 'weight' [1, 3] of float32 in a Linear",
+            "rank 1 'weight' [1, 2] of float32 (frozen)",
+            "rank 0 has '0.weight' [2, 2] of float32 and rank 1 no such parameter",
+        ),
+        strict=True,
+    ):
+        assert words in text
+        assert "a branch on the rank" in text

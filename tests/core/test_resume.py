@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -230,6 +231,35 @@ def test_loop_that_reads_by_next_when_resumed_is_told_why_and_goes_on_by_load_st
     assert "behind the run. " in str(last)
     assert "accelerator.load_state() after prepare" in str(last)
     assert _by_next(tmp_path / "cut", None, "load") == whole
+
+
+@pytest.mark.parametrize("how", ["resume", "load_state"])
+def test_place_when_a_batch_is_looked_at_before_the_resumed_loop_is_kept(tmp_path, how, capsys):
+    def prepared(**options):
+        acc = Accelerator(cpu=True, project_dir=tmp_path, **options)
+        model = nn.Linear(1, 1)
+        loader = DataLoader(torch.arange(20.0).reshape(-1, 1), batch_size=2, shuffle=True)
+        return acc, *acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+
+    acc, model, optimizer, loader = prepared()
+    seen = []
+    for batch in loader:
+        seen += batch.flatten().tolist()
+        acc.step(model(batch).mean(), optimizer)
+        if acc.steps == 4:
+            acc.save_state()
+            break
+    acc, model, optimizer, loader = prepared(resume="auto" if how == "resume" else None)
+    if how == "load_state":
+        acc.load_state()
+    looked_at = [next(iter(loader)).flatten().tolist() for _ in range(2)]
+    assert "the 2 sample(s) taken from it" in capsys.readouterr().out
+    batches = [(acc.step(model(batch).mean(), optimizer), batch.flatten().tolist())[1] for batch in loader]
+    assert looked_at == [batches[0]] * 2
+    assert sorted([*seen, *itertools.chain(*batches)]) == list(range(20))
+    next(iter(loader))  # of the next epoch, as in a run that was not resumed
+    assert [len(batch) for batch in loader] == [2] * 10
+    assert loader.next_epoch == 3
 
 
 def _by_curriculum(folder, stop, *, skips=False, again=False):

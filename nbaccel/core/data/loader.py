@@ -17,15 +17,14 @@ from torch.utils.data import DataLoader
 
 from nbaccel.core.data.agreement import agree, make_layout, warn_of_disorder, warn_of_tails
 from nbaccel.core.data.dispatch import Receiver, Sender
-from nbaccel.core.data.iterable import Origin
+from nbaccel.core.data.place import Place
 from nbaccel.core.data.plan import Shard, Share, num_batches
 from nbaccel.core.data.reading import MapReader, Reader, StreamBatches
-from nbaccel.core.data.sampling import load_sampler_state, sampler_state, set_sampler_epoch
 from nbaccel.core.data.source import read_dataloader
-from nbaccel.core.data.state import Position, skipped
 from nbaccel.core.data.transfer import Transfer
 from nbaccel.core.data.upload import Upload
 from nbaccel.core.data.wires import connect_wires
+from nbaccel.core.refused import LOADER
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.wire import events
@@ -119,23 +118,22 @@ class ShardedLoader:
         self._per_rank = shard == "none"
         self._seeded = per_sample_seed
         self._loop = loop
-        self.seed = agree(source, self._layout, world, seed, (dispatch, split_batches, per_sample_seed))
+        self._place = Place(
+            source,
+            self._layout,
+            axis,
+            seed=agree(source, self._layout, world, seed, (dispatch, split_batches, per_sample_seed)),
+            seeded=per_sample_seed,
+            per_rank=self._per_rank,
+            workers=dataloader.num_workers,
+            where=f"loader {name!r} on rank {world.rank}",
+        )
         self._reader = self._make_reader()
         wires = connect_wires(world) if self._dispatch else {}
         self._sender = Sender(wires) if wires and world.rank == 0 else None
         self._receiver = Receiver(world, wires[0]) if wires and world.rank else None
         self._transfer = Transfer(self.device, upload)
-        self._epoch = self._samples = self._cursor = self._passes = self._steps = 0
-        self._entries = self._repeated = 0
-        self._sampler_start: dict[str, Any] | None = None
-        self._stream: dict[str, Any] | None = None
-        self._nodes = self._layout.nodes
-        self._total = source.total
-        self.remeasured = 0
-        """Samples of the data set as the last pass found it, where it was another number when the ranks compared it;
-        else 0."""
-        self._started = False
-        self._resume: Position | None = None
+        self._passes = self._steps = self._entries = self._repeated = 0
         self._share: Share | None = None
         self._emitted, self._unsent = 0.0, False
         self.data_seconds = 0.0
@@ -148,7 +146,7 @@ class ShardedLoader:
 
     def __iter__(self) -> Generator[Any, None, str | None]:
         self._passes += 1
-        loop, clock, number = self._loop, time.perf_counter, self._passes
+        loop, place, clock, number = self._loop, self._place, time.perf_counter, self._passes
         try:
             reads = self._begin()
             while True:
@@ -162,7 +160,7 @@ class ShardedLoader:
                 started = clock()
                 read = next(reads, None)
                 if read is None:
-                    self._rewind(self._epoch + 1)
+                    place.rewind(place.epoch + 1)
                     return None
                 share = read[1]
                 arrived = clock()
@@ -170,12 +168,12 @@ class ShardedLoader:
                 self._share = share
                 self._entries += share.samples + share.repeated
                 self._repeated += share.repeated
-                self._cursor = share.cursor
+                place.cursor = share.cursor
                 counted = share.global_samples
-                self._samples += share.samples if counted is None else counted
+                place.samples += share.samples if counted is None else counted
                 self._steps += 1
                 if share.origin is not None:
-                    self._remember(share.origin)
+                    place.remember(share.origin)
                 if events.active():
                     self._emit(arrived, share.last)
                 yield read[0]
@@ -189,7 +187,7 @@ class ShardedLoader:
         Raises:
             TypeError: the data set or sampler has no length.
         """
-        total = self._units()
+        total = self._place.units()
         if total is None:
             raise TypeError(f"the length of this loader is unknown: its {self._source.kind} has no __len__")
         return num_batches(self._layout, total)
@@ -197,17 +195,33 @@ class ShardedLoader:
     @property
     def next_epoch(self) -> int:
         """The epoch of the next pass."""
-        return self._epoch + (self._started and self._resume is None)
+        return self._place.next_epoch
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the next pass begins where `load_state_dict` or `skip_batches` has set it."""
+        return self._place.resumes
 
     @property
     def epoch(self) -> int:
         """The epoch of the pass in progress, or of the next one."""
-        return self._epoch
+        return self._place.epoch
+
+    @property
+    def seed(self) -> int:
+        """Of the epochs' orders."""
+        return self._place.seed
 
     @property
     def position(self) -> int:
         """Samples of this epoch the loop has consumed, over all ranks (of this rank with shard="none")."""
-        return self._samples
+        return self._place.samples
+
+    @property
+    def remeasured(self) -> int:
+        """Samples of the data set as the last pass found it, where it was another number when the ranks compared it;
+        else 0."""
+        return self._place.remeasured
 
     @property
     def at_end(self) -> bool:
@@ -259,7 +273,7 @@ class ShardedLoader:
     @property
     def total_samples(self) -> int | None:
         """Samples an epoch gives over all ranks; None when unknown."""
-        total, batch = self._units(), self._layout.global_batch
+        total, batch = self._place.units(), self._layout.global_batch
         if total is None or self._source.kind == "batch_sampler" or self._per_rank:
             return None
         return total - total % batch if self._layout.drop_last else total
@@ -272,7 +286,7 @@ class ShardedLoader:
     @property
     def ends_thin(self) -> bool:
         """Whether some rank has one sample or none of its own in the last batch of an epoch, and a batch more."""
-        total, layout = self._units(), self._layout
+        total, layout = self._place.units(), self._layout
         if total is None or self._source.batch_size is None or layout.drop_last or layout.even_batches:
             return False
         return 0 < total % layout.global_batch < 2 * layout.size and layout.global_batch >= 2 * layout.size
@@ -307,7 +321,12 @@ class ShardedLoader:
         """What else the user's DataLoader has: `batch_size`, `sampler`, `batch_sampler`, `num_workers`, …"""
         if name == "dataloader" or name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.dataloader, name)
+        try:
+            return getattr(self.dataloader, name)
+        except AttributeError:
+            if name in LOADER:
+                raise AttributeError(f"loader.{name} {LOADER[name]}") from None
+            raise
 
     @property
     def transfer_seconds(self) -> float:
@@ -327,7 +346,7 @@ class ShardedLoader:
         So it is after a `break` too: what resumes reads the rest of the epoch, where the next pass here is that of the
         next one.
         """
-        return self._position().to_dict()
+        return self._place.position().to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass go on where `state` was taken, on any number of ranks.
@@ -336,25 +355,11 @@ class ShardedLoader:
             CheckpointError: not a loader's state, or one of another data set or sampler.
             ConfigError: it belongs to one rank or worker, and those are others now.
         """
-        position = Position.from_dict(state)
-        where = f"loader {self.name!r} on rank {self.world.rank}"
-        position.check_fits(self._position(), where=where)
-        position.check_stream(self.dataloader.num_workers, where=where)
-        self._resume = position
-        self.seed = position.seed
-        self._epoch, self._samples, self._cursor = position.epoch, position.samples, position.cursor
-        self._sampler_start, self._stream = position.sampler, position.stream
-        self._nodes = position.nodes if position.cursor else self._layout.nodes
-        self._started = False
+        self._place.load(state)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of `epoch`. The place `load_state_dict` set in that same epoch is kept."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ConfigError(f"an epoch must be an int of at least 0, not {epoch!r}")
-        if self._resume is not None and self._resume.epoch == epoch:
-            return
-        self._resume = None
-        self._rewind(epoch)
+        self._place.set_epoch(epoch)
 
     def skip_batches(self, count: int) -> None:
         """Let the next pass begin `count` batches further on than it would; map-style samples are not read.
@@ -362,50 +367,7 @@ class ShardedLoader:
         Raises:
             ConfigError: not a number of batches, or an iterable data set read by loader workers.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"skip_batches takes a number of batches of at least 0, not {count!r}")
-        if self._resume is None:
-            self._rewind(self._epoch + self._started)
-        before = self._position()
-        if before.kind == "stream" and self.dataloader.num_workers:
-            raise ConfigError(
-                "skip_batches over an iterable data set needs num_workers=0; its state_dict does not"
-            )
-        units = count * self._layout.global_batch
-        if before.total is not None:
-            units = min(units, before.total - before.cursor)
-        self.load_state_dict(skipped(before, units, self._source.sampler).to_dict())
-
-    def _rewind(self, epoch: int) -> None:
-        self._epoch, self._samples, self._cursor = epoch, 0, 0
-        self._stream, self._nodes, self._started = None, self._layout.nodes, False
-
-    def _units(self) -> int | None:
-        """Units of the pass in progress, or of the next one."""
-        measure = self._source.measure
-        return self._total if measure is None or self._started else measure()
-
-    def _position(self) -> Position:
-        source = self._source
-        sampler = self._sampler_start
-        if source.sampler is not None and not self._started and self._resume is None:
-            sampler = sampler_state(source.sampler)
-        return Position(
-            epoch=self._epoch,
-            samples=self._samples,
-            cursor=self._cursor,
-            seed=self.seed,
-            kind=source.kind,
-            total=self._units(),
-            shuffle=source.shuffle,
-            nodes=self._nodes,
-            per_rank=self._per_rank,
-            rank=self._axis.rank,
-            size=self._axis.size,
-            seeded=self._seeded,
-            sampler=sampler,
-            stream=self._stream,
-        )
+        self._place.skip(count)
 
     def _make_reader(self) -> Reader:
         kind = StreamBatches if self._source.kind == "stream" else MapReader
@@ -418,58 +380,33 @@ class ShardedLoader:
     def _begin(self) -> Iterator[tuple[Any, Share]]:
         if self._loop is not None:
             self._loop.began(self)
-        sampler, resume = self._source.sampler, self._resume
-        if resume is None:
-            self._rewind(self._epoch + self._started)
-            if sampler is not None:
-                self._sampler_start = sampler_state(sampler)
-        else:
-            # The data set may have grown or shrunk since the state was loaded.
-            if resume.total != self._units():
-                resume.check_fits(self._position(), where=f"loader {self.name!r} on rank {self.world.rank}")
-            if sampler is not None and resume.sampler is not None:
-                load_sampler_state(sampler, resume.sampler)
-        self._total = self._units()
-        self.remeasured = (self._total or 0) if self._total != self._source.total else 0
-        self._resume, self._started, self._share = None, True, None
+        place, self._share = self._place, None
+        place.begin()
         self._entries = self._repeated = 0
-        self._steps = -(-self._cursor // self._layout.global_batch)
-        if sampler is not None:
-            set_sampler_epoch(sampler, self._epoch)
+        self._steps = -(-place.cursor // self._layout.global_batch)
         if callable(getattr(self.dataset, "set_epoch", None)):
-            self.dataset.set_epoch(self._epoch)
+            self.dataset.set_epoch(place.epoch)
         if self._receiver is not None:
             reads = self._received(self._receiver)
         else:
-            reads = self._reader.read(self._position())
+            reads = self._reader.read(place.position())
             if self._sender is not None:
                 reads = self._sent(reads, self._sender)
         return self._transfer.moved(reads)
-
-    def _remember(self, origin: Origin) -> None:
-        """Keep where an iterable data set stood after the batch that is now in hand."""
-        workers = self.dataloader.num_workers
-        if self._stream is None:
-            self._stream = {"workers": workers, "next": 0, "consumed": {}, "states": {}, "ended": {}}
-        self._stream["consumed"][origin.worker] = origin.consumed
-        self._stream["states"][origin.worker] = origin.state
-        self._stream["ended"][origin.worker] = origin.ended
-        self._stream["next"] = (origin.worker + 1) % max(1, workers)
-        self._cursor = self._samples
 
     def _emit(self, now: float, last: bool) -> None:
         self._unsent = True
         if now - self._emitted < _EMIT_EVERY and not last:
             return
         self._emitted, self._unsent = now, False
-        total = None if self._total is None else len(self)
+        total = None if self._place.total is None else len(self)
         times = None if self._loop is None else self._loop.times(self)
         events.emit(
             events.Progress(
                 name=self.name,
                 step=self._steps,
                 total=total,
-                epoch=self._epoch,
+                epoch=self._place.epoch,
                 unit="batch",
                 times=times,
                 workers=self.dataloader.num_workers,

@@ -106,13 +106,13 @@ class Position:
                 f"{where}: saved on {self.nodes} node(s), going on with {other.nodes}: the rest of epoch "
                 f"{self.epoch} keeps the old order, so a node reads samples of others' parts until the next "
                 "epoch.",
-                stacklevel=3,
+                stacklevel=4,
             )
         if self.seeded != other.seeded and self.cursor:
             warnings.warn(
                 f"{where}: per_sample_seed was {self.seeded} when saved and is {other.seeded} now; random "
                 "augmentation will not continue as it would have.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def check_stream(self, workers: int, *, where: str) -> None:
@@ -141,7 +141,7 @@ class Position:
                 f"{where}: its iterable data set cannot say where it is (no state_dict), so {unknown} "
                 "samples will be read and dropped before the first batch. They repeat exactly only if the "
                 "data set yields the same samples again.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -8,11 +8,13 @@ Away from the tail this is 1 / (micro-steps per window).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, final
 
 import torch
 from torch import nn
+
+from nbaccel.errors import ConfigError
 
 __all__ = ["BatchInfo", "LossWeighting", "Window"]
 
@@ -63,6 +65,7 @@ class Window:
         "open",
         "owed",
         "sync",
+        "weighed_at",
         "weights",
     )
 
@@ -88,6 +91,8 @@ class Window:
         """What the gradients must still be multiplied with, once the window's last backward is done."""
         self.weights: float | torch.Tensor | None = None
         """Sum of the explicit weights of this window's losses on this rank."""
+        self.weighed_at = 0
+        """The micro-step that the last of them was given in."""
         self._planned = self._seen = 0.0
         self._equal = weighting == "equal"
 
@@ -124,6 +129,20 @@ class Window:
         """The next micro-step is the first of another window."""
         self.micro, self.sync, self.dirty, self.weights, self.owed = 0, True, False, None, 1.0
         self.open = False
+
+    def check_alone(self, windows: Iterable[Window], rank: int) -> None:
+        """Refuses to multiply the gradients of this window's models where another one has some among them.
+
+        Raises:
+            ConfigError: it has, and is not finished.
+        """
+        for other in windows:
+            if other is not self and other.dirty and not set(self.models).isdisjoint(other.models):
+                raise ConfigError(
+                    f"backward on rank {rank}: the gradients of a window over {len(self.models)} model(s) are to be "
+                    "weighed, and among them are some of another window that is not finished. Name the models of each "
+                    "micro-step, `with accelerator.accumulate(model):`, so that no model is in two windows at once"
+                )
 
     def tail_factor(self, loader: BatchInfo | None) -> float:
         """The factor of a window of one micro-step: 1 unless the ranks' batches are unequal."""

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol, final
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from nbaccel.core.comm.frames import exchange_objects
@@ -17,6 +16,7 @@ from nbaccel.core.data import ShardedLoader
 from nbaccel.core.loop.accumulate import LossWeighting, Window
 from nbaccel.core.loop.control import Control
 from nbaccel.core.loop.learning import Learning
+from nbaccel.core.loop.losses import EVERY_OR_NONE, UNEVEN, GivenWeights, check_one_number
 from nbaccel.core.loop.resuming import Resuming
 from nbaccel.core.loop.scaling import Scaling
 from nbaccel.core.loop.step_times import Stopwatch
@@ -109,7 +109,7 @@ class Loop:
         self._thin = ThinBatches()
         self._in_turns = False
         self._unled_steps = 0
-        self._weighted: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._given_weights = GivenWeights(world, strategy, stopwatch)
         self._choose_paths()
 
     def _choose_paths(self) -> None:
@@ -175,6 +175,7 @@ class Loop:
                     for parameter in model.parameters():
                         parameter.grad = None
             window.drop()
+        self.resuming.regroup()
         if self.scaling is not None:
             self.scaling.drop()
 
@@ -202,7 +203,8 @@ class Loop:
         self.before_pass(loader)
         if loader in self.loaders:  # an iterator over it is held, and gets no further batch
             self.loaders.remove(loader)
-        self.resuming.began(loader, self.steps, outermost=not self.loaders)
+        counts = self.led and self.unfinished is None
+        self.resuming.began(loader, self.steps, outermost=not self.loaders, counts=counts)
         if not self.strategy.plain:
             self.learning.look()
         if self.stopwatch is not None:
@@ -296,7 +298,7 @@ class Loop:
                 watch.backward += _clock() - started
         except (RuntimeError, AttributeError):
             # Looked at afterwards, so that it costs nothing: torch refuses before it computes.
-            _check_one_number(loss, kwargs)
+            check_one_number(loss, kwargs)
             raise
 
     def backward(
@@ -307,21 +309,21 @@ class Loop:
         Raises:
             ConfigError: the loss is not one number.
         """
-        _check_one_number(loss, kwargs)
+        check_one_number(loss, kwargs)
         if not self.window.open:
             self._step_outside()
         window = self.window
         if window.length > 1 and weight is None:
             window.dirty = True
         if weight is not None:
+            if self.uneven and self._several:
+                raise ConfigError(UNEVEN.format(rank=self.world.rank))
             if self._is_filler():
                 loss, weight = loss * 0.0, weight * 0.0
-            self._add_weight(window, weight)
+            loss = self._given_weights.weigh(loss, weight, window, self.windows.values())
         else:
             if window.weights is not None:
-                raise ConfigError(
-                    "backward(weight=...) must be given for every loss of a window, or for none"
-                )
+                raise ConfigError(EVERY_OR_NONE.format(rank=self.world.rank))
             if window.factor != 1.0:
                 loss = loss * window.factor
         if self.scaling is not None:
@@ -331,9 +333,10 @@ class Loop:
             self.strategy.backward(loss, window.models, kwargs)
         else:
             self._timed_backward(self.stopwatch, loss, kwargs)
-        if self._weighted is not None:
-            self._divide_by_weights(window)
+        if weight is not None:
+            self._given_weights.divide(window)
         elif window.owed != 1.0:
+            window.check_alone(self.windows.values(), self.world.rank)
             self.strategy.scale_gradients(window.models, window.settle())
         if self._observer is not None:
             self._observer.backward()
@@ -390,57 +393,12 @@ class Loop:
         if device is not None:
             device.add("backward", event)
 
-    def _add_weight(self, window: Window, weight: float | torch.Tensor) -> None:
-        """Notes a loss that is a sum over `weight` units; at the window's end the ranks add up their weights."""
-        if window.weights is None and window.dirty:
-            raise ConfigError("backward(weight=...) must be given for every loss of a window, or for none")
-        if window.weights is None:
-            window.weights = 0.0
-        window.dirty = True
-        window.weights = window.weights + (weight.detach() if isinstance(weight, torch.Tensor) else weight)
-        if not window.sync:
-            return
-        if self._weighted is not None:
-            raise ConfigError("backward(weight=...) was called twice in the last micro-step of a window")
-        total = torch.as_tensor(
-            window.weights, dtype=torch.float32 if self._lacks_doubles(weight) else torch.float64
-        )
-        total = total.reshape(1).clone()
-        if total.device.type == "cpu":
-            total = total.to(self.world.control_device)
-        # Runs while backward computes.
-        work = self.strategy.add_over_ranks(total) if self.world.size > 1 else None
-        self._weighted = (total, work)
-
     def _is_filler(self) -> bool:
         """Whether the batch in hand only keeps this rank's step like the others'."""
         loader = self.loader
         if loader is None or loader.even_batches:
             return False
         return loader.batch_samples == 0 and loader.batch_repeated > 0
-
-    @staticmethod
-    def _lacks_doubles(weight: object) -> bool:
-        """Whether it is on a device that has no float64, or emulates them (XLA on TPUs)."""
-        return isinstance(weight, torch.Tensor) and weight.device.type in ("mps", "xla")
-
-    def _divide_by_weights(self, window: Window) -> None:
-        assert self._weighted is not None
-        total, work = self._weighted
-        self._weighted = None
-        if work is not None:
-            work.wait()
-        ratio: float | torch.Tensor
-        if total.device.type == "cpu":
-            total_weight = total.item()
-            if total_weight <= 0:
-                raise ConfigError(f"the weights of a window add up to {total_weight}; they must be above 0")
-            ratio = self.world.size / total_weight
-        else:
-            ratio = (self.world.size / total).to(torch.float32).squeeze(0)
-        self.strategy.scale_gradients(window.models, ratio)
-        if window.length == 1:
-            window.weights, window.dirty = None, False
 
     # The optimizer -----------------------------------------------------------------------------------
 
@@ -498,18 +456,6 @@ class Loop:
         """The scaler's pending update, so that its state can be saved."""
         if self.scaling is not None:
             self.scaling.update()
-
-
-def _check_one_number(loss: object, kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(loss, torch.Tensor):
-        raise ConfigError(
-            f"backward needs a loss: a tensor of one number. It was given a {type(loss).__name__}; of a model's output "
-            "give the loss in it, and no .item()"
-        )
-    if loss.ndim and loss.numel() != 1 and "gradient" not in kwargs:
-        raise ConfigError(
-            f"backward needs a loss of one number; this one has shape {list(loss.shape)}. Take its mean."
-        )
 
 
 def _nothing(*_: Any) -> None:

@@ -45,6 +45,8 @@ class Resuming:
         """The loader in whose pass the optimizer has stepped last."""
         self._scheduled_at = -1  # optimizer steps when a scheduler stepped last
         self._steps_before = 0  # and when that pass began
+        self._set: tuple[ShardedLoader, int, Mapping[str, Any]] | None = None
+        """The last pass that began where it was set to: its loader, the optimizer steps then, and the place."""
 
     def __bool__(self) -> bool:
         """Whether passes are still to be left out."""
@@ -81,8 +83,11 @@ class Resuming:
             "accelerator.load_state() after prepare: the next pass then goes on where the run stood."
         )
 
-    def began(self, loader: ShardedLoader, steps: int, *, outermost: bool) -> None:
+    def began(self, loader: ShardedLoader, steps: int, *, outermost: bool, counts: bool) -> None:
         """A pass begins, after so many optimizer steps.
+
+        Args:
+            counts: whether all that was trained on is in these steps.
 
         Raises:
             CheckpointError: the loader, prepared since, is not the one that was saved.
@@ -93,6 +98,31 @@ class Resuming:
         if loader in self._through or self._trains(steps):
             self._go_on()
         self.active = loader in self._left
+        if counts:
+            self._give_back(loader, steps)
+
+    def regroup(self) -> None:
+        """Ranks have joined, which do not know what was looked at."""
+        self._set = None
+
+    def _give_back(self, loader: ShardedLoader, steps: int) -> None:
+        """Sets the loader again to where it was resumed, if batches were only looked at since: `next(iter(loader))`
+        before the loop is a pass too."""
+        if self._set is not None and self._set[0] is loader:
+            _, before, state = self._set
+            left_early = loader.epoch == state["epoch"] != loader.next_epoch
+            if before == steps and left_early:
+                taken = loader.position - state["samples"]
+                loader.load_state_dict(state)
+                if taken and loader.world.is_main:
+                    print(
+                        f"loader {loader.name!r} goes on from its resumed place: the {taken} sample(s) taken from it "
+                        "before this loop were given to no optimizer step",
+                        flush=True,
+                    )
+            self._set = None
+        if loader.resumes and not self.active:
+            self._set = loader, steps, loader.state_dict()
 
     def _trains(self, steps: int) -> bool:
         """Whether the pass that the checkpoint was saved in goes on, and has made steps."""

@@ -50,6 +50,10 @@ def _uneven():
             acc.backward(model(torch.ones(1, 2)).sum())
             optimizer.step()
             optimizer.zero_grad()
+        with pytest.raises(
+            ConfigError, match=rf"on rank {acc.process_index} adds up the weights .* no batches left"
+        ):
+            acc.backward(torch.ones((), requires_grad=True), weight=1)  # a forward would count in the join
     return acc.unwrap_model(model).weight.tolist()
 
 

@@ -231,3 +231,57 @@ def test_settings_when_set_on_the_peers_accelerator_are_ours():
     assert acc.gradient_accumulation_steps == 4
     with pytest.raises(ConfigError, match="cannot be set"):
         acc.sync_gradients = True
+
+
+def _weighed_apart():
+    """Gradients of weighted backwards by two models, whose units are 4 on rank 0 and 2 on rank 1."""
+    acc = Accelerator(cpu=True)
+    model, other = acc.prepare(_model(), _model())
+    x = torch.full((4 - 2 * acc.process_index, 1), 3.0)
+    acc.backward(model(x).sum(), weight=len(x))
+    acc.backward(model(x).sum(), weight=len(x))  # another loss: torch adds its gradients up
+    acc.backward(other(x).sum(), weight=torch.tensor(2.0 * len(x)))
+    return [acc.unwrap_model(one).weight.grad.item() for one in (model, other)]
+
+
+def test_weights_when_given_without_accumulation_leave_what_the_gradients_held():
+    assert _weighed_apart() == [6.0, 1.5]
+    assert run_ranks(_weighed_apart) == [[6.0, 1.5]] * 2
+
+
+@pytest.mark.parametrize("weight", ["4", torch.ones(2), 0, float("nan")])
+def test_weight_when_it_is_no_number_above_0_is_refused(weight):
+    acc = Accelerator(cpu=True)
+    model = acc.prepare(_model())
+    with pytest.raises(ConfigError, match=r"on rank 0.* (takes one number, of the units|must be above 0)"):
+        acc.backward(model(torch.ones(4, 1)).sum(), weight=weight)
+    assert model.weight.grad is None
+
+
+def test_weights_when_given_twice_in_a_micro_step_are_refused():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, x = acc.prepare(_model()), torch.ones(4, 1)
+    for micro in (1, 2):
+        with acc.accumulate(model):
+            acc.backward(model(x).sum(), weight=4)
+            with pytest.raises(
+                ConfigError, match=rf"twice on rank 0 in micro-step {micro} of 2: .* add two losses"
+            ):
+                acc.backward(model(x).sum(), weight=4)
+            with pytest.raises(ConfigError, match="on rank 0 must be given for every loss of a window"):
+                acc.backward(model(x).sum())
+    assert model.weight.grad.item() == 1.0
+
+
+def test_weights_when_their_window_would_divide_another_models_unfinished_one_are_refused():
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, other = acc.prepare(_model(), _model())
+    x = torch.ones(4, 1)
+    with acc.accumulate(other):
+        acc.backward(other(x).mean())
+    with (
+        acc.accumulate(),
+        pytest.raises(ConfigError, match=r"over 2 model\(s\) .* not finished\. Name the models"),
+    ):
+        acc.backward(model(x).sum(), weight=4)
+    assert other.weight.grad.item() == 0.5
