@@ -64,11 +64,15 @@ class Repeats:
         count = 0
         for text, same in groupby(texts):
             count = len(list(same))
-            whole = count >= _ENOUGH and text.endswith("\n")  # a piece of a long line has no end
-            found += [_times(text, count)] if whole else [text] * count
-        if count >= _ENOUGH and texts[-1].endswith("\n"):
+            found += [_times(text, count)] if count >= _ENOUGH and _can_be_counted(text) else [text] * count
+        if count >= _ENOUGH and _can_be_counted(texts[-1]):
             self._line, self._due = block._replace(texts=texts[-1:]), now + _COUNTED_SECONDS
         return block._replace(texts=found)
+
+
+def _can_be_counted(text: str) -> bool:
+    """Not a piece of a long line, which has no end, nor an empty line: those are there for the distance."""
+    return text.endswith("\n") and bool(text.strip())
 
 
 def _times(text: str, count: int) -> str:

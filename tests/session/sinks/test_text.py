@@ -119,6 +119,13 @@ def test_repeated_lines_are_counted_for_people_only(
     assert ("×9" in text) == folded
 
 
+def test_empty_lines_stay_as_they_are() -> None:
+    assert (
+        Screen(1, transient=True).out(0, b"a\n" + b"\n" * 7 + b"b\n").close().text()
+        == "a\n" + "\n" * 7 + "b\n"
+    )
+
+
 def test_question_comes_after_all_that_was_printed_before_it() -> None:
     screen = Screen(1, transient=True).out(0, b"x\n" * 9).wait(0.05).out(0, b"x\n" * 3)
     screen.event(InputRequest(rank=0, id="1", prompt="? ", password=False))
