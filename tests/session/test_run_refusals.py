@@ -51,7 +51,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "fsdpp"}, "Did you mean 'fsdp'"),
     ({"strategy": "megatron_lm"}, r"here it is 'megatron', or Megatron\(size"),
     ({"strategy": FSDP(wrap=len)}, "cannot be asked of a launch"),
-    ({"device": "tpu"}, "needs a runtime"),
+    ({"device": "tpu"}, "no TPU chip was found"),
     ({"device": "gpu9"}, "device"),
     ({"device": "gpu"}, "device .* is 'gpu': here it is 'cuda'"),
     ({"device": "CPU"}, "Did you mean 'cpu'"),
