@@ -9,7 +9,15 @@ from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
 from nbaccel.parallel import FSDP, ContextParallel, Megatron, Pipeline, TensorParallel, read_options
 
-__all__ = ["context_ranks", "copy_ranks", "refuse_idle", "require_layout", "shard_ranks", "tensor_ranks"]
+__all__ = [
+    "context_ranks",
+    "copy_ranks",
+    "refuse_idle",
+    "require_layout",
+    "require_one_rank",
+    "shard_ranks",
+    "tensor_ranks",
+]
 
 _OPTIONS_OF = {
     "fsdp": ("fsdp",),
@@ -36,10 +44,8 @@ def require_layout(config: RunConfig, num_ranks: int, on_each: int) -> None:
     if name in (None, "auto"):
         return
     refuse_idle(config)
-    if name == "single" and num_ranks > 1:
-        raise ConfigError(
-            f"strategy='single' was asked for, but there are {num_ranks} ranks; use 'ddp' or launch one"
-        )
+    if name == "single":
+        require_one_rank(num_ranks)
     if num_ranks == 1:
         return  # nothing is spread, whatever is asked
     try:
@@ -53,6 +59,18 @@ def require_layout(config: RunConfig, num_ranks: int, on_each: int) -> None:
         key, _, rest = str(error).partition(": ")
         place = config.sources.get(key)
         raise ConfigError(f"{key} (from {place}): {rest}" if place else str(error)) from None
+
+
+def require_one_rank(num_ranks: int) -> None:
+    """What the strategy "single" is for.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if num_ranks > 1:
+        raise ConfigError(
+            f"strategy='single' was asked for, but there are {num_ranks} ranks; use 'ddp' or launch one"
+        )
 
 
 def refuse_idle(config: RunConfig) -> None:

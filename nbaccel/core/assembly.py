@@ -18,7 +18,7 @@ from nbaccel.core.trackers import Tracker
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.fp8 import FP8Options
-from nbaccel.layout import refuse_idle
+from nbaccel.layout import refuse_idle, require_one_rank
 from nbaccel.parallel import (
     FSDP,
     ContextParallel,
@@ -92,10 +92,8 @@ def choose_strategy(config: RunConfig, world: World, ddp: DDPOptions, precision:
         ConfigError: what was asked cannot be done with this many ranks, or together.
     """
     name = config.strategy
-    if name == "single" and world.size > 1:
-        raise ConfigError(
-            f"strategy='single' was asked for, but there are {world.size} ranks; use 'ddp' or launch one"
-        )
+    if name == "single":
+        require_one_rank(world.size)
     refuse_idle(config)
     if world.device.type == "xla":
         return _on_xla(config, world)

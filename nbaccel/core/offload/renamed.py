@@ -10,7 +10,7 @@ import copy
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, final
@@ -154,7 +154,7 @@ def _converted(name: str, converters: Sequence[Any]) -> tuple[str, Any, str | No
     return name, None, None
 
 
-def _with_prefix(name: str, prefix: str, names: Mapping[str, Any] | Any) -> tuple[str, str | None]:
+def _with_prefix(name: str, prefix: str, names: Collection[str]) -> tuple[str, str | None]:
     """The model's own name with that of its base model, or without, where the model has that one."""
     start = f"{prefix}."
     if prefix and name.startswith(start) and name.removeprefix(start) in names:
