@@ -18,7 +18,6 @@ from nbaccel.cli.runs import complete_run, find_run
 from nbaccel.cli.several import make_meeting, run_among_hosts
 from nbaccel.cli.target import find_target, read_run
 from nbaccel.errors import ConfigError
-from nbaccel.layout import require_layout
 from nbaccel.session.configfile import working_folder
 from nbaccel.session.request import make_request
 
@@ -134,6 +133,8 @@ def launch(
         target.function,
         (target.path, target.arguments),
         None,
+        "",
+        meeting is None,  # among hosts the ranks here are not the whole
         config=config,
         returns="none",
         env=env,
@@ -141,8 +142,6 @@ def launch(
         folder=False if no_folder else folder,
         **options,
     )
-    if meeting is None and not request.plan.in_place and request.plan.device != "tpu":
-        require_layout(request.config, request.plan.num_processes, request.plan.num_processes)
     if request.plan.in_place:
         return run_here(request, target)
     if meeting is not None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, final
 
 from nbaccel.errors import ConfigError
+from nbaccel.layout import require_layout
 from nbaccel.notebook.cell import Bundle, Cell
 from nbaccel.notebook.kernel import cell_label, cell_source, culprit
 from nbaccel.notebook.tap import Ear, listen
@@ -82,6 +83,7 @@ def map(
     trials = [Trial(number, arguments) for number, arguments in enumerate(expand(grid))]
     called = name or getattr(fn, "__name__", None) or type(fn).__name__
     requests = _requests(fn, trials, called, options)
+    require_layout(requests[0].config, devices_per_trial, devices_per_trial)
     plans = places(requests[0], devices_per_trial, parallel, len(trials))
     source = cell_source()
 
@@ -110,7 +112,7 @@ def _requests(
     fn: Callable[..., Any], trials: Sequence[Trial], called: str, options: Mapping[str, Any]
 ) -> list[Request]:
     """One for each trial, all checked; each resolved for the whole machine."""
-    first = make_request(fn, *_call(trials[0]), str(culprit() or ""), name=called, **options)
+    first = make_request(fn, *_call(trials[0]), str(culprit() or ""), False, name=called, **options)
     return [
         replace(first, task=make_task(fn, *_call(trial), name=f"{called}-{trial.number}", returns="rank0"))
         for trial in trials

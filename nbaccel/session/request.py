@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig, combine, duration_seconds
 from nbaccel.errors import ConfigError
+from nbaccel.layout import require_layout
 from nbaccel.session.arguments import foreign_arguments
 from nbaccel.session.ending import Limits
 from nbaccel.session.environment import Environment, probe
@@ -129,6 +130,7 @@ def make_request(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
     opened_by: str = "",
+    whole: bool = True,
     /,
     *,
     config: Configuration | None = None,
@@ -149,6 +151,7 @@ def make_request(
 
     Args:
         opened_by: what in this process first opened an accelerator, for messages.
+        whole: whether the plan's ranks are those of one run: not one host's of several, nor what trials divide.
 
     Raises:
         ConfigError: something asked cannot be done.
@@ -172,11 +175,14 @@ def make_request(
         raise ConfigError("this process's working folder is gone; os.chdir(…) to one that is there") from None
     environment = probe()
     environment = replace(environment, variables={**environment.variables, **for_ranks}, opened_by=opened_by)
+    plan = resolve(combined, environment)
+    if whole and not plan.in_place and plan.device != "tpu":
+        require_layout(combined, plan.num_processes, plan.num_processes)
     return Request(
         task=task,
         config=combined,
         environment=environment,
-        plan=resolve(combined, environment),
+        plan=plan,
         limits=Limits(
             start=duration_seconds(start_timeout, what="start_timeout"),
             grace=0.0 if grace == 0 else duration_seconds(grace, what="grace"),

@@ -131,6 +131,10 @@ def test_trial_of_two_ranks_gives_the_value_of_its_first() -> None:
     assert nbaccel.map(both, [1, 10], devices_per_trial=2, device="cpu", dashboard=False) == [3, 21]
 
 
+def test_trials_of_one_rank_may_ask_for_the_strategy_of_one() -> None:
+    assert nbaccel.map(abs, [-1, -2], device="cpu", strategy="single", dashboard=False) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -139,6 +143,7 @@ def test_trial_of_two_ranks_gives_the_value_of_its_first() -> None:
         ({"parallel": 0}, "at least 1"),
         ({"devices_per_trial": 1.5}, "not 1.5"),
         ({"device": "cpu", "mixed_presicion": "bf16"}, "mixed_presicion"),
+        ({"device": "cpu", "strategy": "single", "devices_per_trial": 2}, "there are 2 ranks"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any], words: str) -> None:

@@ -57,6 +57,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"device": "CPU"}, "Did you mean 'cpu'"),
     ({"mixed_precision": "float32"}, "is 'float32': here it is 'no'"),
     ({"opened_by": "x"}, "unknown argument 'opened_by'"),
+    ({"strategy": "single"}, "there are 2 ranks; use 'ddp' or launch one"),
+    (
+        {"strategy": "pipeline", "pipeline": {"size": 3}},
+        "pipeline.*2 ranks cannot be divided into groups of 3",
+    ),
+    (
+        {"config": {"strategy": "ddp", "fsdp": {"sharding": "no_shard"}}},
+        r"fsdp \(from config\).*leave fsdp out",
+    ),
     ({"env": {"WORLD_SIZE": "4"}}, "env has WORLD_SIZE.*num_processes="),
     ({"function": 3}, "must be a function"),
     ({"args": ()}, r"one\(x: 'int'\) -> 'int' cannot be called.*missing"),

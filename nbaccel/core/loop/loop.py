@@ -318,9 +318,9 @@ class Loop:
         if weight is not None:
             if self.uneven and self._several:
                 raise ConfigError(UNEVEN.format(rank=self.world.rank))
-            if self._is_filler():
-                loss, weight = loss * 0.0, weight * 0.0
-            loss = self._given_weights.weigh(loss, weight, window, self.windows.values())
+            loss = self._given_weights.weigh(
+                loss, weight, window, self.windows.values(), filler=self._is_filler()
+            )
         else:
             if window.weights is not None:
                 raise ConfigError(EVERY_OR_NONE.format(rank=self.world.rank))

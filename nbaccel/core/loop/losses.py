@@ -40,16 +40,31 @@ class GivenWeights:
         """Of the weights of a window whose gradients are divided after this backward, under way over the ranks."""
 
     def weigh(
-        self, loss: Tensor, weight: float | Tensor, window: Window, windows: Iterable[Window]
+        self,
+        loss: Tensor,
+        weight: float | Tensor,
+        window: Window,
+        windows: Iterable[Window],
+        *,
+        filler: bool,
     ) -> Tensor:
         """What to go backward from.
 
         Args:
             windows: all there are.
+            filler: whether the batch is there only so that this rank has as many as the others.
 
         Raises:
-            ConfigError: what the window has already, or another one has of its models, would be divided wrongly.
+            ConfigError: the weight is none, or what the window has already, or another one has of its models, would
+                be divided wrongly.
         """
+        if not isinstance(weight, (int, float)) and not (isinstance(weight, Tensor) and weight.numel() == 1):
+            raise ConfigError(
+                f"backward(weight=...) on rank {self._world.rank} takes one number, of the units that its loss is "
+                f"a sum over, not {weight!r}"
+            )
+        if filler:
+            loss, weight = loss * 0.0, weight * 0.0
         if window.length == 1 or not window.open:
             return loss * self._ratio(self._add_up(weight))
         self._check(window, windows)
@@ -81,11 +96,6 @@ class GivenWeights:
 
     def _add_up(self, weight: float | Tensor) -> tuple[Tensor, dist.Work | None]:
         """The sum over all ranks, and what to wait for."""
-        if not isinstance(weight, (int, float)) and not (isinstance(weight, Tensor) and weight.numel() == 1):
-            raise ConfigError(
-                f"backward(weight=...) on rank {self._world.rank} takes one number, of the units that its loss is "
-                f"a sum over, not {weight!r}"
-            )
         coarse = isinstance(weight, Tensor) and weight.device.type in _LACK_DOUBLES
         total = torch.as_tensor(weight, dtype=torch.float32 if coarse else torch.float64)
         total = total.detach().reshape(1).clone()

@@ -258,6 +258,21 @@ def test_weight_when_it_is_no_number_above_0_is_refused(weight):
     assert model.weight.grad is None
 
 
+def _refused_weights():
+    acc = Accelerator(cpu=True)
+    model, loader = acc.prepare(_model(), DataLoader([torch.ones(1)] * 3, batch_size=1))
+    refused = 0
+    for x in loader:
+        with pytest.raises(ConfigError, match=f"on rank {acc.process_index} takes one number"):
+            acc.backward(model(x).sum(), weight=str(len(x)))
+        refused += 1
+    return refused
+
+
+def test_weight_when_it_is_text_is_refused_for_a_repeated_batch_too():
+    assert run_ranks(_refused_weights) == [2, 2]  # three samples: the last one of rank 1 is a repetition
+
+
 def test_weights_when_given_twice_in_a_micro_step_are_refused():
     acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, x = acc.prepare(_model()), torch.ones(4, 1)
