@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from nbaccel.config import RunConfig
 from nbaccel.errors import ConfigError
-from nbaccel.parallel import FSDP, ContextParallel, Megatron, Pipeline, TensorParallel, read_options
+from nbaccel.parallel import (
+    FSDP,
+    ContextParallel,
+    DeepSpeed,
+    Megatron,
+    Pipeline,
+    TensorParallel,
+    read_deepspeed,
+    read_options,
+)
 
 __all__ = [
     "context_ranks",
@@ -20,6 +29,7 @@ __all__ = [
 ]
 
 _OPTIONS_OF = {
+    "ddp": ("ddp", "auto", None),
     "fsdp": ("fsdp",),
     "tensor_parallel": ("tensor_parallel", "fsdp"),
     "context_parallel": ("context_parallel", "fsdp"),
@@ -31,7 +41,9 @@ _OPTIONS_OF = {
 
 
 def require_layout(config: RunConfig, num_ranks: int, on_each: int) -> None:
-    """That so many ranks can be spread as `config` asks. Says nothing of what it leaves open: a script may ask for it.
+    """That so many ranks can be spread as `config` asks, and that a file it names is there.
+
+    Says nothing of what it leaves open: a script may ask for it.
 
     Args:
         num_ranks: on all hosts.
@@ -46,10 +58,14 @@ def require_layout(config: RunConfig, num_ranks: int, on_each: int) -> None:
     refuse_idle(config)
     if name == "single":
         require_one_rank(num_ranks)
-    if num_ranks == 1:
-        return  # nothing is spread, whatever is asked
     try:
-        if name == "pipeline":
+        if name == "deepspeed":
+            given = read_options(DeepSpeed, config.deepspeed or {}, "deepspeed").config
+            if given is not None:
+                read_deepspeed(given)
+        elif num_ranks == 1:
+            return  # nothing is spread, whatever is asked
+        elif name == "pipeline":
             copy_ranks("pipeline", read_options(Pipeline, config.pipeline or {}, "pipeline").size, num_ranks)
         elif name == "megatron":
             copy_ranks("megatron", read_options(Megatron, config.megatron or {}, "megatron").size, num_ranks)

@@ -11,8 +11,10 @@ and in YAML `strategy: fsdp` with `fsdp: {wrap: LlamaDecoderLayer}` beside it. N
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -31,6 +33,7 @@ __all__ = [
     "StrategyLike",
     "TensorParallel",
     "named",
+    "read_deepspeed",
     "read_options",
 ]
 
@@ -371,6 +374,23 @@ def read_options(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         key, _, place = where.partition(" ")
         found = str(error).removeprefix(f"{key}: ")
         raise ConfigError(f"{where}: {found}" if place else str(error)) from error
+
+
+def read_deepspeed(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration from a JSON file or a dict.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if isinstance(config, Mapping):
+        return json.loads(json.dumps(config))  # type: ignore[no-any-return]
+    try:
+        found = json.loads(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed: its configuration {config} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"deepspeed: its configuration {config} holds no object")
+    return found
 
 
 def _mapping(options: Any) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from nbaccel.layout import require_layout
         ({"strategy": "pipeline", "pipeline": {"size": 3}}, 4, "pipeline (from f): 4 ranks cannot be divided"),
         ({"strategy": "megatron", "megatron": {"size": 3}}, 4, "megatron (from f): 4 ranks cannot be divided"),
         ({"strategy": "single"}, 2, "there are 2 ranks; use 'ddp' or launch one"),
+        ({"strategy": "fsdp", "ddp": {}}, 2, "ddp (from f) holds options of strategy 'ddp', but strategy is 'fsdp'"),
+        ({"strategy": "deepspeed", "deepspeed": {"config": "gone.json"}}, 1, "deepspeed (from f): its configuration"),
         ({"strategy": "ddp", "fsdp": {}}, 2, "fsdp (from f) holds options of strategy 'fsdp', but strategy is 'ddp'"),
     ],
 )  # fmt: skip

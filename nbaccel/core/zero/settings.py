@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from nbaccel.core.plan.memory import zero_buckets
 from nbaccel.core.plan.size import Size
 from nbaccel.core.zero.nvme import places
 from nbaccel.errors import ConfigError
-from nbaccel.parallel import DeepSpeed
+from nbaccel.parallel import DeepSpeed, read_deepspeed
 
-__all__ = ["read_config", "settings", "with_stage_of_file"]
+__all__ = ["settings", "with_stage_of_file"]
 
 _LOOP_S = (
     *("train_batch_size", "train_micro_batch_size_per_gpu"),
@@ -40,7 +38,7 @@ def settings(
     Raises:
         ConfigError: the user's file asks for something else than the Accelerator.
     """
-    given = {} if options.config is None else read_config(options.config)
+    given = {} if options.config is None else read_deepspeed(options.config)
     _check(given, accumulation=accumulation, precision=precision, clipping=clipping, stage=stage)
     filled: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -133,25 +131,8 @@ def with_stage_of_file(options: DeepSpeed) -> DeepSpeed:
     """
     if options.stage != "auto" or options.config is None:
         return options
-    stage = read_config(options.config).get("zero_optimization", {}).get("stage", "auto")
+    stage = read_deepspeed(options.config).get("zero_optimization", {}).get("stage", "auto")
     return replace(options, stage=stage)
-
-
-def read_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration from a JSON file or a dict.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    if isinstance(config, Mapping):
-        return json.loads(json.dumps(config))  # type: ignore[no-any-return]
-    try:
-        found = json.loads(Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the DeepSpeed configuration {config} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"the DeepSpeed configuration {config} holds no object")
-    return found
 
 
 def _check(
