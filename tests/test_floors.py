@@ -10,8 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nbaccel"
 FLOORS = {
-    "errors": -2, "ownership": -2, "gloo": -2, "whole": -2, "checks": -1, "parallel": 0, "fp8": 0, "config": 1,
-    "layout": 2, "wire": 2, "core": 3, "rank": 3, "engines": 4, "session": 5, "notebook": 6, "cli": 6, "compat": 7
+    "errors": -2, "ownership": -2, "gloo": -2, "numbered": -2, "whole": -2, "checks": -1, "parallel": 0, "fp8": 0,
+    "config": 1, "layout": 2, "wire": 2, "core": 3, "rank": 3, "engines": 4, "session": 5, "notebook": 6, "cli": 6,
+    "compat": 7
 }  # fmt: skip
 # From the ground up; what stands on one line does not know its neighbours.
 CORE = """

@@ -801,7 +801,9 @@ class Accelerator(Processes):
     def load_model(self, model: nn.Module, folder: str | Path, strict: bool = True) -> None:
         """Fills a prepared model from safetensors in Hugging Face's layout; each rank reads its part only, so a
         model made with `init_empty_weights` never is in any rank's memory as a whole. Called on all ranks."""
-        self.strategy.load_weights(model, folder, strict=strict)
+        said = self.strategy.load_weights(model, folder, strict=strict)
+        if said and self.is_main_process:
+            print(said, flush=True)
         self.wait_for_everyone()
 
     def register_for_checkpointing(self, *objects: Any) -> None:

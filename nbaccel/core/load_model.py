@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from nbaccel.core.checkpoint import FileSystem, LocalFileSystem
+from nbaccel.core.checkpoint.divided import lay_out_as
 from nbaccel.core.checkpoint.modules import canonical_name, differences
 from nbaccel.core.checkpoint.shards import Index, read_into
 from nbaccel.core.checkpoint.tensorfile import Entry, read_header
+from nbaccel.core.model.renamed import Made, Renamed, as_transformers
 from nbaccel.core.model.tied import find_tied_parameters
 from nbaccel.errors import CheckpointError
 
@@ -28,29 +30,36 @@ def load_model(
     tied: Mapping[str, str],
     folder: str | Path,
     *,
+    model: nn.Module | None = None,
     strict: bool = True,
     filesystem: FileSystem | None = None,
-) -> None:
+) -> str:
     """Fills `targets`, whole tensors or DTensors, in place from safetensors files; of a DTensor only the part
-    that this rank holds is read, so no rank ever has the whole model in memory.
+    that this rank holds is read, so no rank ever has the whole model in memory. Says how names were understood, if
+    not as they stand.
 
     Args:
         tied: names that are another's tensor, with that other's name; a file may hold either.
         folder: what `save_model` or `save_pretrained` wrote, or one safetensors file.
+        model: whose the tensors are. A Hugging Face model's files are read as its `from_pretrained` reads them, by the
+            names its class has today; what is made of several tensors is whole on each rank while it is made.
         strict: names that only one side has are an error.
 
     Raises:
         CheckpointError: nothing there, unreadable, or of another model; nothing has been changed then.
     """
     shapes = {name: tensor.shape for name, tensor in targets.items()}
-    found = find_weights(shapes, tied, folder, strict=strict, filesystem=filesystem)
+    found = find_weights(shapes, tied, folder, model=model, strict=strict, filesystem=filesystem)
     found.read({name: targets[name] for name in found.names})
+    return found.said
 
 
-def load_module(module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+def load_module(module: nn.Module, folder: str | Path, *, strict: bool) -> str:
     """`load_model` for a module whose state dict gives its own tensors."""
     own = {canonical_name(module, name): tensor for name, tensor in module.state_dict().items()}
-    load_model(own, tied_names(module), folder, strict=strict)
+    compiled = module._modules.get("_orig_mod")  # where torch.compile keeps what it was given
+    model = module if compiled is None else compiled
+    return load_model(own, tied_names(module), folder, model=model, strict=strict)
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
@@ -64,20 +73,39 @@ class Weights:
     """Safetensors files that fit a model."""
 
     folder: Path
-    names: Mapping[str, str]
+    stored: Mapping[str, str]
     """Of the model's tensors that are there, tied ones once: each with its name in the files."""
+    made: Mapping[str, Made]
+    """Those that are made of several there."""
+    said: str
+    """How names were understood, if not as they stand."""
     index: Index
     filesystem: FileSystem
 
+    @property
+    def names(self) -> list[str]:
+        """The model's tensors that are there."""
+        return [*self.stored, *self.made]
+
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor in the files, by the model's name."""
-        return self.index.tensor(self.names[name]).properties.dtype
+        made = self.made.get(name)
+        return self.index.tensor(self.stored[name]).properties.dtype if made is None else made.dtype
 
+    @torch.no_grad()
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Fills tensors, given by the model's names, in place."""
-        with torch.no_grad():
-            stored = {self.names[name]: tensor for name, tensor in targets.items()}
-            read_into(stored, self.index, self.folder, self.filesystem)
+        as_stored = {self.stored[name]: tensor for name, tensor in targets.items() if name in self.stored}
+        read_into(as_stored, self.index, self.folder, self.filesystem)
+        for name, tensor in targets.items():
+            if name in self.made:
+                tensor.copy_(lay_out_as(tensor, self._make(self.made[name])))
+
+    def _make(self, made: Made) -> torch.Tensor:
+        known = {name: self.index.tensor(name) for name in made.sources}
+        values = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in known.items()}
+        read_into(values, self.index, self.folder, self.filesystem)
+        return made.make(list(values.values()))
 
 
 def find_weights(
@@ -85,28 +113,40 @@ def find_weights(
     tied: Mapping[str, str],
     folder: str | Path,
     *,
+    model: nn.Module | None = None,
     strict: bool,
     filesystem: FileSystem | None = None,
 ) -> Weights:
     """Opens the files and compares names and shapes with the model's. See `load_model`."""
     filesystem = filesystem or LocalFileSystem()
     path = Path(folder)
-    index = Index.of_whole(_headers(path, filesystem))
-    present = set(index.names)
-    renamed = {other: name for name, other in tied.items() if other not in present and name in present}
-    names = {name: renamed.get(name, name) for name in shapes if name not in tied}
-    found = differences(names.values(), present - tied.keys() | set(renamed.values()))
+    headers = _headers(path, filesystem)
+    entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    renamed = Renamed(names={name: name for name in entries})
+    if model is not None:
+        renamed = as_transformers(model, shapes.keys(), entries)
+    present: dict[str, tuple[int, ...]] = {name: entries[key].shape for name, key in renamed.names.items()}
+    present |= {name: made.shape for name, made in renamed.made.items()}
+    other_name = {other: name for name, other in tied.items() if other not in present and name in present}
+    names = {name: other_name.get(name, name) for name in shapes if name not in tied}
+    found = differences(names.values(), present.keys() - tied.keys() | set(other_name.values()))
     if found and strict:
         raise CheckpointError(f"{path} holds the weights of another model: {found}")
-    names = {name: stored for name, stored in names.items() if stored in present}
-    for name, stored in names.items():
-        shape = index.tensor(stored).size
-        if shape != shapes[name]:
+    names = {name: there for name, there in names.items() if there in present}
+    for name, there in names.items():
+        if present[there] != tuple(shapes[name]):
             raise CheckpointError(
-                f"{stored} is {tuple(shape)} in {path} and {tuple(shapes[name])} in the model"
+                f"{there} is {present[there]} in {path} and {tuple(shapes[name])} in the model"
             )
-    root = path if path.is_dir() else path.parent
-    return Weights(folder=root, names=names, index=index, filesystem=filesystem)
+    said = str(renamed)
+    return Weights(
+        folder=path if path.is_dir() else path.parent,
+        stored={name: renamed.names[there] for name, there in names.items() if there in renamed.names},
+        made={name: renamed.made[there] for name, there in names.items() if there in renamed.made},
+        said=said and f"{path} is {said}",
+        index=Index.of_whole(headers),
+        filesystem=filesystem,
+    )
 
 
 def _headers(path: Path, filesystem: FileSystem) -> dict[str, dict[str, Entry]]:

@@ -174,7 +174,7 @@ class Preparing:
         if evaluation_mode:
             wrapped = inner.to(self._device) if place else inner
         else:
-            if loop.strategy.replicates and loop.world.size > 1:
+            if loop.strategy.alike and loop.world.size > 1:
                 _check_equal(inner, loop.world)
             wrapped = self._spread(model, optimizers, place)
             loop.learning.spread(wrapped)
@@ -282,18 +282,18 @@ class Preparing:
 
 
 def _check_equal(model: nn.Module, world: World) -> None:
-    """Compares the ranks' parameters by name, shape and type, since whatever copies or averages them would wait or
-    mix them up.
+    """Compares the ranks' parameters and buffers by name, shape and type, since whatever copies, averages or divides
+    them would wait or mix them up.
 
     Raises:
         TrustError: they differ; the first that does is named.
     """
-    mine = [_described(name, parameter) for name, parameter in model.named_parameters()]
+    mine = [_described(name, tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]]
     if len(set(gather_object(digest("\n".join(mine)), world=world))) == 1:
         return
     told = gather_object(mine, world=world)
     other = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
-    pairs = itertools.zip_longest(told[0], told[other], fillvalue="no such parameter")
+    pairs = itertools.zip_longest(told[0], told[other], fillvalue="nothing more")
     first, second = next((one, another) for one, another in pairs if one != another)
     raise TrustError(
         f"the ranks prepared different models: rank 0 has {first} and rank {other} {second} in a "
@@ -302,12 +302,12 @@ def _check_equal(model: nn.Module, world: World) -> None:
     )
 
 
-def _described(name: str, parameter: torch.Tensor) -> str:
-    if nn.parameter.is_lazy(parameter):
+def _described(name: str, tensor: torch.Tensor) -> str:
+    if nn.parameter.is_lazy(tensor):
         return f"{name!r} (lazy)"
-    return f"{name!r} {list(parameter.shape)} of {str(parameter.dtype).removeprefix('torch.')}" + (
-        "" if parameter.requires_grad else " (frozen)"
-    )
+    frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{name!r} {list(tensor.shape)} of {kind}{' (frozen)' if frozen else ''}"
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -506,8 +506,11 @@ class Endless(IterableDataset):
 def _unequal_models():
     acc, apart = Accelerator(cpu=True), int(os.environ["RANK"]) == 1
     frozen = nn.Linear(2, 1).requires_grad_(not apart)
+    buffered = nn.Linear(2, 1)
+    buffered.register_buffer("seen", torch.zeros(2 + apart))
+    less = nn.Sequential(*[nn.Linear(2, 2)] * (1 - apart))
     told = []
-    for model in (nn.Linear(3 if apart else 2, 1), frozen, nn.Sequential(*[nn.Linear(2, 2)] * (1 - apart))):
+    for model in (nn.Linear(3 if apart else 2, 1), frozen, less, buffered):
         with pytest.raises(TrustError) as raised:
             acc.prepare(model)
         told.append(str(raised.value))
@@ -522,7 +525,8 @@ def test_prepare_when_the_ranks_models_differ_names_the_parameter():
         (
             "rank 0 has 'weight' [1, 2] of float32 and rank 1 'weight' [1, 3] of float32 in a Linear",
             "rank 1 'weight' [1, 2] of float32 (frozen)",
-            "rank 0 has '0.weight' [2, 2] of float32 and rank 1 no such parameter",
+            "rank 0 has '0.weight' [2, 2] of float32 and rank 1 nothing more",
+            "rank 0 has 'seen' [2] of float32 and rank 1 'seen' [3] of float32",
         ),
         strict=True,
     ):

@@ -19,7 +19,7 @@ from nbaccel.core.offload.limits import free_memory
 from nbaccel.core.offload.matched import Matched
 from nbaccel.core.offload.meta import like_parameter
 from nbaccel.core.offload.parts import listed
-from nbaccel.core.offload.plan import HOST, Plan, executing
+from nbaccel.core.offload.plan import HOST, Plan
 from nbaccel.core.offload.readahead import Readahead
 from nbaccel.core.offload.scratch import write_scratch
 from nbaccel.core.offload.units import Unit
@@ -42,7 +42,6 @@ def install(
     *,
     dtype: torch.dtype | None,
     folder: Path | None,
-    main_device: torch.device | None = None,
 ) -> M:
     """Does what the plan says. The model itself is returned, dispatched.
 
@@ -50,7 +49,7 @@ def install(
         ConfigError: a tensor cannot be where it is to be.
     """
     cls = dispatched_class(type(model))  # before anything is moved: a class may refuse to have one below it
-    device = main_device or torch.device(executing(plan.places)[0])
+    device = torch.device(plan.main)
     weights = _weights(plan, values, dtype)
     installing = _Installing(plan, device)
     installing.check(weights)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from nbaccel.core.model.renamed import as_transformers
 from nbaccel.core.offload.dispatch import install
 from nbaccel.core.offload.dispatched import is_dispatched
 from nbaccel.core.offload.given import places_given
@@ -20,8 +21,7 @@ from nbaccel.core.offload.operations import count_operations
 from nbaccel.core.offload.parts import Part, listed, parts_of
 from nbaccel.core.offload.placing import Mode, plan_placement
 from nbaccel.core.offload.plan import Plan, executing, plan_given
-from nbaccel.core.offload.renamed import as_transformers
-from nbaccel.core.offload.sources import for_model, open_checkpoint
+from nbaccel.core.offload.sources import by_names, for_model, open_checkpoint
 from nbaccel.errors import ConfigError
 
 __all__ = [
@@ -59,7 +59,8 @@ def infer_auto_device_map(
         no_split_module_classes: classes that stay in one place, or their names; None: what the model names itself.
         dtype: what the weights will be held in, if not as they are; `special_dtypes` by name of a parameter.
         mode: "auto" and "balanced" divide a model that fits onto the accelerators evenly, and otherwise give
-            the fast memory to what saves most time per byte; "sequential" fills one place after the other.
+            the fast memory to what saves most time per byte; "sequential" fills one place after the other. "auto"
+            leaves out small or slow accelerators where a pass is shorter without them.
         tokens: per forward pass, of the whole batch; with many, compute hides the copying of weights.
         batch: what the model is called with (a tensor, a tuple of arguments or a mapping of keywords): operations
             and tokens are then counted, in a pass without numbers. Worth it for convolutions, whose operations
@@ -126,10 +127,11 @@ def load_checkpoint_and_dispatch(
     _not_twice(model)
     _check_types(dtype)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    renamed = as_transformers(model, open_checkpoint(checkpoint))
-    if renamed.applied:
-        print(f"{checkpoint} is read as transformers reads it: {renamed}", flush=True)
-    stored = for_model(names | {name for name, _ in model.named_buffers()}, renamed.stored)
+    opened = open_checkpoint(checkpoint)
+    renamed = as_transformers(model, model.state_dict().keys(), opened)
+    if said := str(renamed):
+        print(f"{checkpoint} is {said}", flush=True)
+    stored = for_model(names | {name for name, _ in model.named_buffers()}, by_names(renamed, opened))
     values = match(model, stored, str(checkpoint), strict=strict)
     folder = _folder(offload_folder)
     source = Path(checkpoint).expanduser()
@@ -174,14 +176,22 @@ def dispatch_model(
     _not_twice(model)
     values = in_memory(model)
     folder = _folder(offload_folder)
-    plan = _planned(
-        model, device_map, max_memory, no_split_module_classes, None, tokens, batch, kv_cache, folder
-    )
     main = None if main_device is None else place_name(main_device)
     if main == "disk":
         raise ConfigError("nothing runs on the disk: name the accelerator, or 'cpu'")
-    main_device = None if main is None else torch.device(main)
-    return install(model, plan, values, dtype=None, folder=folder, main_device=main_device)
+    plan = _planned(
+        model,
+        device_map,
+        max_memory,
+        no_split_module_classes,
+        None,
+        tokens,
+        batch,
+        kv_cache,
+        folder,
+        main=main,
+    )
+    return install(model, plan, values, dtype=None, folder=folder)
 
 
 def cpu_offload(model: M, execution_device: int | str | torch.device | None = None) -> M:
@@ -236,11 +246,12 @@ def _planned(
     kv_cache: int | str,
     folder: Path | None,
     special_dtypes: Mapping[str, torch.dtype] | None = None,
+    main: str | None = None,
 ) -> Plan:
     if isinstance(device_map, str):
         parts = parts_of(model, no_split=no_split, dtype=dtype, special_dtypes=special_dtypes)
         tokens = tokens if batch is None else count_operations(parts, model, batch)
-        return _auto(parts, max_memory, device_map, tokens, kv_cache, folder)
+        return _auto(parts, max_memory, device_map, tokens, kv_cache, folder, main)
     if not isinstance(device_map, Mapping):
         raise ConfigError(f"device_map is {device_map!r}; write 'auto', or the place of each module by name")
     if max_memory is not None:
@@ -256,7 +267,10 @@ def _planned(
     parts = parts_of(model, no_split=no_split, dtype=dtype, divided=named)
     places = places_given(named, parts, model)
     tokens = tokens if batch is None else count_operations(parts, model, batch)
-    return plan_given(parts, places, _machine(executing(places), folder), tokens=tokens)
+    devices = executing(named.values())
+    main = main or devices[0]
+    machine = _machine(list({main: None, **dict.fromkeys(devices)}), folder)
+    return plan_given(parts, places, machine, main=main, tokens=tokens)
 
 
 def _auto(
@@ -266,6 +280,7 @@ def _auto(
     tokens: int,
     kv_cache: int | str,
     folder: Path | None,
+    main: str | None,
 ) -> Plan:
     if mode not in get_args(Mode):
         named = ", ".join(map(repr, get_args(Mode)))
@@ -275,9 +290,11 @@ def _auto(
     if type(tokens) is not int or tokens < 0:
         raise ConfigError(f"tokens is {tokens!r}; write how many a forward pass has")
     limits = memory_limits(max_memory)
+    if main in limits and main != "cpu":
+        limits = {main: limits[main], **limits}
     machine = _machine(executing(limits), folder)
     reserved = num_bytes(kv_cache, of="kv_cache")
-    return plan_placement(parts, limits, machine, mode=mode, tokens=tokens, kv_cache=reserved)
+    return plan_placement(parts, limits, machine, mode=mode, tokens=tokens, kv_cache=reserved, main=main)
 
 
 def _machine(devices: list[str], folder: Path | None) -> Machine:

@@ -17,6 +17,7 @@ __all__ = ["Mode", "plan_placement"]
 
 Mode = Literal["auto", "balanced", "sequential"]
 _HALVINGS = 24  # of the interval in which the smallest largest share is sought
+_MUCH_LESS = 0.95  # of the time: for less no device is left out
 _SIZES = 4  # how many of the largest sizes are tried as the largest one that is streamed
 
 
@@ -28,14 +29,17 @@ def plan_placement(
     mode: Mode = "auto",
     tokens: int = 1,
     kv_cache: int = 0,
+    main: str | None = None,
 ) -> Plan:
     """Places parts within `limits`, bytes by place in order of preference; "disk" has none unless it is given.
 
     Args:
         mode: "auto" and "balanced" divide a model that fits on the accelerators evenly, in model order, and
-            otherwise give the fast memory to what gains most; "sequential" fills one place after the other.
+            otherwise give the fast memory to what gains most; "sequential" fills one place after the other. "auto"
+            leaves out accelerators without which a pass is shorter.
         tokens: per forward pass, of the whole batch: many make compute hide the copies.
         kv_cache: bytes kept free on the computing devices, shared in proportion to their limits.
+        main: where what is streamed runs: the CPU, or the first of the accelerators; None: that is free.
 
     Raises:
         ConfigError: something fits nowhere; the message says what and by how much.
@@ -44,20 +48,67 @@ def plan_placement(
     devices = executing(limits)
     given = {place: limits.get(place, 0) for place in (*devices, "cpu")}
     given["disk"] = limits.get("disk", 1 << 62)
-    free = dict(given)
-    total = sum(given[device] for device in devices)
-    for device in devices:
-        free[device] -= kv_cache * given[device] // total if total else kv_cache
 
-    def new() -> _Placing:
-        return _Placing(items, devices, given, dict(free), machine, tokens)
+    def on(used: Sequence[str]) -> _Placing:
+        free = dict(given)
+        total = sum(given[device] for device in used)
+        for device in used:
+            free[device] -= kv_cache * given[device] // total if total else kv_cache
+        return _Placing(items, used, given, free, machine, tokens)
 
-    placing = new()
+    orders = _orders(devices, given, machine) if mode == "auto" else [devices]
+    if main in devices:
+        orders = [order for order in orders if order[0] == main]
     if mode == "sequential":
+        placing = on(devices)
         placing.in_order()
-    elif not placing.evenly():
-        placing = _best([new() for _ in range(_SIZES)], items, streams=devices != ["cpu"])
-    return spread(parts, items, placing.places, placing.whys, machine, tokens, placing.room)
+    elif even := [placing for placing in map(on, orders) if placing.evenly()]:
+        placing = _fastest(even)
+    else:
+        placing = _by_gain([[on(order) for _ in range(_SIZES)] for order in orders], items)
+    return spread(
+        parts, items, placing.places, placing.whys, machine, tokens, main or placing.main, placing.room
+    )
+
+
+def _orders(devices: Sequence[str], limits: Mapping[str, int], machine: Machine) -> list[Sequence[str]]:
+    """Which devices may compute, that first on which runs what is streamed: all of them; and all but the small ones, or
+    but the slow ones, which may cost more than their memory saves."""
+    size = {device: _step(limits[device]) for device in devices}
+    speed = {device: _step(machine.devices[device].flops) for device in devices}
+    orders = [tuple(devices), tuple(sorted(devices, key=lambda device: -size[device]))]
+    for known in (size, speed):
+        for least in sorted(set(known.values()))[1:]:
+            orders.append(tuple(device for device in devices if known[device] >= least))
+    return list(dict.fromkeys(orders))
+
+
+def _step(value: float) -> int:
+    """The same for what differs by less than a third or so."""
+    return round(2 * math.log2(max(1.0, value)))
+
+
+def _fastest(placed: Sequence[_Placing]) -> _Placing:
+    """The first of those between which there is little."""
+    best = placed[0]
+    for placing in placed[1:]:
+        if placing.total_seconds() < _MUCH_LESS * best.total_seconds():
+            best = placing
+    return best
+
+
+def _by_gain(tries: Sequence[Sequence[_Placing]], items: Sequence[Item]) -> _Placing:
+    """The fastest of the best of each order of devices."""
+    found: list[_Placing] = []
+    problem: ConfigError | None = None
+    for tried in tries:
+        try:
+            found.append(_best(tried, items, streams=tried[0].main != "cpu"))
+        except ConfigError as error:
+            problem = problem or error
+    if not found and problem is not None:
+        raise problem
+    return _fastest(found)
 
 
 def _best(tries: Sequence[_Placing], items: Sequence[Item], *, streams: bool) -> _Placing:
@@ -106,6 +157,11 @@ class _Placing:
         self.whys = [""] * len(items)
         self.room = 0
 
+    @property
+    def main(self) -> str:
+        """The device on which runs what is streamed."""
+        return self._devices[0]
+
     def evenly(self) -> bool:
         """Everything on the computing devices, contiguous, the largest share as small as can be; else False."""
         free = [self._free[device] for device in self._devices]
@@ -136,7 +192,7 @@ class _Placing:
         after = [*[*accumulate(reversed(sizes), max)][-2::-1], 0]
         needed = sum(item.kind.num_bytes + item.kind.buffer_bytes for item in self._items)
         overflows = needed > sum(self._free[device] for device in self._devices)
-        streams = self._devices != ["cpu"] and overflows
+        streams = self.main != "cpu" and overflows
         if overflows:
             self._keep_buffers()
         turn = 0
@@ -160,7 +216,7 @@ class _Placing:
         """
         left: Sequence[int] = range(len(self._items))
         self._keep_buffers()
-        if self._devices != ["cpu"]:
+        if self.main != "cpu":
             streamed = [
                 i for i, item in enumerate(self._items) if item.kind.lookup or item.kind.num_bytes <= largest
             ]
@@ -265,7 +321,7 @@ class _Placing:
         return self._bytes if apart else self._bytes_with_buffers
 
     def _why_on_disk(self, item: Item) -> str:
-        if item.kind.lookup or (self._devices == ["cpu"] and 2 * item.kind.read < item.kind.num_bytes):
+        if item.kind.lookup or (self.main == "cpu" and 2 * item.kind.read < item.kind.num_bytes):
             return "rows are read where they lie"
         where = [place for place in dict.fromkeys((*self._devices, "cpu")) if self._limits[place]]
         left = ", ".join(f"{place} has {human(max(0, self._free[place]))} left" for place in where)

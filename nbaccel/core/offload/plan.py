@@ -61,12 +61,15 @@ class Plan:
     """Of each part."""
     whys: Sequence[str]
     seconds: Sequence[float]
+    main: str
+    """The device on which runs what is streamed."""
     room: int
-    """Bytes kept free where streamed parts run: for the one that runs and the next one."""
+    """Bytes kept free there: for the part that runs and the next one."""
 
     @property
     def device_map(self) -> dict[str, str]:
-        """By name of module or tensor, as `dispatch_model` takes it; as few entries as there can be."""
+        """By name of module or tensor, as `dispatch_model` takes it; as few entries as there can be. The first
+        accelerator in it is the main one, if it holds anything."""
         if len(set(self.places)) == 1:
             return {"": self.places[0]}
         uniform = self._uniform()
@@ -74,6 +77,9 @@ class Plan:
         for part, place in zip(self.parts, self.places, strict=True):
             for key in part.keys if part.own else (part.name,):
                 found[_highest(key, uniform)] = place
+        if self.main in found.values() and executing(found.values())[0] != self.main:
+            first = next(name for name, place in found.items() if place == self.main)
+            found = {first: self.main, **found}
         return found
 
     @property
@@ -187,10 +193,10 @@ def spread(
     whys: Sequence[str],
     machine: Machine,
     tokens: int,
+    main: str,
     room: int,
 ) -> Plan:
     """The plan that puts each item with all its parts into its place."""
-    main = executing(places)[0]
     known: dict[tuple[Kind, str], float] = {}
     chosen, reasons, seconds = [""] * len(parts), [""] * len(parts), [0.0] * len(parts)
     for item, place, why in zip(items, places, whys, strict=True):
@@ -202,10 +208,12 @@ def spread(
         chosen[first], reasons[first], seconds[first] = place, why, took
         for index in item.parts[1:] if len(item.parts) > 1 else ():
             chosen[index], reasons[index] = place, f"tied to {item.name}"
-    return Plan(parts=parts, places=chosen, whys=reasons, seconds=seconds, room=room)
+    return Plan(parts=parts, places=chosen, whys=reasons, seconds=seconds, main=main, room=room)
 
 
-def plan_given(parts: Sequence[Part], places: Sequence[str], machine: Machine, *, tokens: int = 1) -> Plan:
+def plan_given(
+    parts: Sequence[Part], places: Sequence[str], machine: Machine, *, main: str, tokens: int = 1
+) -> Plan:
     """The plan of a map that the user wrote. Tied parts lie together: in the fastest place given to one."""
     items = items_of(parts, tokens)
     devices = executing(places)
@@ -214,10 +222,10 @@ def plan_given(parts: Sequence[Part], places: Sequence[str], machine: Machine, *
     streamed = [
         item.kind.num_bytes
         for item, place in zip(items, chosen, strict=True)
-        if devices != ["cpu"] and place in HOST and not item.kind.lookup
+        if main != "cpu" and place in HOST and not item.kind.lookup
     ]
     room = 2 * max(streamed, default=0)
-    return spread(parts, items, chosen, ["as given"] * len(items), machine, tokens, room)
+    return spread(parts, items, chosen, ["as given"] * len(items), machine, tokens, main, room)
 
 
 def _mark(name: str, place: str, uniform: dict[str, str | None]) -> None:

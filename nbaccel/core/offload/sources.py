@@ -11,16 +11,18 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nbaccel.core.model.renamed import Made, Renamed
 from nbaccel.core.offload.distributed import open_distributed
-from nbaccel.core.offload.weights import FileTensor, Loaded, Stored, TensorFile
+from nbaccel.core.offload.weights import FileTensor, Loaded, ReadByCall, Stored, TensorFile
 from nbaccel.errors import CheckpointError
 
-__all__ = ["for_model", "open_checkpoint"]
+__all__ = ["by_names", "for_model", "open_checkpoint"]
 
 _POINTER = b"version https://git-lfs"
 """What git-lfs leaves in a file's place begins with it, see its docs/spec.md."""
@@ -61,6 +63,22 @@ def open_checkpoint(path: str | Path) -> dict[str, Stored]:
     if not found:
         raise CheckpointError(f"{path} holds no *.safetensors, *.bin, *.pt or distributed checkpoint")
     return _merged(open_checkpoint(folder) for folder in found)
+
+
+def by_names(renamed: Renamed, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of a checkpoint by a model's names; those made of several are made when they are read."""
+    found = {name: stored[key] for name, key in renamed.names.items()}
+    made: dict[str, Stored] = {
+        name: ReadByCall(one.dtype, one.shape, partial(_make, one, stored))
+        for name, one in renamed.made.items()
+    }
+    return found | made
+
+
+def _make(made: Made, stored: Mapping[str, Stored]) -> torch.Tensor:
+    sources = [stored[key] for key in made.sources]
+    views = [one.view() for one in sources]
+    return made.make([one.read() if view is None else view for one, view in zip(sources, views, strict=True)])
 
 
 def for_model(names: Collection[str], stored: Mapping[str, Stored]) -> Mapping[str, Stored]:

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from nbaccel.core.checkpoint.divided import lay_out_as
-from nbaccel.core.comm.collectives import gather_object
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 from nbaccel.whole import whole
@@ -29,7 +28,6 @@ __all__ = [
     "present",
     "refuse_hooks",
     "refuse_undivided",
-    "require_same_model",
     "share_values",
 ]
 
@@ -40,23 +38,6 @@ _UNDIVIDED = {
     "Adafactor": "keeps sums over whole rows and columns of each matrix",
 }
 """Optimizers that are wrong, or fail, where a rank has parts of the parameters; and why."""
-
-
-def require_same_model(module: nn.Module, world: World) -> None:
-    """Compares names, shapes and dtypes over the ranks.
-
-    Raises:
-        ConfigError: they differ; the message names ranks and tensors.
-    """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-    for rank, theirs in enumerate(gather_object(mine, world=world)):
-        if theirs != mine:
-            odd = sorted({str(one[0]) for one in set(theirs) ^ set(mine)})[:3]
-            raise ConfigError(
-                f"rank {world.rank} and rank {rank} prepare different models ({', '.join(odd)}); build the same "
-                "model on every rank"
-            )
 
 
 @torch.no_grad()

@@ -150,8 +150,8 @@ class Auto(Strategy):
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return self._strategy.full_state_dict(module, rank_zero_only=rank_zero_only)
 
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        self._strategy.load_weights(module, folder, strict=strict)
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> str:
+        return self._strategy.load_weights(module, folder, strict=strict)
 
     def model_state(self, module: nn.Module) -> Sharded:
         return self._strategy.model_state(module)

@@ -62,6 +62,8 @@ class Strategy(ABC):
     loop autocasts around it and scales."""
     replicates: bool = False
     """Whether every rank holds the whole model, so that ranks can train apart for a while."""
+    alike: bool = True
+    """Whether every rank prepares a model of the same parameters, whatever it keeps of them."""
     apart: Collection[nn.Module] = ()
     """Models whose ranks need not be equal: within `no_sync`, or divided by layers."""
     context_mesh: DeviceMesh | None = None
@@ -176,9 +178,16 @@ class Strategy(ABC):
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clips gradients to a total norm over the whole model; returns the norm before clipping, 0-d."""
 
+    @torch.no_grad()
     def clip_grad_value(self, parameters: Iterable[Tensor], clip_value: float) -> None:
         """Clips each number of the gradients to at most `clip_value` either way."""
-        nn.utils.clip_grad_value_(parameters, clip_value)
+        dense = []
+        for parameter in parameters:
+            if parameter.grad is None or not parameter.grad.is_sparse:
+                dense.append(parameter)
+            elif (numbers := _numbers(parameter)) is not None:
+                numbers.clamp_(-clip_value, clip_value)
+        nn.utils.clip_grad_value_(dense, clip_value)
 
     def left_step_out(self, optimizer: Optimizer) -> bool:
         """Whether the last step of what `wrap` or `adopt` gave for an optimizer was left out, and the parameters are
@@ -193,13 +202,14 @@ class Strategy(ABC):
         another, and other ranks may get an empty one.
         """
 
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
-        """Fills a wrapped module from safetensors files, of which each rank keeps its part only.
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> str:
+        """Fills a wrapped module from safetensors files, of which each rank keeps its part only. Says how names were
+        understood, if not as they stand.
 
         Raises:
             CheckpointError: nothing there, or of another model; nothing has been changed then.
         """
-        load_module(self.unwrap(module), folder, strict=strict)
+        return load_module(self.unwrap(module), folder, strict=strict)
 
     def model_state(self, module: nn.Module) -> Sharded:
         """A wrapped module as a checkpoint takes it: parameters and buffers by the user's names."""
@@ -238,6 +248,8 @@ def clip_local_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     """Clips where every rank holds all of every gradient; the numbers of `torch.nn.utils.clip_grad_norm_`."""
     listed = list(parameters)
     grads = [p.grad for p in listed if p.grad is not None]
+    if any(grad.is_sparse for grad in grads):
+        return _clip_with_sparse(listed, max_norm, float(norm_type))
     kinds = {(grad.device, grad.dtype) for grad in grads}
     if len(kinds) != 1 or next(iter(kinds))[0].type not in ("cpu", "cuda") or {*map(type, grads)} != {Tensor}:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type)
@@ -248,6 +260,26 @@ def clip_local_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, norm_type)), norm_type)
         torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
+
+
+@torch.no_grad()
+def _clip_with_sparse(parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
+    """What torch does with dense gradients and not with sparse ones, whose other numbers are 0 and change no norm."""
+    grads = [numbers for numbers in map(_numbers, parameters) if numbers is not None]
+    norms = [torch.linalg.vector_norm(grad, norm_type).to(grads[0].device) for grad in grads]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for grad in grads:
+        grad.mul_(factor.to(grad.device))
+    return norm
+
+
+def _numbers(parameter: Tensor) -> Tensor | None:
+    """What a gradient holds: of a sparse one, the numbers of each of its places."""
+    if parameter.grad is None or not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from nbaccel.core.zero import gradients
 from nbaccel.core.zero.changes import Changes
 from nbaccel.core.zero.fitness import refuse_unfit, unfit, widened
 from nbaccel.core.zero.flat import part_of, write_part
-from nbaccel.core.zero.library import import_deepspeed
+from nbaccel.core.zero.library import end_engine, import_deepspeed
 from nbaccel.core.zero.nvme import claim_folder, places
 from nbaccel.core.zero.optimizer import ZeroOptimizerState
 from nbaccel.core.zero.settings import settings, with_stage_of_file
@@ -252,7 +252,7 @@ class Zero(Strategy):
         if self._engine is not None:
             for one in (self._engine, self._engine.module):
                 assembled_by.pop(one, None)
-            self._engine.destroy()
+            end_engine(self._engine)
         if self._refusing is not None:
             self._refusing.remove()
         self._engine = self._refusing = self._changes = None
@@ -365,12 +365,12 @@ class Zero(Strategy):
             self._changes.take_over()
         return whole_state_dict(self.unwrap(module), keep=self._world.is_main or not rank_zero_only)
 
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> str:
         if self._changes is None or module is not self._engine:
-            load_module(self.unwrap(module), folder, strict=strict)
-        else:
-            load_weights(self.unwrap(module), folder, strict=strict)
-            self._changes.note()
+            return load_module(self.unwrap(module), folder, strict=strict)
+        said = load_weights(self.unwrap(module), folder, strict=strict)
+        self._changes.note()
+        return said
 
     def model_state(self, module: nn.Module) -> Sharded:
         inner = self.unwrap(module)

@@ -39,7 +39,6 @@ from nbaccel.core.sharding.dtensors import (
     present,
     refuse_hooks,
     refuse_undivided,
-    require_same_model,
     share_values,
 )
 from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of
@@ -106,7 +105,6 @@ class FullyShardedDataParallel(Strategy):
         refuse_composed(module, self.name)
         for optimizer in optimizers:
             refuse_undivided(optimizer, self.name)
-        require_same_model(module, self._world)
         styles: dict[nn.Module, ParallelStyle] = {}
         if self._tensor is not None and self._tensor_mesh is not None:
             styles = styles_of(module, self._tensor, self._tensor_mesh.size())

@@ -45,6 +45,7 @@ class MegatronCore(Strategy):
     """Copies of a model, each divided over neighbouring ranks by megatron-core."""
 
     name = "megatron"
+    alike = False
 
     def __init__(self, world: World, *, options: Megatron) -> None:
         size = copy_ranks("megatron", options.size, world.size)
@@ -133,7 +134,7 @@ class MegatronCore(Strategy):
         return whole if self._world.is_main or not rank_zero_only else {}
 
     @torch.no_grad()
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> str:
         inner = self.unwrap(module)
         state = inner.state_dict(keep_vars=True)
         own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -143,6 +144,7 @@ class MegatronCore(Strategy):
             value = torch.empty(shapes[name], dtype=found.dtype(name))
             found.read({name: value})
             own[name].copy_(part_of(value, own[name], self._tensor))
+        return found.said
 
     def model_state(self, module: nn.Module) -> Sharded:
         return DividedModelState(self.unwrap(module), self._tensor)

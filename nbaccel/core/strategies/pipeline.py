@@ -29,7 +29,7 @@ from nbaccel.core.load_model import find_weights
 from nbaccel.core.model.composed import refuse_composed
 from nbaccel.core.model.materialise import materialise
 from nbaccel.core.model.tied import find_tied_parameters
-from nbaccel.core.sharding.dtensors import combine_norms, refuse_undivided, require_same_model, share_values
+from nbaccel.core.sharding.dtensors import combine_norms, refuse_undivided, share_values
 from nbaccel.core.sharding.stages import StagedModel, StagedOptimizer, divide_layers, gather_stages
 from nbaccel.core.strategies.base import DataAxis, Strategy
 from nbaccel.core.world import World
@@ -91,7 +91,6 @@ class PipelineParallelism(Strategy):
         if not place and self._world.device.type != "cpu":
             raise ConfigError("device_placement=False cannot go with strategy 'pipeline'")
         refuse_composed(module, self.name)
-        require_same_model(module, self._world)
         stages = divide_layers(module, self._size, self._options.split)
         _refuse_ties(module, stages)
         stage: OrderedDict[str, nn.Module] = OrderedDict()
@@ -240,10 +239,11 @@ class PipelineParallelism(Strategy):
     def full_state_dict(self, module: nn.Module, *, rank_zero_only: bool) -> dict[str, Any]:
         return gather_stages(module, self._world, self._line, keep=self._world.is_main or not rank_zero_only)
 
-    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+    def load_weights(self, module: nn.Module, folder: str | Path, *, strict: bool) -> str:
         own: dict[str, Tensor] = module.state_dict()
         found = find_weights(self._shapes[module], {}, folder, strict=strict)
         found.read({name: own[name] for name in found.names if name in own})
+        return found.said
 
     def model_state(self, module: nn.Module) -> Sharded:
         return StagedModel(module, self._shapes[module])

@@ -24,7 +24,6 @@ from nbaccel.core.sharding.dtensors import (
     present,
     refuse_hooks,
     refuse_undivided,
-    require_same_model,
     share_values,
 )
 from nbaccel.core.sharding.tensor_plan import divide, draw_alike, styles_of
@@ -61,7 +60,6 @@ class TensorParallelism(Strategy):
         refuse_composed(module, self.name)
         for optimizer in optimizers:
             refuse_undivided(optimizer, self.name)
-        require_same_model(module, self._world)
         styles = styles_of(module, self._options, self._world.size)
         parts = [(name, one) for name, one in module.named_modules() if one in styles]
         refuse_hooks(

@@ -86,6 +86,8 @@ class Changes:
                     own.copy_(torch.where(same, own, seen))
 
     def _is_lost(self, name: str, parameter: Any) -> bool:
+        if parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel():
+            return True  # it was given other memory
         version, of_part = _versions(parameter)
         before, of_part_before = self._versions[name]
         if of_part != of_part_before:

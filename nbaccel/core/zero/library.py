@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
 
-__all__ = ["import_deepspeed"]
+__all__ = ["end_engine", "import_deepspeed"]
 
 
 def import_deepspeed(world: World, wanted_by: str) -> Any:
@@ -45,3 +46,15 @@ def import_deepspeed(world: World, wanted_by: str) -> Any:
         if (function := getattr(dist, newer, None)) is not None:
             setattr(TorchBackend, asks, staticmethod(lambda function=function: function))
     return deepspeed
+
+
+def end_engine(engine: Any) -> None:
+    """Takes its hooks off the parameters, and the model out of what DeepSpeed keeps until the process ends."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.destroy()
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    # a cache of all engines together, behind a wrapper that has no name for it; another one's is filled anew
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()

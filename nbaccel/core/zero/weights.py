@@ -42,15 +42,16 @@ def whole_state_dict(module: nn.Module, *, keep: bool = True) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, folder: str | Path, *, strict: bool) -> None:
+def load_weights(module: nn.Module, folder: str | Path, *, strict: bool) -> str:
     """Fills the engine's module from safetensors files, one tensor after another. See `load_model`."""
     state = module.state_dict(keep_vars=True)
     shapes = {name: whole_shape(value) for name, value in state.items() if isinstance(value, Tensor)}
-    found = find_weights(shapes, tied_names(module), folder, strict=strict)
+    found = find_weights(shapes, tied_names(module), folder, model=module, strict=strict)
     for name in found.names:
         value = torch.empty(shapes[name], dtype=found.dtype(name))
         found.read({name: value})
         _write(state[name], value)
+    return found.said
 
 
 @final

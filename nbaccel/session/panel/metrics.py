@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nbaccel.numbered import numbered
 from nbaccel.session.curves import Curve, is_telling
 from nbaccel.session.panel.figures import number
 from nbaccel.session.state import RankState
@@ -16,7 +16,6 @@ __all__ = ["Chart", "more_metrics", "read_charts", "read_others"]
 _MOST_CHARTS = 6
 _MOST_CURVES = 8
 _MOST_TOLD = 24
-_DIGITS = re.compile("([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +84,7 @@ def read_others(ranks: Sequence[RankState], charts: Sequence[Chart]) -> tuple[tu
             if metric.reduced:
                 whole.setdefault(name, metric.values[name])
     found = {name: whole.get(name, sum(of) / len(of)) for name, of in values.items()}
-    return tuple(sorted(found.items(), key=lambda one: (not is_telling(one[0]), _counting(one[0]))))
-
-
-def _counting(name: str) -> list[str | int]:
-    """What names are sorted by so that `layer2` stands before `layer10`."""
-    return [int(part) if at % 2 else part for at, part in enumerate(_DIGITS.split(name))]
+    return tuple(sorted(found.items(), key=lambda one: (not is_telling(one[0]), numbered(one[0]))))
 
 
 def more_metrics(others: Sequence[tuple[str, float]]) -> str:

@@ -44,6 +44,40 @@ def test_even_contiguous_shares_when_all_fits_on_several() -> None:
     assert list(plan.places) == ["cuda:0"] * 5 + ["cuda:1"] * 5
 
 
+def test_small_accelerator_is_left_out_when_what_is_streamed_does_not_fit_onto_it() -> None:
+    limits = {"cuda:0": LAYER // 2, "cuda:1": 6 * LAYER, "cpu": 100 * LAYER}
+    plan = plan_placement(parts_of(stack()), limits, MACHINE)
+    assert plan.main == "cuda:1"
+    assert bytes_at(plan, "cuda:1") == 4 * LAYER
+    with pytest.raises(ConfigError, match="has to be on cuda:0"):
+        plan_placement(parts_of(stack()), limits, MACHINE, mode="balanced")
+
+
+def test_slow_accelerator_is_left_out_when_a_pass_is_shorter_without_it() -> None:
+    slow = Speed(flops=1e11, memory=1e10, transfer=1e10)
+    machine = Machine(devices={**MACHINE.devices, "cuda:0": slow}, disk=1e9)
+    parts = parts_of(stack())
+    room = {"cuda:0": 20 * LAYER, "cuda:1": 11 * LAYER}
+    assert plan_placement(parts, room, machine).device_map == {"": "cuda:1"}
+    assert plan_placement(parts, room, MACHINE).places.count("cuda:0") == 5
+    assert plan_placement(parts, room, machine, mode="balanced").places.count("cuda:0") == 5
+    # what it holds need not be streamed to the fast one
+    less = {"cuda:0": 6 * LAYER, "cuda:1": 6 * LAYER, "cpu": 100 * LAYER}
+    assert "cpu" not in plan_placement(parts, less, machine).places
+
+
+def test_what_is_streamed_runs_where_room_is_kept_for_it() -> None:
+    plan = plan_placement(parts_of(stack()), {"cuda:0": 2 * LAYER, "cpu": 100 * LAYER}, MACHINE)
+    assert (set(plan.places), plan.main, plan.room) == ({"cpu"}, "cuda:0", 2 * LAYER)
+    with init_empty_weights():
+        model = nn.Sequential(nn.Linear(100, 300, bias=False), *stack(6))
+    limits = {"cuda:0": 7 * LAYER, "cuda:1": 3 * LAYER, "cpu": 100 * LAYER}
+    plan = plan_placement(parts_of(model), limits, MACHINE)
+    where = next(iter(plan.device_map.values()))
+    assert where == plan.main, "which is where dispatch_model lets it run"
+    assert bytes_at(plan, where) + plan.room <= limits[where]
+
+
 def test_sequential_fills_one_place_after_the_other() -> None:
     limits = {"cuda:0": 6 * LAYER, "cpu": 3 * LAYER}
     plan = plan_placement(parts_of(stack()), limits, MACHINE, mode="sequential")
@@ -108,7 +142,7 @@ def test_tied_parts_follow_the_fastest_place_given() -> None:
     model, _, _ = made("tied")
     parts = parts_of(model)
     places = places_given({"": "disk", "head": "cpu"}, parts, model)
-    assert plan_given(parts, places, MACHINE).device_map["wte"] == "cpu"
+    assert plan_given(parts, places, MACHINE, main="cpu").device_map["wte"] == "cpu"
 
 
 def test_bytes_are_those_of_the_wanted_type() -> None:
@@ -173,7 +207,7 @@ def test_a_map_may_divide_a_class_that_is_whole_otherwise() -> None:
     model = TiedLanguageModel()
     given = {"": "cpu", "blocks.0.mlp": "disk"}
     parts = parts_of(model, no_split=["Block"], divided=given)
-    plan = plan_given(parts, places_given(given, parts, model), MACHINE)
+    plan = plan_given(parts, places_given(given, parts, model), MACHINE, main="cpu")
     assert plan.device_map["blocks.0.mlp"] == "disk"
     assert plan.device_map["blocks.1"] == "cpu"
 
@@ -271,7 +305,7 @@ def test_encoders_layers_are_placed_one_by_one_and_counted_alike() -> None:
     assert {part.cost.flops for part in parts} == {5 * 2 * (4 * 8 * 8 + 2 * 8 * 16)}
     places = places_given({"layers.0": "disk", "": "cpu"}, parts, encoder)
     assert places == ["disk", "cpu", "cpu"]
-    assert plan_given(parts, places, MACHINE).device_map == {
+    assert plan_given(parts, places, MACHINE, main="cpu").device_map == {
         "layers.0": "disk",
         "layers.1": "cpu",
         "layers.2": "cpu",

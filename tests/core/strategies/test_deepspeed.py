@@ -24,19 +24,6 @@ def agrees(one: Trained, alone: Trained, tolerance: float = 1e-5) -> None:
     assert one.tied
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_training_when_zero_shards_is_that_of_one_process(stage: int, alone: tuple[Trained, str]) -> None:
-    for one in run_ranks(train, Job(strategy=DeepSpeed(stage=stage)), num_processes=2):
-        agrees(one, alone[0])
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trained], str]:
-    """Stage 3 on four ranks, and the checkpoint of the middle."""
-    folder = str(tmp_path_factory.mktemp("zero") / "middle")
-    return run_ranks(train, Job(strategy=DeepSpeed(stage=3), save=folder), num_processes=4), folder
-
-
 def goes_on(one: Trained, alone: Trained) -> None:
     """Parameters, moments, steps, rates and the place in the data: the second half is as if never interrupted."""
     assert len(one.norms) == len(alone.norms) // 2
@@ -45,54 +32,51 @@ def goes_on(one: Trained, alone: Trained) -> None:
     assert worst <= 2e-4, worst
 
 
-def test_training_when_four_ranks_share_everything_is_that_of_one_process(
-    four: tuple[list[Trained], str], alone: tuple[Trained, str]
-) -> None:
-    for one in four[0]:
-        agrees(one, alone[0])
+def all_jobs(jobs: dict[str, Job]) -> dict[str, Trained]:
+    return {name: train(job) for name, job in jobs.items()}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "num_processes"),
-    [(DeepSpeed(stage=3), 2), ("ddp", 2), ("single", 1)],
-    ids=["zero-3", "ddp", "one process"],
-)
-def test_checkpoint_when_saved_by_zero_3_goes_on_elsewhere(
-    strategy: object, num_processes: int, four: tuple[list[Trained], str], alone: tuple[Trained, str]
-) -> None:
-    for one in run_ranks(train, Job(strategy=strategy, load=four[1]), num_processes=num_processes):
-        goes_on(one, alone[0])
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_checkpoint_when_saved_by_one_process_goes_on_under_zero(
-    stage: int, alone: tuple[Trained, str]
-) -> None:
-    for one in run_ranks(train, Job(strategy=DeepSpeed(stage=stage), load=alone[1]), num_processes=2):
-        goes_on(one, alone[0])
-
-
-def test_training_when_offloaded_and_recomputed_by_a_json_of_the_user_is_the_same(
-    alone: tuple[Trained, str], tmp_path
-) -> None:
-    own = tmp_path / "zero.json"
+@pytest.fixture(scope="module")
+def two(alone: tuple[Trained, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Trained]]:
+    """What two ranks trained; test_same_numbers.py has the other stages, and those that go on elsewhere."""
+    own = tmp_path_factory.mktemp("zero") / "zero.json"
     own.write_text(
         '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,'
         ' "gradient_clipping": "auto", "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto",'
         ' "stage3_param_persistence_threshold": 0}}'
     )
-    options = DeepSpeed(
+    offloaded = DeepSpeed(
         stage=3, config=str(own), offload_optimizer="cpu", offload_param="cpu", activation_checkpointing=True
     )
-    for one in run_ranks(train, Job(strategy=options), num_processes=2):
-        agrees(one, alone[0])
+    jobs = {
+        "stage 0": Job(strategy=DeepSpeed(stage=0)),
+        "offloaded": Job(strategy=offloaded),
+        "stage 1, resumed": Job(strategy=DeepSpeed(stage=1), load=alone[1]),
+        "stage 3, resumed": Job(strategy=DeepSpeed(stage=3), load=alone[1]),
+    }
+    return run_ranks(all_jobs, jobs, num_processes=2)
 
 
-@pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
-def test_training_when_in_bf16_follows_one_process() -> None:
-    (alone,) = run_ranks(train, Job(strategy="single", mixed_precision="bf16"), num_processes=1)
-    for one in run_ranks(train, Job(strategy=DeepSpeed(stage=2), mixed_precision="bf16"), num_processes=2):
-        assert difference(one.losses, alone.losses) <= 2e-3
+def test_training_when_nothing_is_divided_is_that_of_one_process(
+    two: list[dict[str, Trained]], alone: tuple[Trained, str]
+) -> None:
+    for told in two:
+        agrees(told["stage 0"], alone[0])
+
+
+def test_training_when_offloaded_and_recomputed_by_a_json_of_the_user_is_the_same(
+    two: list[dict[str, Trained]], alone: tuple[Trained, str]
+) -> None:
+    for told in two:
+        agrees(told["offloaded"], alone[0])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoint_when_saved_by_one_process_goes_on_under_zero(
+    stage: int, two: list[dict[str, Trained]], alone: tuple[Trained, str]
+) -> None:
+    for told in two:
+        goes_on(told[f"stage {stage}, resumed"], alone[0])
 
 
 def refusals() -> dict[str, str]:

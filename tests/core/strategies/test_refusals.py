@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from nbaccel.core.assembly import choose_strategy
 from nbaccel.core.precision import Precision
 from nbaccel.core.strategies.ddp import DDPOptions
 from nbaccel.core.world import World
-from nbaccel.errors import ConfigError
+from nbaccel.errors import ConfigError, TrustError
 from tests.conftest import needs
 
 pytestmark = pytest.mark.timeout(300)
@@ -28,7 +29,7 @@ def said(strategy: Any, model: nn.Module, optimizer: Any = torch.optim.AdamW, **
     acc = Accelerator(cpu=True, strategy=strategy, **options)
     try:
         acc.prepare(model, optimizer(model.parameters()))
-    except ConfigError as error:
+    except (ConfigError, TrustError) as error:
         return str(error)
     return "was taken"
 
@@ -36,6 +37,12 @@ def said(strategy: Any, model: nn.Module, optimizer: Any = torch.optim.AdamW, **
 def with_parameter(parameter: torch.Tensor) -> nn.Module:
     made = nn.Sequential(nn.Linear(2, 2))
     made.register_parameter("odd", nn.Parameter(parameter))
+    return made
+
+
+def unequal() -> nn.Module:
+    made = nn.Linear(2, 2)
+    made.bias.requires_grad_(os.environ["RANK"] == "0")
     return made
 
 
@@ -101,6 +108,7 @@ def sharded() -> dict[str, str]:
         "fsdp, hook": said("fsdp", hooked()),
         "fsdp, late hook": hooked_late(),
         "fsdp, shared": shared(),
+        "fsdp, unequal": said("fsdp", unequal()),
         "fsdp, sparse": said("fsdp", nn.Sequential(nn.Embedding(4, 2, sparse=True))),
         "divided, hook": said(plan, hooked()),
         "ddp, divided": said("ddp", half_divided()),
@@ -132,6 +140,10 @@ def test_what_cannot_be_sharded_is_named() -> None:
         assert "1.weight is to be divided by the plan, and is not" in found["divided, half"]
         assert "register_hook was called on weight after prepare" in found["fsdp, late hook"]
         assert "0.weight is a parameter of another model that was prepared before" in found["fsdp, shared"]
+        assert (
+            "rank 0 has 'bias' [2] of float32 and rank 1 'bias' [2] of float32 (frozen)"
+            in found["fsdp, unequal"]
+        )
         assert "0 is an Embedding(sparse=True)" in found["fsdp, sparse"]
         assert "NonDynamicallyQuantizableLinear, which is never called" in found["fsdp, inside attention"]
 
@@ -170,6 +182,7 @@ def under_zero() -> dict[str, str]:
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model, optimizer = prepared(1)
     return {
+        "unequal": said(DeepSpeed(stage=2), unequal()),
         "sparse": said(DeepSpeed(stage=2), nn.Sequential(nn.Embedding(4, 2, sparse=True))),
         "two types in a group": said(DeepSpeed(stage=2), two_types()),
         "bf16": of_bf16(),
@@ -191,6 +204,9 @@ def test_what_zero_cannot_do_is_named() -> None:
     for rank, found in enumerate(run_ranks(under_zero)):
         assert "0 is an Embedding(sparse=True)" in found["sparse"]
         assert "sparse=False" in found["sparse"]
+        assert (
+            "rank 0 has 'bias' [2] of float32 and rank 1 'bias' [2] of float32 (frozen)" in found["unequal"]
+        )
         assert "parameters of group 0 of the optimizer are torch.float32" in found["two types in a group"]
         assert ("mixed_precision='bf16'" in found["bf16"]) == (rank == 0)
         assert "group 0 of the optimizer has parameters that are not the model's" in found["two models"]

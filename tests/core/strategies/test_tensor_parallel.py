@@ -20,8 +20,6 @@ PLAN = {"blocks.*.up": "column", "blocks.*.down": "row"}
 def build(family: str) -> torch.nn.Module:
     import transformers
 
-    if family == "tiny":
-        return TinyLM(2)
     if family == "llama":
         config: Any = transformers.LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=HEADS,
@@ -56,8 +54,7 @@ def train(family: str, strategy: Any, save: str | None = None, load: str | None 
     for numbers, batch in loader:
         found["seen"] += acc.gather_for_metrics(numbers).tolist()
         with acc.accumulate(model):
-            output = model(batch)
-            logits = (output if isinstance(output, torch.Tensor) else output.logits)[:, :-1]
+            logits = model(batch).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
             acc.backward(loss)
             norm = acc.clip_grad_norm_(model.parameters(), 0.5)
@@ -73,13 +70,10 @@ def train(family: str, strategy: Any, save: str | None = None, load: str | None 
         if save and acc.steps == 2 and acc.sync_gradients:
             acc.save_state(save)
     found["state"] = {name: value.flatten().tolist() for name, value in acc.get_state_dict(model).items()}
-    if family != "tiny":
-        model.eval()
-        with torch.no_grad():
-            found["text"] = model.generate(
-                torch.ones(1, 2, dtype=torch.int64), max_new_tokens=4, do_sample=False
-            )
-            found["text"] = found["text"].tolist()
+    model.eval()
+    with torch.no_grad():
+        text = model.generate(torch.ones(1, 2, dtype=torch.int64), max_new_tokens=4, do_sample=False)
+    found["text"] = text.tolist()
     return found
 
 
@@ -90,43 +84,60 @@ def agrees(one: dict[str, Any], alone: dict[str, Any]) -> None:
     assert one["state"].keys() == alone["state"].keys()
     worst = max(difference(one["state"][name], alone["state"][name]) for name in alone["state"])
     assert worst <= 5e-4, worst
-    assert one.get("text") == alone.get("text")
+    assert one["text"] == alone["text"]
+
+
+def each(jobs: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    return [train(*job) for job in jobs]
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
-    return {
-        family: run_ranks(train, family, "single", num_processes=1)[0] for family in ("llama", "gpt2", "tiny")
-    }
+    families = ("llama", "gpt2")
+    (found,) = run_ranks(each, [(family, "single") for family in families], num_processes=1)
+    return dict(zip(families, found, strict=True))
 
 
-def test_training_when_matrices_are_divided_is_that_of_one_process(alone: dict[str, Any]) -> None:
-    for one in run_ranks(train, "llama", "tensor_parallel"):
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("divided") / "middle")
+
+
+@pytest.fixture(scope="module")
+def four(middle: str) -> list[list[dict[str, Any]]]:
+    """A mesh of two by two, whose middle is saved; and copies."""
+    mesh = FSDP(tensor_parallel=TensorParallel(size=2))
+    return run_ranks(each, [("llama", mesh, middle), ("gpt2", TensorParallel(size=2))], num_processes=4)
+
+
+def test_training_when_matrices_are_divided_is_that_of_one_process_and_goes_on_from_a_mesh(
+    alone: dict[str, Any], four: object, middle: str
+) -> None:
+    jobs = [("llama", "tensor_parallel"), ("llama", "tensor_parallel", None, middle)]
+    for one, resumed in run_ranks(each, jobs):
         agrees(one, alone["llama"])
         assert one["held"] < 0.6 * alone["llama"]["held"]
+        goes_on(resumed, alone["llama"])
 
 
-def test_training_when_a_plan_is_given_is_that_of_one_process(alone: dict[str, Any]) -> None:
-    for one in run_ranks(train, "tiny", TensorParallel(plan=PLAN, size=2)):
-        agrees(one, alone["tiny"])
-
-
-def test_training_on_a_mesh_of_two_by_two_is_that_of_one_process_and_its_checkpoint_moves(
-    alone: dict[str, Any], tmp_path: Any
+def test_training_on_a_mesh_of_two_by_two_is_that_of_one_process_which_goes_on_from_it(
+    alone: dict[str, Any], four: list[list[dict[str, Any]]], middle: str
 ) -> None:
-    folder = str(tmp_path / "middle")
-    strategy = FSDP(tensor_parallel=TensorParallel(size=2))
-    for one in run_ranks(train, "llama", strategy, folder, num_processes=4):
+    for one, _ in four:
         agrees(one, alone["llama"])
         assert one["held"] < 0.3 * alone["llama"]["held"]
-    for strategy, size in (("single", 1), ("tensor_parallel", 2)):
-        for one in run_ranks(train, "llama", strategy, None, folder, num_processes=size):
-            assert difference(one["losses"], alone["llama"]["losses"][-len(one["losses"]) :]) <= 1e-5
-            assert len(one["losses"]) == len(alone["llama"]["losses"]) - 4
+    goes_on(*run_ranks(train, "llama", "single", None, middle, num_processes=1), alone["llama"])
 
 
-def test_training_when_copies_are_divided_averages_over_the_copies(alone: dict[str, Any]) -> None:
-    for one in run_ranks(train, "gpt2", TensorParallel(size=2), num_processes=4):
+def goes_on(resumed: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert len(resumed["losses"]) == len(alone["losses"]) - 4
+    assert difference(resumed["losses"], alone["losses"][4:]) <= 1e-5
+
+
+def test_training_when_copies_are_divided_averages_over_the_copies(
+    alone: dict[str, Any], four: list[list[dict[str, Any]]]
+) -> None:
+    for _, one in four:
         agrees(one, alone["gpt2"])
 
 

@@ -77,7 +77,7 @@ def train(job: Job) -> Trained:
         gradient_accumulation_steps=job.accumulation,
     )
     torch.manual_seed(7)
-    model = TinyLM()
+    model = TinyLM(2)
     with torch.no_grad():
         model.embedding.weight.mul_(0.3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

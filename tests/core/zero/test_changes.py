@@ -34,6 +34,12 @@ def averaged(model: Any) -> None:
         parameter.data = 0.5 * parameter.data.float()
 
 
+def given_memory(model: Any) -> None:
+    """A whole tensor in place of one that stage 3 holds in parts."""
+    weight = model[0].weight
+    weight.data = torch.zeros(weight.ds_shape)
+
+
 def gathered(model: Any) -> Any:
     """Where parameters are in shards: brought together."""
     if not hasattr(model[0].weight, "ds_tensor"):
@@ -83,7 +89,7 @@ def under_zero() -> tuple[list[Any], dict[str, list[float]], list[str]]:
     found.append([trained(sharded, change, gathers=True) for change in CHANGES[:2]])
     found += [[trained(one, clipped, gathers=True, returns=True)] for one in (asked[0], sharded)]
     said = []
-    for change in CHANGES[:2]:
+    for change in (*CHANGES[:2], given_memory):
         with pytest.raises(ConfigError) as refused:
             trained(sharded, change)
         said.append(str(refused.value))
@@ -97,6 +103,6 @@ def test_parameters_when_changed_in_place_stay_changed_or_are_refused_by_name() 
             for one, expected in zip(values, alone, strict=False):
                 assert one == {name: pytest.approx(each, abs=1e-5) for name, each in expected.items()}
         assert in_bf16 == {name: pytest.approx(each, abs=0.02) for name, each in alone[0].items()}
-        for text, name in zip(said, ("0.bias", "2.weight"), strict=True):
+        for text, name in zip(said, ("0.bias", "2.weight", "0.weight"), strict=True):
             assert text.startswith(f"{name} was changed in place on rank {rank}")
             assert "GatheredParameters" in text

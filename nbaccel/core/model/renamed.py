@@ -10,7 +10,7 @@ import copy
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, final
@@ -18,10 +18,10 @@ from typing import Any, Protocol, final
 import torch
 from torch import nn
 
-from nbaccel.core.offload.weights import ReadByCall, Stored
 from nbaccel.errors import CheckpointError
+from nbaccel.numbered import numbered
 
-__all__ = ["Renamed", "as_transformers"]
+__all__ = ["Made", "Renamed", "as_transformers"]
 
 _BEFORE_5 = {
     r"LayerNorm\.beta$": "LayerNorm.bias",
@@ -35,16 +35,42 @@ _COMPUTED = {"inv_freq", "position_ids"}
 """Buffers that old checkpoints hold and models compute today."""
 
 
+class Described(Protocol):
+    """What is known of a tensor in a file."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A tensor that is made of several of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    """Their names there."""
+    make: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """Given their values, in that order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renamed:
     """A checkpoint by a model's names."""
 
-    stored: Mapping[str, Stored]
+    names: Mapping[str, str]
+    """Those in the checkpoint."""
+    made: Mapping[str, Made] = field(default_factory=dict)
     applied: Mapping[str, int] = field(default_factory=dict)
     """What was renamed or converted, and how many tensors each concerned."""
 
     def __str__(self) -> str:
-        return "; ".join(f"{what} ({count} tensors)" for what, count in self.applied.items())
+        """What was done, in words; empty where nothing was."""
+        told = "; ".join(f"{what} ({count} tensors)" for what, count in self.applied.items())
+        return f"read as transformers reads it: {told}" if told else ""
 
 
 class _Renaming(Protocol):
@@ -66,29 +92,30 @@ class _Pattern:
         return name, self._pattern if count else None
 
 
-_Source = tuple[str, str, Stored]
-"""A tensor that others are made of: its name in the checkpoint, the pattern that was found, and where it is."""
+_Source = tuple[str, str]
+"""A tensor that others are made of: its name in the checkpoint, and the pattern that was found."""
 
 
-def as_transformers(model: nn.Module, stored: Mapping[str, Stored]) -> Renamed:
+def as_transformers(model: nn.Module, names: Collection[str], stored: Mapping[str, Described]) -> Renamed:
     """The tensors of a checkpoint as `from_pretrained` would give them to `model`; of any other model as they are.
 
     What is made of several tensors of the checkpoint, as the experts of a Mixtral, is converted when it is read.
+
+    Args:
+        names: of the model's tensors.
 
     Raises:
         CheckpointError: two tensors would get one name, or cannot be converted.
     """
     known = sys.modules.get("transformers.modeling_utils")
     if known is None or not isinstance(model, known.PreTrainedModel):
-        return Renamed(stored=stored)
-    names = model.state_dict().keys()
+        return Renamed(names={name: name for name in stored})
     renamings, converters = _rules(model)
     prefix = str(model.base_model_prefix)
-    found: dict[str, Stored] = {}
-    origin: dict[str, str] = {}
+    found: dict[str, str] = {}
     groups: dict[str, tuple[Any, list[_Source]]] = {}
     applied: Counter[str] = Counter()
-    for key in sorted(stored, key=_natural):  # experts are stacked in the order of their numbers
+    for key in sorted(stored, key=numbered):  # experts are stacked in the order of their numbers
         name, said = _renamed(key, renamings)
         converted, converter, pattern = _converted(name, converters)
         final_name, moved = _with_prefix(converted, prefix, names)
@@ -97,20 +124,21 @@ def as_transformers(model: nn.Module, stored: Mapping[str, Stored]) -> Renamed:
             final_name, moved = _with_prefix(key, prefix, names)
         applied.update([*said, *([moved] if moved else [])])
         if converter is not None and pattern is not None:
-            groups.setdefault(final_name, (converter, []))[1].append((key, pattern, stored[key]))
+            groups.setdefault(final_name, (converter, []))[1].append((key, pattern))
             continue
         if final_name in found:
             raise CheckpointError(
-                f"{origin[final_name]} and {key} are both {final_name} in this {type(model).__name__}"
+                f"{found[final_name]} and {key} are both {final_name} in this {type(model).__name__}"
             )
-        found[final_name], origin[final_name] = stored[key], key
+        found[final_name] = key
+    made: dict[str, Made] = {}
     for name, (converter, sources) in groups.items():
-        found |= _made_of(name, converter, sources, model)
+        made |= _made_of(name, converter, sources, model, stored)
         text = f"{', '.join(converter.source_patterns)} made into {', '.join(converter.target_patterns)}"
         applied[text] += len(sources)
     ignored = _ignored(model)
-    kept = {name: one for name, one in found.items() if name in names or not ignored(name)}
-    return Renamed(stored=kept, applied=applied)
+    kept = {name: key for name, key in found.items() if name in names or not ignored(name)}
+    return Renamed(names=kept, made=made, applied=applied)
 
 
 def _rules(model: Any) -> tuple[Sequence[_Renaming], Sequence[Any]]:
@@ -164,26 +192,20 @@ def _with_prefix(name: str, prefix: str, names: Collection[str]) -> tuple[str, s
     return name, None
 
 
-def _natural(name: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _made_of(name: str, converter: Any, sources: Sequence[_Source], model: nn.Module) -> dict[str, Stored]:
+def _made_of(
+    name: str, converter: Any, sources: Sequence[_Source], model: nn.Module, stored: Mapping[str, Described]
+) -> dict[str, Made]:
     """What a conversion makes, by name: shapes are found out on tensors without values."""
-    empty = [torch.empty(one.shape, dtype=one.dtype, device="meta") for _, _, one in sources]
-    made: dict[str, Stored] = {}
-    for target, like in _convert(name, converter, sources, empty, model).items():
-        read = partial(_read, name, converter, sources, model, target)
-        made[target] = ReadByCall(like.dtype, tuple(like.shape), read)
-    return made
+    keys = tuple(key for key, _ in sources)
+    empty = [torch.empty(stored[key].shape, dtype=stored[key].dtype, device="meta") for key in keys]
 
+    def make(target: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _convert(name, converter, sources, values, model)[target].contiguous()
 
-def _read(
-    name: str, converter: Any, sources: Sequence[_Source], model: nn.Module, target: str
-) -> torch.Tensor:
-    views = [one.view() for _, _, one in sources]
-    values = [one.read() if view is None else view for (_, _, one), view in zip(sources, views, strict=True)]
-    return _convert(name, converter, sources, values, model)[target].contiguous()
+    return {
+        target: Made(dtype=like.dtype, shape=tuple(like.shape), sources=keys, make=partial(make, target))
+        for target, like in _convert(name, converter, sources, empty, model).items()
+    }
 
 
 @torch.no_grad()
@@ -191,7 +213,7 @@ def _convert(
     name: str, converter: Any, sources: Sequence[_Source], values: Sequence[torch.Tensor], model: Any
 ) -> dict[str, torch.Tensor]:
     fresh = copy.deepcopy(converter)  # it keeps what it is given
-    for (key, pattern, _), value in zip(sources, values, strict=True):
+    for (key, pattern), value in zip(sources, values, strict=True):
         fresh.add_tensor(name, key, pattern, value)
     try:
         made = fresh.convert(name, model=model, config=model.config)
