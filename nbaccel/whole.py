@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-__all__ = ["assembled_by", "gathered", "is_divided", "whole"]
+__all__ = ["assembled_by", "gathered", "is_divided", "is_dtensor", "whole"]
 
 assembled_by: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 """By a module that holds some of its model's layers only, or values that ZeRO has not taken over yet: what puts the
@@ -20,10 +22,15 @@ gathered: dict[int, tuple[Tensor, Tensor]] = {}
 """By the identity of a tensor that a launch's ranks made whole: itself, and what is sent in its place."""
 
 
+def is_dtensor(tensor: object) -> TypeIs[DTensor]:
+    """Whether it is one of FSDP2 or tensor parallelism. Without importing their module, which takes a second."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
 def is_divided(tensor: Any) -> bool:
     """Whether this rank holds a part of it only."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return hasattr(tensor, "ds_tensor") or (tensors is not None and isinstance(tensor, tensors.DTensor))
+    return hasattr(tensor, "ds_tensor") or is_dtensor(tensor)
 
 
 def whole(tensor: Tensor, *, keep: bool = True) -> Tensor | None:

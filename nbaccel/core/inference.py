@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from nbaccel.core.world import World
 from nbaccel.core.zero.library import import_deepspeed
 from nbaccel.errors import ConfigError
+from nbaccel.whole import is_dtensor
 
 __all__ = ["inference_engine"]
 
@@ -91,7 +91,7 @@ def _check_plain(model: nn.Module) -> None:
             raise ConfigError(
                 f"{name} has no values (it is on the meta device): load the weights before prepare_inference"
             )
-        if hasattr(parameter, "ds_id") or isinstance(parameter, DTensor):
+        if hasattr(parameter, "ds_id") or is_dtensor(parameter):
             raise ConfigError(
                 f"{name} is in shards: prepare_inference takes the plain model, before prepare or built anew"
             )

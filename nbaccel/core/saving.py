@@ -104,8 +104,8 @@ class Saving:
         self._checkpoints = Checkpoints(world=world)
         self._unanswered = 0  # batches since a save was asked for that nothing has made
         self._resume_from = resume
-        if resume is not None and resume != "auto":
-            _check_resume(Path(resume), world)
+        if resume is not None:
+            _check_resume(resume, project_dir, world)
         loop.before_pass = self._resume_once
         loop.before_batch = self._save_if_possible
 
@@ -228,9 +228,12 @@ class Saving:
         contents = replace(self._contents(self._hooked_load, filled), later=later)
         universal = self._universal(folder)
         if universal is None:
-            return self._checkpoints.load(
+            loaded = self._checkpoints.load(
                 folder, contents, strict=strict, allow_pickle=allow_pickle, verify=verify
             )
+            if filled is None:
+                self._loop.resuming.settle(self.loaders)
+            return loaded
         loaded = self._checkpoints.load(universal, contents, strict=False)
         if self._world.is_main and loaded.untouched:
             print(
@@ -404,7 +407,15 @@ def _registered(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:
     return handle
 
 
-def _check_resume(folder: Path, world: World) -> None:
+def _check_resume(where: str, project_dir: str | None, world: World) -> None:
+    if where == "auto":
+        if project_dir is None:
+            raise ConfigError(
+                f"resume='auto' was asked on rank {world.rank}, and there is no project_dir to look for checkpoints "
+                "in. Give project_dir=..., or the folder of a checkpoint in place of 'auto'"
+            )
+        return
+    folder = Path(where)
     try:
         if not folder.is_dir():
             resolve(folder, LocalFileSystem())

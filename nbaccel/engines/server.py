@@ -38,9 +38,10 @@ WARM_UP = (
     "threadpoolctl",
     "nbaccel.rank.worker",
     "nbaccel.core",
+    "torch.distributed.checkpoint.default_planner",  # with what FSDP2 is made of
 )
 # What a run of a script on one or two ranks imports sooner by itself than it would wait for here.
-_LATER = ("torch._dynamo", "torch._inductor", "nbaccel.core")
+_LATER = ("torch._dynamo", "torch._inductor", *WARM_UP[-2:])
 
 
 @dataclass(frozen=True, slots=True)

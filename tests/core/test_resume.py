@@ -91,6 +91,8 @@ def _stepped(folder, **options):
 def test_resume_when_nothing_acts_on_it_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"resume='/nowhere' was asked on rank 0, .* is not there"):
         Accelerator(cpu=True, resume="/nowhere")
+    with pytest.raises(ConfigError, match=r"resume='auto' was asked on rank 0, and there is no project_dir"):
+        Accelerator(cpu=True, resume="auto")
     saved = _stepped(tmp_path, resume="auto").save_state()
     for where in ("auto", saved):
         with pytest.warns(UserWarning, match=f"resume='{where}' was asked, .* Prepare the loader") as told:
@@ -260,6 +262,91 @@ def test_place_when_a_batch_is_looked_at_before_the_resumed_loop_is_kept(tmp_pat
     next(iter(loader))  # of the next epoch, as in a run that was not resumed
     assert [len(batch) for batch in loader] == [2] * 10
     assert loader.next_epoch == 3
+
+
+def _with_looks(folder, stop, how):
+    """Trains on 4 batches a pass, with looks at batches before the loop and in every epoch; the looks, the weight."""
+    acc = Accelerator(cpu=True, seed=1, project_dir=folder, resume="auto")
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model, optimizer, loader, held_out = acc.prepare(
+        model, optimizer, DataLoader(DATA, 3, shuffle=True), DataLoader(DATA[:6], 2, shuffle=True)
+    )
+    looks = [next(iter(loader)).flatten().tolist() for _ in range({"twice": 2, "once": 1, "never": 0}[how])]
+    for epoch in range(4):
+        if how == "once":
+            loader.set_epoch(epoch)
+        for x in loader:
+            acc.step((model(x) - x).square().mean(), optimizer)
+            if acc.steps == stop:
+                acc.save_state()
+                return None
+        looks.append(next(iter(held_out)).flatten().tolist())
+        looks.append(sum(len(x) for x in held_out))
+    return looks, acc.unwrap_model(model).weight.item(), acc.steps
+
+
+def _looks_when_resumed(folder):
+    found = []
+    for how in ("twice", "once"):
+        found.append([_with_looks(folder / f"whole {how}", None, how)])
+        for stop in (1, 6):
+            assert _with_looks(folder / f"{how} {stop}", stop, how) is None
+            if stop == 6:  # and once more
+                assert _with_looks(folder / f"{how} {stop}", 10, how) is None
+            found[-1].append(_with_looks(folder / f"{how} {stop}", None, how))
+    _with_looks(folder / "less", 6, "twice")
+    with pytest.raises(
+        CheckpointError, match=r"made an optimizer step in a pass over 'train' of which .* looked"
+    ):
+        _with_looks(folder / "less", None, "never")
+    return found
+
+
+def test_looks_at_batches_when_resumed_are_given_again(tmp_path):
+    for found in run_ranks(_looks_when_resumed, tmp_path):
+        for (looks, weight, steps), *resumed in found:
+            for number, (again, same_weight, same_steps) in enumerate(resumed):
+                assert (same_weight, same_steps) == (weight, steps)
+                # of evaluations that are left out there is nothing but the look
+                start = len(looks) - 8
+                if start == 2:  # else the epoch looked at is the one that goes on, and so is the batch
+                    assert again[:2] == looks[:2]
+                assert again[start + 4 * number :] == looks[start + 4 * number :]
+
+
+@pytest.mark.parametrize("stop", [10, 14])  # 10: in the last batch of the first epoch
+@pytest.mark.parametrize("how", ["resume", "load"])
+def test_evaluations_of_some_batches_when_resumed_are_those_of_the_uninterrupted_run(tmp_path, how, stop):
+    def train(folder, stop, how="resume"):
+        acc = Accelerator(cpu=True, seed=1, project_dir=folder, resume="auto" if how == "resume" else None)
+        model = nn.Linear(1, 1)
+        model, optimizer, loader, held_out = acc.prepare(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.05),
+            DataLoader(DATA, 2, shuffle=True),
+            DataLoader(DATA[:10], 2, shuffle=True),
+        )
+        if how == "load":
+            acc.load_state()
+        seen = {}
+        for _ in range(2):
+            for x in loader:
+                acc.step((model(x) - x).square().mean(), optimizer)
+                if acc.steps % 3 == 0:
+                    seen[acc.steps] = [x.tolist() for x, _ in zip(held_out, range(2), strict=False)]
+                if acc.steps == stop:
+                    acc.save_state()
+                    return None
+            seen[acc.steps + 0.5] = [x.tolist() for x in held_out]
+        return seen
+
+    whole = train(tmp_path / "whole", None)
+    assert train(tmp_path / "cut", stop) is None
+    again = train(tmp_path / "cut", None, how)
+    for steps, seen in whole.items():
+        if steps > stop:
+            assert again[steps] == seen, steps
 
 
 def _by_curriculum(folder, stop, *, skips=False, again=False):

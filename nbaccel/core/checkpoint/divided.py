@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from nbaccel.core.nested import leaves, map_tensors
+from nbaccel.whole import is_dtensor
 
 __all__ = ["gather_divided", "holds_divided", "lay_out_as"]
 
 
 def holds_divided(state: Any) -> bool:
     """Whether a tensor in `state` is divided over the ranks."""
-    return any(isinstance(leaf, DTensor) for _, leaf in leaves(state))
+    return any(is_dtensor(leaf) for _, leaf in leaves(state))
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def gather_divided(state: Any, *, keep: bool) -> Any:
     of which those that do not `keep` it get empty ones."""
 
     def gathered(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, DTensor):
+        if not is_dtensor(tensor):
             return tensor
         whole = tensor.full_tensor()
         return whole.detach().cpu() if keep else torch.empty(0)
@@ -35,7 +35,7 @@ def gather_divided(state: Any, *, keep: bool) -> Any:
 
 def lay_out_as(present: Any, state: Any) -> Any:
     """`state` divided over the ranks wherever `present` is, each rank keeping its own part; the rest as it is."""
-    if isinstance(present, DTensor) and isinstance(state, torch.Tensor) and state.shape == present.shape:
+    if is_dtensor(present) and isinstance(state, torch.Tensor) and state.shape == present.shape:
         return _part_of(present, state)
     if isinstance(present, Mapping) and isinstance(state, Mapping):
         made: Any = copy.copy(state)

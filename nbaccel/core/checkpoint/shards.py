@@ -2,7 +2,8 @@
 
 torch.distributed.checkpoint (DCP) plans both ways: its save planner removes what several ranks hold and
 spreads it over them, its load planner intersects what was saved with what is wanted. The files are ours
-(DCP's own are pickles): one safetensors file per rank, and an index in JSON.
+(DCP's own are pickles): one safetensors file per rank, and an index in JSON. DCP is imported where it is used: it takes
+a second, which those who never save need not wait for.
 """
 
 from __future__ import annotations
@@ -11,18 +12,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
-from torch.distributed.tensor import DTensor
 
 from nbaccel.core.checkpoint.crew import Crew
 from nbaccel.core.checkpoint.filesystem import FileSystem
@@ -36,6 +28,12 @@ from nbaccel.core.checkpoint.tensorfile import (
     read_tensor,
 )
 from nbaccel.errors import CheckpointError
+from nbaccel.whole import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 __all__ = ["INDEX", "Index", "Plan", "fingerprint", "make_plan", "read_into", "shard_file", "sources"]
 
@@ -61,9 +59,7 @@ class Plan:
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     """What a plan depends on: names, dtypes, shapes and how each tensor is laid over the ranks."""
     return tuple(
-        (name, t.dtype, t.shape, t.placements, t.device_mesh)
-        if isinstance(t, DTensor)
-        else (name, t.dtype, t.shape)
+        (name, t.dtype, t.shape, t.placements, t.device_mesh) if is_dtensor(t) else (name, t.dtype, t.shape)
         for name, t in tensors.items()
     )
 
@@ -89,7 +85,7 @@ def make_plan(
     mine = {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in aliases and (crew.rank == 0 or name not in of_rank_zero or isinstance(tensor, DTensor))
+        if name not in aliases and (crew.rank == 0 or name not in of_rank_zero or is_dtensor(tensor))
     }
     planner = _save_planner(mine, crew)
     plans = crew.gather(planner.create_local_plan())
@@ -121,6 +117,8 @@ def sources(plan: Plan, tensors: Mapping[str, torch.Tensor], crew: Crew) -> dict
 
 
 def _save_planner(tensors: Mapping[str, torch.Tensor], crew: Crew) -> DefaultSavePlanner:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=crew.rank == 0)
     return planner
@@ -169,6 +167,13 @@ class Index:
     @classmethod
     def from_json(cls, data: bytes) -> Index:
         """The index in `data`; tied tensors appear under each of their names."""
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            Metadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
         document = json.loads(data)
         tensors, files = {}, {}
         for name, entry in document["tensors"].items():
@@ -184,11 +189,18 @@ class Index:
 
     def tensor(self, name: str) -> TensorStorageMetadata:
         """What is known of one tensor."""
-        return cast(TensorStorageMetadata, self.metadata.state_dict_metadata[name])
+        return cast("TensorStorageMetadata", self.metadata.state_dict_metadata[name])
 
     @classmethod
     def of_whole(cls, files: Mapping[str, Mapping[str, Entry]]) -> Index:
         """The index of tensors that stand whole in files, whose headers are given by file name."""
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            Metadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
         tensors, places = {}, {}
         for file, header in files.items():
             for name, entry in header.items():
@@ -215,6 +227,8 @@ def read_into(
     Raises:
         CheckpointError: a file cannot be read; its name is in the message.
     """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(targets), index.metadata, is_coordinator=True)
     by_file: dict[str, list[tuple[ReadItem, str]]] = {}

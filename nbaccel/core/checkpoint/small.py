@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from nbaccel.core.checkpoint.encode import Unencodable, decode, encode
 from nbaccel.errors import CheckpointError
 
 __all__ = ["Packed", "divided_of", "pack", "unpack"]
 
-_DTENSOR = f"c{DTensor.__module__}\n{DTensor.__qualname__}\n".encode()
+_DTENSOR = b"ctorch.distributed.tensor\nDTensor\n"
 """How a pickle of torch's names the class of a tensor that is divided over ranks."""
 
 

@@ -22,12 +22,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from nbaccel.core.data.plan import Layout, Share, all_shares, groups_of
+from nbaccel.core.data.plan import Layout, Share, divided, groups_of
 from nbaccel.core.data.seeding import RandomScope, derive_seed, seed_global
 from nbaccel.core.data.source import Source
 from nbaccel.core.nested import leaves
@@ -35,7 +35,7 @@ from nbaccel.core.nested import leaves
 __all__ = ["Item", "Origin", "Start", "StreamReader", "StreamShard", "digest", "is_stateful"]
 
 _ORDER, _COLLATE = 0x6F726465, 0x636F6C6C
-# Global batches of a pass of which the ranks can compare what they have read, and that show what the stream draws from.
+# Global batches of a pass of which what was read can be compared, and that show what the stream draws from.
 _COMPARED = 4
 
 
@@ -75,8 +75,7 @@ class Start:
     """Whether nothing is left: a data set that was at its end may say that it is at its beginning."""
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a reader of the stream stood after a global batch."""
 
     worker: int
@@ -131,33 +130,36 @@ class _Stream:
         self._states: dict[int, Any] = {}
         self.count = self._first = start.consumed if start.state is not None else 0
         self._border, self._batch = self.count + batch, batch
+        self._samples = self._read()
         if self.count < start.consumed:
-            for _ in itertools.islice(self, start.consumed):
+            for _ in itertools.islice(self._samples, start.consumed):
                 pass
             self._border = start.consumed
 
     def __iter__(self) -> Iterator[Any]:
-        return self
+        return self._samples
 
-    def __next__(self) -> Any:
+    def _read(self) -> Iterator[Any]:
+        self._before_next()
+        for sample in self._source:
+            self.count += 1
+            if self.count == self._first + 1:
+                self._seed(self.count)
+            yield sample
+            if self.count == self._border or self._each:
+                self._before_next()
+
+    def _before_next(self) -> None:
+        # A stream without a state is seeded at no border: a resumed run reads it from its beginning, perhaps with other
+        # borders, and must draw the same.
         if self.count == self._border:
-            self._states[self.count] = self._snapshot()
             self._border += self._batch
-            # So that a resumed run draws the same from here on. One that reads a stream without a state from its
-            # beginning may have other borders, and must draw the same as well.
             if self._stateful:
+                self._states[self.count] = self._snapshot()
                 self._first = self.count
                 self._seed(self.count)
-        return self._read()
-
-    def _read(self) -> Any:
         if self._each and self.count:
             self._seed(self.count)
-        sample = next(self._source)
-        self.count += 1
-        if self.count == self._first + 1:
-            self._seed(self.count)
-        return sample
 
     def _seed(self, count: int) -> None:
         if self._scope is not None:
@@ -171,6 +173,8 @@ class _Stream:
 
     def state_at(self, cursor: int) -> Any:
         """The data set's state after `cursor` samples, a border; forgets the ones before."""
+        if not self._states:
+            return None
         for passed in [count for count in self._states if count < cursor]:
             del self._states[passed]
         return self._states.pop(cursor, None)
@@ -217,7 +221,7 @@ class StreamReader:
                 seeds=(self._seed, epoch, worker),
                 each=self._each,
             )
-        groups = groups_of(stream, layout, cursor=start.consumed)
+        groups = groups_of(iter(stream), layout, cursor=start.consumed)
         for number in itertools.count():
             if number == _COMPARED and scope is not None and not scope.narrow():
                 inside = nullcontext()
@@ -225,16 +229,19 @@ class StreamReader:
                 group = next(groups, None)
                 if group is None:
                     return
-                shares = list(all_shares((group,), layout, self._ranks))
+                shares = list(divided(group, layout, self._ranks))
             batches = [collate(one.indices[0] if unbatched else one.indices) for one in shares]
             origin = Origin(worker, group.cursor, stream.state_at(group.cursor), group.last)
             read = None
-            if number < _COMPARED and layout.shard != "none":
+            if number < _COMPARED:
                 read = (digest(group.units[0]), digest(group.units[-1]))
             known = None if layout.shard == "none" else shares[0].global_samples
             yield Item(
                 batches,
-                [one._replace(indices=(), units=read, global_samples=known, origin=origin) for one in shares],
+                [
+                    Share((), one.samples, one.repeated, known, one.cursor, one.last, origin, read)
+                    for one in shares
+                ],
             )
 
 

@@ -268,7 +268,9 @@ class ShardedLoader:
     def global_batch_digests(self) -> tuple[int, ...]:
         """Checksums of what this rank has read of an iterable data set for all ranks' batches in hand; empty but
         for the first batches of a pass."""
-        return self._share.units or () if self._share is not None and self._source.kind == "stream" else ()
+        if self._share is None or self._per_rank or self._source.kind != "stream":
+            return ()
+        return self._share.units or ()
 
     @property
     def total_samples(self) -> int | None:

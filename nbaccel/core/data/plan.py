@@ -13,6 +13,7 @@ fewer samples than there are ranks, a rank without one gets a repeated sample th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ __all__ = [
     "Shard",
     "Share",
     "all_shares",
+    "divided",
     "groups_of",
     "num_batches",
     "order_groups",
@@ -162,7 +164,7 @@ def own_shares(
     if not ends_full:
         start = position + steps * batch
         units = order.take(torch.arange(start, total)).tolist()
-        yield from _divided(Group(units, total, True), layout, (rank,), tensors)
+        yield from divided(Group(units, total, True), layout, (rank,), tensors)
 
 
 def order_groups(order: Order, layout: Layout, position: int = 0) -> Iterator[Group]:
@@ -187,27 +189,17 @@ def groups_of(
     """
     batch = layout.global_batch
     ahead = batch if layout.drop_last else 1
-    held = _upto(units, batch)
+    held = list(itertools.islice(units, batch))
     while len(held) >= (batch if layout.drop_last else 1):
         group, held = held[:batch], held[batch:]
         if len(group) == batch:
-            held += _upto(units, ahead - len(held))
+            held += itertools.islice(units, max(0, ahead - len(held)))
         cursor += len(group)
         last = len(held) < ahead
         yield Group(group, cursor, last, batched)
         if last:
             return
-        held += _upto(units, batch - len(held))
-
-
-def _upto(units: Iterator[Any], count: int) -> list[Any]:
-    taken: list[Any] = []
-    for _ in range(count):
-        try:
-            taken.append(next(units))
-        except StopIteration:
-            break
-    return taken
+        held += itertools.islice(units, batch - len(held))
 
 
 def all_shares(
@@ -215,10 +207,11 @@ def all_shares(
 ) -> Iterator[Share]:
     """The shares of `ranks`, one global batch after the other and in the order of `ranks` within each."""
     for group in groups:
-        yield from _divided(group, layout, ranks, tensors)
+        yield from divided(group, layout, ranks, tensors)
 
 
-def _divided(group: Group, layout: Layout, ranks: Sequence[int], tensors: bool) -> Iterator[Share]:
+def divided(group: Group, layout: Layout, ranks: Sequence[int], tensors: bool = False) -> Iterator[Share]:
+    """The shares of `ranks` of one global batch."""
     pooled = [one for batch in group.units for one in batch] if group.batched else group.units
     parts = _parts(group, pooled, layout)
     full = 0

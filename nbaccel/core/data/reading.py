@@ -14,6 +14,7 @@ from nbaccel.core.data.fetch import SeededDataset, fetcher, takes_tensors
 from nbaccel.core.data.iterable import Item, Start, StreamReader, StreamShard
 from nbaccel.core.data.order import epoch_order
 from nbaccel.core.data.plan import Layout, Share, all_shares, groups_of, order_groups, own_shares
+from nbaccel.core.data.same_streams import SameStreams
 from nbaccel.core.data.sampling import draw
 from nbaccel.core.data.seeding import derive_seed
 from nbaccel.core.data.source import Source
@@ -170,6 +171,7 @@ class StreamBatches:
         self._pin = pin
         self._loader: DataLoader[Any] | None = None
         self._next_epoch: int | None = None
+        self._same = SameStreams(type(source.dataset).__name__, options.num_workers)
 
     def read(self, start: Position) -> Iterator[Read]:
         """Batches from `start` on: by the data set's own state, or reading and dropping what was consumed."""
@@ -198,8 +200,12 @@ class StreamBatches:
         self._next_epoch = start.epoch + 1
         # Workers' base seed, the same on all ranks: a data set may seed generators of its own with it.
         self._loader.generator.manual_seed(derive_seed(start.seed, start.epoch, 0x776F726B))
+        self._same.begin()
         for item in self._loader:
             if item.batches:
+                share = item.shares[0]
+                if share.units is not None:
+                    self._same.add(share.origin.worker, share.units)
                 yield item
 
     def _unpacked(self, items: Iterator[Item]) -> Iterator[Read]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from nbaccel.whole import is_dtensor
 
 __all__ = [
     "Facts",
@@ -88,7 +89,7 @@ def describe_model(module: nn.Module, before: ModelFacts | None = None) -> Model
     parameters = {
         name: fingerprint(p)
         for name, p in module.named_parameters()
-        if name not in skipped and not nn.parameter.is_lazy(p) and not isinstance(p, DTensor)
+        if name not in skipped and not nn.parameter.is_lazy(p) and not is_dtensor(p)
     }
     buffers = {
         name: fingerprint(b)

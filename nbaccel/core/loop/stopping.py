@@ -10,7 +10,7 @@ from nbaccel.errors import ConfigError
 
 __all__ = ["Trainers"]
 
-_EMPTY = (100, 100_000)  # passes without a batch after a stop: that is told, and that is an error
+_EMPTY = (3, 100_000)  # passes without a batch after a stop: that is told, and that is an error
 
 
 @final

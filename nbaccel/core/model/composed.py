@@ -7,19 +7,19 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nbaccel.core.world import World
 from nbaccel.errors import ConfigError
+from nbaccel.whole import is_dtensor
 
 __all__ = ["is_composed", "parts_of", "refuse_composed", "share_composed"]
 
 
 def is_composed(tensor: Tensor) -> bool:
     """Whether what holds the numbers are other tensors."""
-    return not isinstance(tensor, DTensor) and bool(is_traceable_wrapper_subclass(tensor))
+    return not is_dtensor(tensor) and bool(is_traceable_wrapper_subclass(tensor))
 
 
 def parts_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

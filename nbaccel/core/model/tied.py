@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from nbaccel.whole import is_dtensor
 
 __all__ = ["find_tied_parameters", "num_parameters", "retie_parameters", "same_memory"]
 
@@ -68,7 +69,7 @@ def same_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _congruent(a: torch.Tensor, b: torch.Tensor) -> bool:

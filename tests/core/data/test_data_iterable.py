@@ -387,6 +387,29 @@ def test_a_streams_samples_have_digests_in_its_first_batches():
     assert one[4:] == [()] * 4
 
 
+class Undivided(IterableDataset):
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(self.values)
+
+
+@pytest.mark.parametrize("shard", ["interleaved", "none"])
+def test_workers_that_read_the_same_samples_are_told_of_once(shard):
+    loader = ShardedLoader(
+        DataLoader(Undivided(range(9)), 2, num_workers=2), world=single(), seed=3, shard=shard
+    )
+    with pytest.warns(
+        UserWarning, match="workers 0 and 1 of the loader over Undivided read the same"
+    ) as told:
+        seen = [[*itertools.chain(*map(torch.Tensor.tolist, loader))] for _ in range(2)]
+    assert [Counter(one) for one in seen] == [Counter([*range(9)] * 2)] * 2
+    assert [one.filename for one in told] == [__file__]
+    alike = ShardedLoader(DataLoader(Undivided([1, 2, 3] * 4), 2, num_workers=2), world=single())
+    assert sum(len(batch) for batch in alike) == 24  # too little to tell
+
+
 def test_epochs_of_a_stream_are_told_to_it_and_counted():
     class Told(Stream):
         epoch = 0
