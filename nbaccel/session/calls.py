@@ -17,7 +17,7 @@ from typing import Any, final
 
 from nbaccel.engines.base import Engine
 from nbaccel.errors import LaunchError
-from nbaccel.rank.spec import Exit, RunSpec
+from nbaccel.rank.spec import Exit, Interrupt, RunSpec
 from nbaccel.session import parking
 from nbaccel.session.call import CallInFlight, Delivery
 from nbaccel.session.ending import Action, Ending, Reason
@@ -29,7 +29,7 @@ from nbaccel.session.report import CellLabel, explain_exit
 from nbaccel.session.results import rank_ranges
 from nbaccel.session.state import RunState, for_next_call
 from nbaccel.session.watch import Stall
-from nbaccel.wire.events import Died, Event, Heartbeat, Raised, Returned, Stalled, Status
+from nbaccel.wire.events import Died, Event, Heartbeat, Raised, Request, Returned, Stalled, Status
 from nbaccel.wire.snapshot import Vitals
 
 __all__ = ["Calls"]
@@ -160,6 +160,8 @@ class Calls:
     def _tick(self, call: CallInFlight, now: float) -> None:
         self._tick_at = now + _TICK
         call.tick(now)
+        if call.unread is not None and call.ending.reason is None:
+            self._end("interrupted")
 
     def _on_time_ending(self, call: CallInFlight, now: float) -> None:
         """A session's call is to end."""
@@ -209,8 +211,10 @@ class Calls:
         call = call or self._call
         if call is not None and call is self._call:
             again = call.ending.reason in ("interrupted", "failed", "timeout", "hung")
-            if kill or not (again and self._is_coming_back(call)):
-                self._end("killed" if kill or again else "interrupted")
+            if kill or not again:
+                self._end("killed" if kill else "interrupted")
+            elif not self._is_coming_back(call) and not call.ending.insist(time.monotonic()):
+                self._end("killed")
         elif call is not None and call is self._settling:
             call.resolve()  # who presses again does not wait until the group is whole
         elif call is not None and call in self._waiting:
@@ -219,8 +223,14 @@ class Calls:
 
     def _is_coming_back(self, call: CallInFlight) -> bool:
         """Whether a session's ranks were asked so recently that they may still stop and keep their variables."""
-        began = call.ending.began
-        return call.keep and began is not None and time.monotonic() < began + _SECOND_PRESS
+        urged = call.ending.urged
+        return call.keep and urged is not None and time.monotonic() < urged + _SECOND_PRESS
+
+    def _can_stop_as_one(self, call: CallInFlight) -> bool:
+        """Whether an Accelerator can interrupt its ranks at one step, and they need it: they compute one graph
+        together, and what one of them had traced alone would keep its next one waiting for the others."""
+        together = self._spec.runtime == "torch_xla" and len(call.ranks) > 1
+        return together and bool(self.group.state.options)
 
     def post(self, message: Any, ranks: Collection[int] | None, call: CallInFlight | None) -> None:
         """Send a message to ranks (None: all), if and as soon as `call` is under way (None: now)."""
@@ -354,7 +364,7 @@ class Calls:
         if phase in ("stopping", "over") or call is None:
             return
         first = call.ending.reason is None
-        call.ending.begin(reason, time.monotonic())
+        call.ending.begin(reason, time.monotonic(), ask=self._can_stop_as_one(call))
         self.group.watch.finished()
         if phase == "parked":
             self._end_look(call, reason)
@@ -373,8 +383,15 @@ class Calls:
             for rank in ranks:
                 self.group.free(rank)
             return
+        if action == "ask":
+            for rank in ranks:
+                self.group.ranks.send(rank, Request(kind="interrupt"))
+            return
         if self._call is not None:
             self._call.signalled.update(dict.fromkeys(ranks, action))
+            if action == signal.SIGINT:
+                for rank in ranks:
+                    self.group.ranks.send(rank, Interrupt(self._call.id))
         self.group.ranks.kill(ranks, action)
 
     def _settle(self, call: CallInFlight) -> None:

@@ -10,8 +10,9 @@ __all__ = ["Action", "Ending", "Limits", "Reason"]
 
 Reason = Literal["returned", "failed", "interrupted", "timeout", "hung", "killed"]
 
-Action = signal.Signals | Literal["free"]
-"""A signal to the ranks, or "free" for those that wait in a collective."""
+Action = signal.Signals | Literal["ask", "free"]
+"""A signal to the ranks, "ask" for those that can be interrupted at a step of all, "free" for those that wait in a
+collective."""
 
 # A rank that ignores SIGTERM has this long to change its mind.
 _AFTER_SIGTERM = 0.2
@@ -20,6 +21,8 @@ _EXIT_HANDLERS = 30.0
 # In a session the peers of a failed rank finish what they are at, are interrupted, and are freed.
 _PEERS_GO_ON = 0.3
 _AFTER_SIGINT = 0.2
+# Who asks for this waits for a step; the other reasons are that ranks take none.
+_ASKED: tuple[Reason, ...] = ("interrupted", "timeout")
 # A collective that torch gives up raises in the rank; only where that ends nothing is the call ended.
 _AFTER_TORCH = 5.0
 
@@ -67,15 +70,34 @@ class Ending:
         self._due: list[_Due] = []
         self.reason: Reason | None = None
         self.began: float | None = None
+        self.urged: float | None = None
+        """When the ranks were last told to end."""
 
-    def begin(self, reason: Reason, now: float) -> None:
-        """Start to end for this reason; a later, harsher one takes over from "returned"."""
+    def begin(self, reason: Reason, now: float, *, ask: bool = False) -> None:
+        """Start to end for this reason; a later, harsher one takes over from "returned".
+
+        Args:
+            ask: ranks that stay are asked to be interrupted at one step, and are signalled after the grace.
+        """
         if self.reason is None or self.reason == "returned" or reason == "killed":
             if self.reason is None or self.reason == "returned":
                 self.reason = reason
-            self.began = now
-            steps = self._kept(reason) if self._keep else self._last(reason)
-            self._due = [_Due(now + after, action) for after, action in steps]
+            self.began = self.urged = now
+            steps = self._last(reason)
+            if self._keep:
+                steps = self._asked(reason) if ask else self._kept(reason)
+            self._plan(now, steps)
+
+    def _plan(self, now: float, steps: list[tuple[float, Action]]) -> None:
+        self._due = [_Due(now + after, action) for after, action in steps]
+
+    def insist(self, now: float) -> bool:
+        """Wait no longer for ranks that were asked; whether they still were waited for."""
+        waits = self._keep and self.reason in _ASKED and any(d.action == signal.SIGINT for d in self._due)
+        if waits and self.reason is not None:
+            self.urged = now
+            self._plan(now, self._kept(self.reason))
+        return waits
 
     def _last(self, reason: Reason) -> list[tuple[float, Action]]:
         """The steps that end ranks for good."""
@@ -97,12 +119,22 @@ class Ending:
         free = first + _AFTER_SIGINT
         return [(first, signal.SIGINT), (free, "free"), (free + self._grace, signal.SIGKILL)]
 
+    def _asked(self, reason: Reason) -> list[tuple[float, Action]]:
+        """The same, for ranks that can stop at one step."""
+        steps = self._kept(reason)
+        if reason not in _ASKED:
+            return steps
+        return [(0.0, "ask"), *((self._grace + after, action) for after, action in steps)]
+
     def next_at(self) -> float | None:
         """When the next action is due; None when none is."""
         return self._due[0].at if self._due else None
 
     def take_due(self, now: float) -> Action | None:
         """The action that is due now, once."""
-        if self._due and self._due[0].at <= now:
-            return self._due.pop(0).action
-        return None
+        if not self._due or self._due[0].at > now:
+            return None
+        action = self._due.pop(0).action
+        if action == signal.SIGINT:
+            self.urged = now
+        return action

@@ -24,6 +24,7 @@ __all__ = [
     "Event",
     "ExceptionInfo",
     "Frame",
+    "Halted",
     "Heartbeat",
     "InputRequest",
     "Joined",
@@ -193,6 +194,14 @@ class Applied(_Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Halted(_Event):
+    """All ranks leave their loops after this optimizer step, before their end: it was asked for, or their time was
+    over."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Returned(_Event):
     """The call ended well. `value` is a `wire.payload.Parcel`, or None when the value was not asked for."""
 
@@ -303,6 +312,7 @@ Event = (
     | CommMessage
     | Concluded
     | Display
+    | Halted
     | Heartbeat
     | InputRequest
     | Joined
@@ -320,9 +330,9 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the notebook wants of a rank: stop, save now, or set a knob."""
+    """What the notebook wants of a rank: stop, save now, set a knob, or be interrupted at a step of all ranks."""
 
-    kind: Literal["stop", "save", "knob", "input", "comm"]
+    kind: Literal["stop", "save", "knob", "interrupt", "input", "comm"]
     name: str = ""
     value: Any = None
 

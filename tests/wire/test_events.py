@@ -19,6 +19,7 @@ EVENTS: list[Event] = [
     events.Died(exitcode=-9, detail="it was killed", asked=True),
     events.Concluded(problem="not all ranks were ready in 2 s"),
     events.Display(data={"text/plain": "1"}, name="here", update=True),
+    events.Halted(step=120),
     events.Heartbeat(memory=3, doing="waiting"),
     events.InputRequest(id="1", prompt="? "),
     events.Joined(replicas={"model": "f00"}),

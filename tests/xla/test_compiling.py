@@ -72,8 +72,27 @@ def test_shapes_that_are_compiled_again_and_again_are_named_once(session: Sessio
     logged = run.logs(0)
     assert logged.count("XLA compile") == 1
     assert f"{__file__}:" in logged
-    assert "compiles the training step again for each new shape of the model's inputs, 3 so far" in logged
+    assert (
+        "compiles the training step again for each new shape of the model's inputs, or of what came" in logged
+    )
     assert "step 1: float32[8, 8]; step 3: float32[7, 8]; step 4: float32[6, 8]" in logged
+
+
+def train_towards(widths: list[int]) -> None:
+    """Steps for targets of these widths."""
+    acc = Accelerator(verify=False)
+    model: Any = nn.Linear(8, 1)
+    pairs: Any = [(torch.ones(4, 8), torch.ones(4, width)) for width in widths]
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, loader = acc.prepare(model, optimizer, DataLoader(pairs, batch_size=None))
+    for features, wanted in loader:
+        acc.step((model(features) - wanted).pow(2).mean(), optimizer)
+
+
+def test_shapes_of_targets_that_are_compiled_again_and_again_are_named(session: Session) -> None:
+    run = session.submit(train_towards, [2, 2, 3, 4])
+    run.result(timeout=200)
+    assert "step 1: float32[4, 8], float32[4, 2]; step 3: float32[4, 8], float32[4, 3]" in run.logs(0)
 
 
 def deep(layers: int) -> float:

@@ -62,7 +62,6 @@ def test_session_goes_on_after_a_failure_an_interrupt_and_the_loss_of_its_proces
         raise ValueError(f"on rank {acc.process_index}") if acc.process_index else KeyError("on rank 0")
 
     def waits() -> None:
-        Accelerator()
         print("at work", flush=True)
         while True:
             time.sleep(0.01)
@@ -218,5 +217,43 @@ batch = torch.full((2, 4), 1.0 + rank).to(acc.device)
     before = shown(session, count)
     session.execute(step)
     assert shown(session, count) == before
+    first, second = session.pull("model.weight")
+    assert torch.equal(first, second)
+
+
+def test_interrupted_training_goes_on_with_the_graph_it_had(session: Session) -> None:
+    """Each rank hears of it elsewhere in a step; its next graphs must be those of the others all the same."""
+    test_cells_train(session)
+
+    def trains() -> None:
+        import __main__
+
+        names = vars(__main__)
+        print("at work", flush=True)
+        while True:
+            names["acc"].step(names["model"](names["batch"]).mean(), names["optimizer"])
+
+    def standing() -> tuple[int, int]:
+        import torch_xla
+
+        import __main__
+
+        return vars(__main__)["acc"].steps, int(torch_xla._XLAC._xla_counter_value("UncachedCompile"))
+
+    steps = "for _ in range(4): acc.step(model(batch).mean(), optimizer)"
+    session.execute(steps)
+    ((before, compiled), _) = session.run(standing)
+    for _ in range(2):
+        run = session.submit(trains)
+        deadline = time.monotonic() + 60
+        while not (run.state.options and "at work" in run.logs(1)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        run.interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            run.result(timeout=60)
+        session.execute(steps)
+    made, *_ = standings = session.run(standing)
+    assert made[0] > before + 8
+    assert list(standings) == [(made[0], compiled)] * 2
     first, second = session.pull("model.weight")
     assert torch.equal(first, second)

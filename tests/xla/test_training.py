@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nbaccel import Accelerator, LocalSGD, launch
+from nbaccel import Accelerator, LocalSGD, Session, launch
 from tests.xla import one_at_a_time
 
 pytestmark = pytest.mark.slow
@@ -91,18 +92,37 @@ def plain(epochs: int = 2) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def run(replicas: int, device: str, *call: Any, **kwargs: Any) -> list[Trained]:
-    started = launch(train, *call, num_processes=replicas, device=device, kwargs=kwargs, stall_after=0)
-    return list(started.result(timeout=240))
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Session]:
+    """Two replicas for all tests that need two: a launch imports torch_xla anew."""
+    with Session(num_processes=2, device="tpu", stall_after=0) as session:
+        yield session
+
+
+def run(place: Session | str, *call: Any, **kwargs: Any) -> list[Trained]:
+    """On the two replicas, or on two ranks of a device."""
+    if isinstance(place, Session):
+        return list(place.run(train, *call, **kwargs))
+    return list(launch(train, *call, num_processes=2, device=place, kwargs=kwargs).result(timeout=240))
 
 
 def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 2), (4, 1)])
 def test_replicas_train_as_plain_torch_does(replicas: int, accumulation: int, tmp_path: Path) -> None:
-    found = run(replicas, "tpu", accumulation, None, str(tmp_path))
+    call = train, accumulation, None, str(tmp_path)
+    started = launch(*call, num_processes=replicas, device="tpu", stall_after=0)
+    check(started.result(timeout=240), replicas)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_replicas_train_as_plain_torch_does(accumulation: int, pair: Session, tmp_path: Path) -> None:
+    check(run(pair, accumulation, None, str(tmp_path)), 2)
+
+
+def check(found: Sequence[Trained], replicas: int) -> None:
     assert [one.device for one in found] == [f"xla:{index}" for index in range(replicas)]
     for one in found:
         assert torch.equal(flat(one.model), flat(found[0].model))
@@ -110,20 +130,18 @@ def test_replicas_train_as_plain_torch_does(replicas: int, accumulation: int, tm
     torch.testing.assert_close(flat(found[0].model), flat(plain()), rtol=0, atol=1e-6)
 
 
-def test_checkpoints_of_replicas_and_of_the_cpu_are_loaded_on_the_other(tmp_path: Path) -> None:
+def test_checkpoints_of_replicas_and_of_the_cpu_are_loaded_on_the_other(
+    pair: Session, tmp_path: Path
+) -> None:
     """Momentum and schedule too: going on is what plain torch does in one go."""
-    for device in ("tpu", "cpu"):
-        run(2, device, 1, None, str(tmp_path / device))
-    for device, other in (("tpu", "cpu"), ("cpu", "tpu")):
-        again = run(2, device, 1, None, str(tmp_path / other), load=True)
+    for number, (place, other) in enumerate(((pair, "cpu"), ("cpu", pair))):
+        run(place, 1, None, str(tmp_path / str(number)))
+        again = run(other, 1, None, str(tmp_path / str(number)), load=True)
         torch.testing.assert_close(flat(again[0].model), flat(plain(epochs=4)), rtol=0, atol=1e-6)
 
 
-def test_bf16_computes_as_on_the_cpu(tmp_path: Path) -> None:
-    models = [
-        run(number, device, 1, "bf16", str(tmp_path / device))[0].model
-        for number, device in ((1, "cpu"), (2, "tpu"))
-    ]
+def test_bf16_computes_as_on_the_cpu(pair: Session, tmp_path: Path) -> None:
+    models = [run(place, 1, "bf16", str(tmp_path))[0].model for place in ("cpu", pair)]
     assert {parameter.dtype for parameter in models[1].parameters()} == {torch.float32}
     torch.testing.assert_close(flat(models[1]), flat(models[0]), rtol=0, atol=2e-2)
 
@@ -237,10 +255,8 @@ def each_kind() -> tuple[list[list[float]], str]:
     return weights, ""
 
 
-def test_replicas_step_with_the_gradients_of_all_ranks_whatever_the_backward() -> None:
-    for weights, refused in launch(each_kind, num_processes=2, device="tpu", stall_after=0).result(
-        timeout=240
-    ):
+def test_replicas_step_with_the_gradients_of_all_ranks_whatever_the_backward(pair: Session) -> None:
+    for weights, refused in pair.run(each_kind):
         for kind, found in zip(KINDS, weights, strict=True):
             assert found == pytest.approx(by_hand(kind), abs=1e-6), kind
         assert "allreduce" in refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nbaccel import Accelerator, launch
+from nbaccel import Accelerator, Session, launch
 from tests.xla import one_at_a_time
 
 pytestmark = pytest.mark.slow
@@ -91,10 +92,22 @@ def both_ways() -> tuple[dict[str, Any], dict[str, Any]]:
     return train(False), train(True)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_batches_are_uploaded_by_a_thread_and_no_other_graph_is_compiled(replicas: int) -> None:
-    started = launch(both_ways, num_processes=replicas, device="tpu", stall_after=0)
-    for plain, ahead in started.result(timeout=240):
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Session]:
+    with Session(num_processes=2, device="tpu", stall_after=0) as session:
+        yield session
+
+
+def test_batches_are_uploaded_by_a_thread_and_no_other_graph_is_compiled(pair: Session) -> None:
+    check(pair.run(both_ways), 2)
+
+
+def test_one_replica_has_its_batches_by_a_thread_too() -> None:
+    check(launch(both_ways, num_processes=1, device="tpu", stall_after=0).result(timeout=240), 1)
+
+
+def check(found: Sequence[tuple[dict[str, Any], dict[str, Any]]], replicas: int) -> None:
+    for plain, ahead in found:
         assert ahead["threads"] == ["nbaccel-upload_0"]
         assert ahead["count"] == EPOCHS * BATCHES
         assert (plain["threads"], plain["count"]) == ([], 0)
@@ -157,7 +170,7 @@ def left() -> dict[str, Any]:
     }
 
 
-def test_a_loop_left_early_or_broken_counts_what_it_took_and_leaves_no_thread() -> None:
-    for one in launch(left, num_processes=2, device="tpu", stall_after=0).result(timeout=240):
+def test_a_loop_left_early_or_broken_counts_what_it_took_and_leaves_no_thread(pair: Session) -> None:
+    for one in pair.run(left):
         assert (one["same"], one["samples"], one["alive"]) == (True, 12, 0)
         assert one["broken"] == (3, "disk", 12)

@@ -1,4 +1,4 @@
-"""Stop and save requests and turned knobs, acted upon at the same optimizer step on every rank.
+"""Stop and save requests, turned knobs and interrupts, acted upon at the same optimizer step on every rank.
 
 Requests reach ranks at different moments. So at an optimizer step each rank starts an asynchronous
 reduction of what it has heard, on a group of its own, and reads the result at a later one that all
@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ _INTERVAL = 0.05  # seconds between two exchanges
 _MOST_STEPS = 256
 _ECHO = 2.0  # seconds in which a rank's own copy of a request already acted upon may still arrive
 _FLAGS = 6  # stop, save, seconds per step, knobs, and a length of data with both signs: the largest and the smallest
+_INTERRUPT = 2.0  # where 1.0 is a stop
 
 # One line per default process group, made once: it lives as long as that group does.
 _lines: weakref.WeakKeyDictionary[dist.ProcessGroup, Sideline] = weakref.WeakKeyDictionary()
@@ -98,6 +99,8 @@ class Control:
         """They did so in the latest call that made steps."""
         self.saving = False
         """All ranks save after this optimizer step."""
+        self.interrupting = False
+        """All ranks are to `interrupt` behind this optimizer step, at one place."""
         self._line = _line_of(world, agreed) if world.size > 1 else None
         self._world, self._agreed, self._knobs = world, agreed, knobs
         self._save_on_stop = save_on_stop
@@ -106,7 +109,7 @@ class Control:
         self._save_steps = save_every if isinstance(save_every, int) else None
         self._save_seconds = save_every if isinstance(save_every, float) else None
         self._saved_at = now
-        self._want_stop = self._want_save = self._save_asked = False
+        self._want_stop = self._want_save = self._save_asked = self._want_interrupt = False
         self._turned: list[tuple[str, Any]] = []
         self._travelling: list[tuple[str, Any]] = []
         self._deaf_until = 0.0
@@ -134,8 +137,10 @@ class Control:
             self.saving = True
         self._listen()
         if self._line is None:
+            self.interrupting |= self._want_interrupt
+            self._want_interrupt = False
             if self._want_stop and not self.stopping:
-                self._stop()
+                self._stop(step)
             self.saving |= self._want_save
             self._want_save = False
             if self._turned:
@@ -146,7 +151,8 @@ class Control:
 
     def _begin_anew(self) -> None:
         """The rank begins another call: what was asked of the last one is over."""
-        self.stopping = self.saving = self._want_stop = self._want_save = False
+        self.stopping = self.saving = self.interrupting = False
+        self._want_stop = self._want_save = self._want_interrupt = False
         self._started_at, self._started_tick = time.monotonic(), self._ticks
         self._anew = True
 
@@ -169,9 +175,15 @@ class Control:
         self._word = None
         self._turned[:0] = self._travelling
 
-    def _stop(self) -> None:
+    def _stop(self, step: int) -> None:
         self.stopping = self.stopped_early = True
+        events.emit(events.Halted(step=step))
         self.saving |= self._save_on_stop
+
+    def interrupt(self) -> NoReturn:
+        """Raise KeyboardInterrupt, as all ranks do here."""
+        self.interrupting = False
+        raise KeyboardInterrupt
 
     def saved(self) -> bool:
         """A save asked for by `saving` has been made; whether a person waits for it."""
@@ -184,6 +196,8 @@ class Control:
         for request in events.requests():
             if request.kind == "stop":
                 self._want_stop = True
+            elif request.kind == "interrupt":
+                self._want_interrupt = True
             elif request.kind == "save" and time.monotonic() >= self._deaf_until:
                 self._want_save = self._save_asked = True
             elif request.kind == "knob" and self._world.is_main:
@@ -209,8 +223,10 @@ class Control:
                     "The ranks divide it, so samples are used twice or never. Change it between two passes, alike on "
                     "all ranks."
                 )
-            if stop > 0:
-                self._stop()
+            if stop == _INTERRUPT:
+                self.interrupting, self._want_interrupt = True, False
+            elif stop > 0:
+                self._stop(step)
             if save > 0:
                 self.saving, self._want_save = True, False
                 self._deaf_until, self._saved_at = time.monotonic() + _ECHO, time.monotonic()
@@ -224,6 +240,7 @@ class Control:
         pace = (now - self._started_at) / max(1, self._ticks - self._started_tick)
         self._started_at, self._started_tick = now, self._ticks
         self._travelling, self._turned = self._turned, []
-        wanted = [self._want_stop, self._want_save, pace, bool(self._travelling), length, -length]
+        stop = _INTERRUPT if self._want_interrupt else self._want_stop
+        wanted = [stop, self._want_save, pace, bool(self._travelling), length, -length]
         self._flags = torch.tensor(wanted, dtype=torch.float64)
         self._word = line.start_max(self._flags)

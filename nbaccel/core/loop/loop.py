@@ -232,7 +232,7 @@ class Loop:
 
     def should_stop(self, loader: ShardedLoader) -> bool:
         """Whether `loader`'s pass ends before its next batch."""
-        if self.resuming.leaves_out(loader):
+        if self.resuming and self.resuming.leaves_out(loader, self.steps):
             return True
         if self._several and loader is not self.loaders[-1] and not self._in_turns:
             self._tell_of_turns()
@@ -245,13 +245,15 @@ class Loop:
             return False
         if not (self.led or self.models) and self.world.size == 1:
             self._tick_unled()
+        if control.interrupting:
+            control.interrupt()
         if control.saving and self.window.micro == 0 and loader in self.trainers:
             self.before_batch()
         return control.stopping and self.trainers.stops(loader)
 
     def why_stopped(self, loader: ShardedLoader) -> str:
         """For the StopIteration of a `next()` that did not expect it."""
-        if self.resuming.leaves_out(loader):
+        if self.resuming.leaves_out(loader, self.steps):
             return self.resuming.why_left_out(loader)
         return "the run was asked to stop: leave the loop where accelerator.should_stop is True"
 
@@ -441,7 +443,7 @@ class Loop:
         if self._observer is not None and not self._observer.stepped():
             self.watch(None)
         if self.control is not None:
-            self.control.tick(self.steps, self.loaders[-1].remeasured if self.loaders else 0)
+            self._tell(self.control, self.steps)
 
     def _tick_unled(self) -> None:
         """Where no optimizer is prepared, a backward that synchronises stands for a step: the ranks meet in
@@ -450,7 +452,15 @@ class Loop:
             return
         self.trainers.stepped()
         self._unled_steps += 1
-        self.control.tick(self._unled_steps, self.loaders[-1].remeasured if self.loaders else 0)
+        self._tell(self.control, self._unled_steps)
+
+    def _tell(self, control: Control, steps: int) -> None:
+        control.tick(steps, self.loaders[-1].remeasured if self.loaders else 0)
+        if control.interrupting and not self.loaders:  # else between two batches
+            for model in self.models:
+                for parameter in model.parameters():
+                    parameter.grad = None  # the step has used it
+            control.interrupt()
 
     def finish_scaler(self) -> None:
         """The scaler's pending update, so that its state can be saved."""

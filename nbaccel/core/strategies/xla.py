@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from nbaccel.core.comm.collectives import broadcast_module
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
-from nbaccel.core.xla.lazy import Traced, on_cpu, upload
+from nbaccel.core.xla.lazy import Traced, on_cpu
 from nbaccel.errors import ConfigError
 
 __all__ = ["XLA"]
@@ -48,7 +48,7 @@ class XLA(Strategy):
         self._unshared: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         """Whether a model has gradients of this rank alone; in the order of wrapping, which is every rank's."""
         self._traced = Traced(world.device)
-        self.upload = partial(upload, device=world.device)
+        self.upload = self._traced.upload
 
     @property
     def data_axis(self) -> DataAxis:

@@ -22,7 +22,7 @@ from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves
 from nbaccel.core.strategies.base import DataAxis, Strategy, clip_local_norm
 from nbaccel.core.world import World
-from nbaccel.core.xla.lazy import Traced, on_cpu, upload
+from nbaccel.core.xla.lazy import Traced, on_cpu
 
 __all__ = ["XLASharded"]
 
@@ -40,7 +40,7 @@ class XLASharded(Strategy):
         numpy: Any = importlib.import_module("numpy")
         self._num_devices = int(torch_xla._XLAC._xla_num_runtime_devices())
         self._mesh = spmd.Mesh(numpy.arange(self._num_devices), (self._num_devices,), (_AXIS,))
-        self._spmd, self._device = spmd, world.device
+        self._spmd = spmd
         self._traced = Traced(world.device)
         self.upload = self._upload_shards
 
@@ -75,7 +75,7 @@ class XLASharded(Strategy):
             self._spmd.mark_sharding(tensor, self._mesh, _along(dim, tensor.ndim))
 
     def _upload_shards(self, tensors: list[Tensor]) -> list[Tensor]:
-        return upload(tensors, self._device, [self._sharding(t, self._batch_dim(t)) for t in tensors])
+        return self._traced.upload(tensors, [self._sharding(t, self._batch_dim(t)) for t in tensors])
 
     def _sharding(self, tensor: Tensor, dim: int | None) -> Any:
         if dim is None:

@@ -19,7 +19,7 @@ from nbaccel.core.model.hooks import Hook
 from nbaccel.core.model.tied import find_tied_parameters, retie_parameters
 from nbaccel.core.xla.recompiles import Recompiles
 
-__all__ = ["Traced", "graphs_compiled", "on_cpu", "upload"]
+__all__ = ["Traced", "graphs_compiled", "on_cpu"]
 
 
 @final
@@ -92,29 +92,27 @@ class Traced:
         torch_xla.sync()
         self._recompiles.stepped()
 
+    def upload(self, tensors: list[Tensor], shardings: Sequence[Any] | None = None) -> list[Tensor]:
+        """Copies of a batch's CPU tensors on the device, in one transfer. Any thread may call it: they are data and no
+        part of a graph, so that what is cut meanwhile is what it would be without them. Source: torch_xla 2.9,
+        `core/xla_model.py` (`send_cpu_data_to_device`).
+
+        Args:
+            shardings: how each is divided over the devices (SPMD), or None for it whole.
+        """
+        if not tensors:
+            return []
+        sent: list[Tensor] = torch_xla._XLAC._xla_tensors_from_aten(
+            tensors, [str(self._device)] * len(tensors), None if shardings is None else list(shardings)
+        )
+        self._recompiles.brought(sent)
+        return sent
+
     def backward(self, loss: Tensor, options: Mapping[str, Any]) -> None:
         """`loss.backward`."""
         self._evaluated.clear()  # called in a step of training, as a teacher is: not the place for a cut
         self._recompiles.within_training()
         loss.backward(**options)  # type: ignore[no-untyped-call]
-
-
-def upload(
-    tensors: list[Tensor], device: torch.device, shardings: Sequence[Any] | None = None
-) -> list[Tensor]:
-    """Copies of CPU tensors on the device, in one transfer. Any thread may call it: they are data and no part of a
-    graph, so that what is cut meanwhile is what it would be without them. Source: torch_xla 2.9,
-    `core/xla_model.py` (`send_cpu_data_to_device`).
-
-    Args:
-        shardings: how each is divided over the devices (SPMD), or None for it whole.
-    """
-    if not tensors:
-        return []
-    sent: list[Tensor] = torch_xla._XLAC._xla_tensors_from_aten(
-        tensors, [str(device)] * len(tensors), None if shardings is None else list(shardings)
-    )
-    return sent
 
 
 def on_cpu(module: nn.Module) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nbaccel.core.model.hooks import Hook
 from nbaccel.core.nested import leaves
@@ -44,6 +45,14 @@ class Recompiles:
         """Those of calls without gradients."""
         self._training, self._evaluation = _Seen("training"), _Seen("evaluation")
         self._unexplained: list[int] = []
+        self._brought: Any = WeakIdKeyDictionary()
+        """By a batch's tensor: the shapes of the whole batch, and which of them is its own."""
+
+    def brought(self, batch: Sequence[Tensor]) -> None:
+        """A loader has brought these together; any thread may say so."""
+        shapes = tuple(map(_shape, batch))
+        for index, tensor in enumerate(batch):
+            self._brought[tensor] = shapes, index
 
     def watch(self, module: nn.Module) -> None:
         """Note what `module` is called with."""
@@ -53,7 +62,17 @@ class Recompiles:
         if torch.is_grad_enabled() and not module.training:
             return
         inputs = self._inputs if torch.is_grad_enabled() else self._evaluated
-        inputs += [_shape(leaf) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs += map(_shape, tensors)
+        inputs += self._beside(tensors)
+
+    def _beside(self, inputs: list[Tensor]) -> list[str]:
+        """The shapes of what came in one batch with these and is none of them, as targets."""
+        found: dict[Shapes, set[int]] = {}
+        for tensor in inputs:
+            if (known := self._brought.get(tensor)) is not None:
+                found.setdefault(known[0], set()).add(known[1])
+        return [shape for shapes, used in found.items() for at, shape in enumerate(shapes) if at not in used]
 
     def stepped(self) -> None:
         """The graph of an optimizer step was cut."""
@@ -90,8 +109,8 @@ class Recompiles:
         _warn(
             f"XLA compiled the training step again at steps {steps}, although the model's inputs had shapes it had "
             "seen before. Likely cause: a branch or a shape that depends on values (also of what is no input of the "
-            "model, as targets), a Python number that changes and becomes part of the graph, or a value read "
-            "(loss.item()) in some steps only."
+            "model, as targets that no prepared loader has brought), a Python number that changes and becomes part of "
+            "the graph, or a value read (loss.item()) in some steps only."
         )
 
 
@@ -121,9 +140,9 @@ class _Seen:
         self._told = True
         listed = "; ".join(f"step {step}: {_text(shapes)}" for shapes, step in list(self._first.items())[-4:])
         _warn(
-            f"XLA compiles the {self._kind} step again for each new shape of the model's inputs, {len(self._first)} "
-            f"so far ({listed}), and each compilation takes long. Pad the batches to one shape, or to a few; "
-            "drop_last=True leaves a smaller last one out. This is said once."
+            f"XLA compiles the {self._kind} step again for each new shape of the model's inputs, or of what came with "
+            f"them in a batch, {len(self._first)} so far ({listed}), and each compilation takes long. Pad the batches "
+            "to one shape, or to a few; drop_last=True leaves a smaller last one out. This is said once."
         )
 
 

@@ -23,7 +23,7 @@ from nbaccel.core.loop.control import Control
 from nbaccel.core.loop.knobs import Knobs
 from nbaccel.core.world import single
 from nbaccel.errors import ConfigError, TrustError
-from nbaccel.wire import events
+from nbaccel.wire import events, occasions
 
 
 class Inbox:
@@ -66,6 +66,11 @@ def test_control_when_alone_acts_at_once(inbox):
     control.tick(2)
     assert control.stopping
     assert control.saving
+    inbox.put(events.Request(kind="interrupt"))
+    control.tick(3)
+    with pytest.raises(KeyboardInterrupt):
+        control.interrupt()
+    assert not control.interrupting
 
 
 def test_control_when_saving_every_so_many_steps():
@@ -92,6 +97,41 @@ def _tiny():
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     return model, torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def _interrupted():
+    """Each rank hears of it at a moment of its own, in loops over a loader and without one; steps are whole."""
+    port = Inbox()
+    events.connect(port)
+    acc = Accelerator(cpu=True, verify=False, measure=False)
+    rng = random.Random(acc.process_index)
+    model, optimizer = _tiny()
+    before, rows = model.double().weight.detach().clone(), torch.ones(64, 2, dtype=torch.float64)
+    model, optimizer, loader = acc.prepare(model, optimizer, DataLoader(rows, batch_size=4))
+
+    def train(passes, batches):
+        for _ in range(passes):
+            for batch in batches:
+                acc.step(model(batch).mean(), optimizer)
+
+    for batches in (rows.split(4), loader):
+        timer = threading.Timer(rng.uniform(0, 0.1), port.put, [events.Request(kind="interrupt")])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            train(10**6, batches)
+        timer.join()
+        port.requests()  # between two calls they are for nobody
+        occasions.call_begins()
+        train(1, batches)
+        places = acc.gather_object((acc.steps, loader.position))
+        assert len(set(places)) == 1, f"ranks were interrupted at {places}"
+        assert not acc.should_stop
+    moved = (before - acc.unwrap_model(model).weight)[0]
+    assert moved.tolist() == pytest.approx([acc.steps / 100] * 2), "each gradient counts once"
+
+
+def test_interrupt_when_ranks_hear_of_it_at_different_moments_is_at_one_step():
+    run_ranks(_interrupted)
 
 
 def _stops(rounds, folder, by_loader):

@@ -27,6 +27,9 @@ class Loop:
         """What is said of it."""
         self.model(torch.ones(samples, 4))
         self.compiled += compiles
+        return self.cut()
+
+    def cut(self) -> list[str]:
         return self._told(self.watched.stepped)
 
     def evaluate(self, samples: int) -> list[str]:
@@ -57,9 +60,26 @@ def test_shapes_are_named_once_when_a_third_one_is_compiled() -> None:
     (warning,) = loop.step(6, compiles=True)
     said += [loop.step(samples, compiles=True) for samples in range(9, 99)]
     assert not any(said)
-    assert "for each new shape of the model's inputs, 3 so far" in warning
+    assert (
+        "for each new shape of the model's inputs, or of what came with them in a batch, 3 so far" in warning
+    )
     assert "step 1: float32[8, 4]; step 3: float32[7, 4]; step 4: float32[6, 4]" in warning
     assert "Pad the batches to one shape" in warning
+
+
+def test_shapes_of_targets_are_named_when_a_loader_has_brought_them_with_the_inputs() -> None:
+    loop = Loop()
+    said = []
+    for samples in (2, 2, 3, 4, 5):
+        features, wanted = torch.ones(8, 4), torch.ones(8, samples)
+        loop.watched.brought([features, wanted])
+        loop.model(features)
+        loop.compiled += 1
+        said += loop.cut()
+    (warning,) = said
+    assert "step 1: float32[8, 4], float32[8, 2]; step 3: float32[8, 4], float32[8, 3]; step 4" in warning
+    loop.model(torch.ones(8, 4))
+    assert len(loop.watched._brought) == 2, "only the last batch, which is alive, is known"
 
 
 def test_shapes_of_an_evaluation_are_named_by_themselves() -> None:
