@@ -29,6 +29,14 @@ def _timed(n, f):
         start = _time.perf_counter(); f(); took.append(_time.perf_counter() - start)
     return took
 def empty(): pass
+def _busy(pids):
+    import pathlib
+    tasks = [task for pid in pids for task in pathlib.Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+def _idle(pids, seconds=5.0):
+    _time.sleep(1.0)
+    before = _busy(pids); _time.sleep(seconds)
+    return (_busy(pids) - before) / seconds
 _ip = get_ipython()
 """
 
@@ -65,11 +73,12 @@ def tools(ranks: int) -> list[Tool]:
                 "start = _time.perf_counter()\n"
                 "while _session.state.ranks[1].pid in (pid, None) or _session.relay.busy: _time.sleep(0.002)\n"
                 "_session.run(empty)\nprint('TOOK', [_time.perf_counter() - start])",
+                "idle": "print('TOOK', [_idle([one.pid for one in _session.state.ranks])])",
             },
         ),
         Tool(
             name="ipyparallel %%px",
-            setup="import ipyparallel as ipp\n"
+            setup="import os\nimport ipyparallel as ipp\n"
             f"_cluster = ipp.Cluster(n={ranks}, log_level=40)\n"
             "_client = _cluster.start_and_connect_sync(activate=True)\n_view = _client[:]",
             cells={
@@ -79,6 +88,7 @@ def tools(ranks: int) -> list[Tool]:
                 "empty call": "_timed(20, lambda: _view.apply_sync(empty))\n"
                 "print('TOOK', _timed(100, lambda: _view.apply_sync(empty)))",
                 "cell": "print('TOOK', _timed(40, lambda: _ip.run_cell_magic('px', '', '1+1;')))",
+                "idle": "print('TOOK', [_idle(_view.apply_sync(os.getpid))])",
             },
         ),
         Tool(
@@ -129,11 +139,11 @@ def _took(kernel: Kernel, cell: str) -> list[float]:
 
 
 def report(samples: Mapping[str, Mapping[str, Sequence[float]]], ranks: int) -> str:
-    """A table of medians, in milliseconds."""
-    columns = ["start", "empty call", "cell", "recovery"]
+    """A table of medians, in milliseconds; `idle` in milliseconds of processor time per second."""
+    columns = ["start", "empty call", "cell", "recovery", "idle"]
     lines = [
         f"{ranks} ranks, {os.cpu_count()} cores, Python {platform.python_version()}; medians in ms "
-        "(90th percentile)",
+        "(90th percentile); idle: processor time of all ranks in a second",
         "",
         "| | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 from nbaccel.notebook.marks import Mark, Sight, number, see
-from nbaccel.notebook.modules import Reading, as_read, home, read_again, readings
+from nbaccel.notebook.modules import Reading, as_read, attributes_set, home, read_again, readings
 from nbaccel.rank.namespace import PREBOUND, is_definition
 
 __all__ = ["Definitions", "Missing"]
@@ -82,7 +82,11 @@ class Definitions:
     def __init__(self) -> None:
         self._known: dict[int, _Process] = {}
         self._leads_to: dict[str, set[str]] = {}
-        """By function or class that a cell has defined in ranks, the names in its code."""
+        """By name that a cell has bound in ranks, the names in what bound it: the class of an object, what a lambda
+        calls."""
+        self._num_inputs = 0
+        self._set: dict[str, str] = {}
+        """Attributes of modules that the notebook has set, and nobody was told of: by their path, the module."""
 
     def missing(
         self, source: str, notebook: Mapping[str, Any], pids: Mapping[int, int | None]
@@ -198,7 +202,10 @@ class Definitions:
             failed: it may not have come to all of them: see `unsure`.
         """
         names = _names(source)
-        self._leads_to.update(names.within)
+        for name, within in names.within.items():
+            # it may be what it was before, or made of that
+            before = self._leads_to.get(name, set()) if failed or name in within else set()
+            self._leads_to[name] = within | before
         defined = {name for name in names.bound if is_definition(notebook.get(name))}
         modules = as_read(readings({home(notebook[name]) for name in defined}))
         for rank, pid in pids.items():
@@ -228,6 +235,29 @@ class Definitions:
         known.own.update({name: number(notebook.get(name)) for name in known.unsure.intersection(names)})
         known.unsure.clear()
 
+    def set_here_only(self, source: str, notebook: Mapping[str, Any]) -> list[str]:
+        """What the notebook has set in modules that `source` leads to, as "settings.lr"; each once for each time that
+        a cell sets it. The ranks import these modules, and have what is in their files.
+
+        Args:
+            notebook: `In` there has its cells.
+        """
+        inputs = notebook.get("In")
+        if not isinstance(inputs, list):  # the person has a value of that name
+            return []
+        for text in inputs[self._num_inputs :]:
+            self._set |= attributes_set(text, notebook)
+        self._num_inputs = len(inputs)
+        if not self._set:
+            return []
+        reach = _Reach(notebook)
+        reach.follow(self._named_in(source))
+        reached = readings(dict.fromkeys(map(home, reach.code())))
+        found = [path for path, module in self._set.items() if _is_within(module, reached)]
+        for path in found:
+            del self._set[path]
+        return found
+
     def hidden(self, source: str, notebook: Mapping[str, Any]) -> list[str]:
         """The names in `source` under which the notebook defines something, and every rank has its own."""
         names = _names(source)
@@ -240,7 +270,7 @@ class Definitions:
         ]
 
     def _named_in(self, source: str) -> set[str]:
-        """The names in a cell, and in what cells have defined in ranks that it names."""
+        """The names in a cell, and in what bound those that are the ranks'."""
         named, left = set[str](), _names(source).loaded
         while left:
             named |= left
@@ -251,6 +281,11 @@ class Definitions:
         if pid is None or rank not in self._known or self._known[rank].pid != pid:
             self._known[rank] = _Process(pid)
         return self._known[rank]
+
+
+def _is_within(module: str, reached: Mapping[str, Reading]) -> bool:
+    """Whether it is one of these, or a part of a package that is."""
+    return any(module == name or module.startswith(f"{name}.") for name in reached)
 
 
 # ── what definitions refer to ─────────────────────────────────────────────────────────────────────────
@@ -355,7 +390,7 @@ class _Names(NamedTuple):
     bound: set[str]
     """It binds them at its top level."""
     within: dict[str, set[str]]
-    """By function or class among these, the names that its code refers to."""
+    """By each of these, and by what it sets attributes or items of, the names that this refers to."""
 
 
 def _names(source: str) -> _Names:
@@ -364,10 +399,13 @@ def _names(source: str) -> _Names:
     except (SyntaxError, ValueError):
         return _Names(set(), set(), {})
     names = _Names(_loaded(tree), set(), {})
-    for name, node in _bound(tree):
-        names.bound.add(name)
-        if isinstance(node, _DEFINING):
-            names.within[name] = _loaded(node)
+    for statement in tree.body:
+        for name, node in _bound(ast.Module([statement], [])):
+            names.bound.add(name)
+            within = node if isinstance(node, _DEFINING) else statement
+            names.within.setdefault(name, set()).update(_loaded(within))
+        for name in _altered(statement):
+            names.within.setdefault(name, set()).update(_loaded(statement), {name})
     for text in _magics_texts(tree):
         inner = _names(text)
         # what is no Python as a whole may hold some: %timeit -n 5 f()
@@ -381,6 +419,20 @@ def _loaded(tree: ast.AST) -> set[str]:
     return {
         node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     }
+
+
+def _altered(tree: ast.AST) -> set[str]:
+    """The names of what it sets attributes or items of, or adds something to."""
+    found = set[str]()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.AugAssign) and not isinstance(getattr(node, "ctx", None), ast.Store):
+            continue
+        target = node.target if isinstance(node, ast.AugAssign) else node
+        while isinstance(target, (ast.Attribute, ast.Subscript)):
+            target = target.value
+        if isinstance(target, ast.Name) and target is not node:
+            found.add(target.id)
+    return found
 
 
 def _magics_texts(tree: ast.AST) -> Iterator[str]:

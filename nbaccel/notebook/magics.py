@@ -86,6 +86,9 @@ class RankMagics(Magics):
         for name in definitions.hidden(source, notebook):
             told = f"{name} is each rank's own in %%ranks cells"
             self._tell(name, f"{told}: give the notebook's another name to use it there")
+        if paths := definitions.set_here_only(source, notebook):
+            told = f"{_listed(paths)}: set in the notebook only, and the ranks import modules of their own"
+            print(f"nbaccel: {told}; set it in a %%ranks cell too", file=sys.stderr)
         if unsure := definitions.unsure(pids):
             for rank, names in session.bound(set().union(*unsure.values()), list(unsure)).items():
                 definitions.note_own(names, notebook, rank, pids[rank])

@@ -1,9 +1,9 @@
 """A cheap mark of a value, another one as soon as the value has changed: it tells whether ranks have the newest.
 
 Numbers and texts count by what they are. Anything else counts by which object it is and by the beginning of its
-pickle; in that a tensor stands as the object it is, with torch's count of its changes in place, and a large array or
-a module as the object it is. A function or a class of the notebook stands as the object it is with what it holds: a
-closure, defaults, attributes. So nothing large is copied.
+pickle, and where that is cut off by the sizes of what it holds; in the pickle a tensor stands as the object it is, with
+torch's count of its changes in place, and a large array or a module as the object it is. A function or a class of the
+notebook stands as the object it is with what it holds: a closure, defaults, attributes. So nothing large is copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pickle
 import sys
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
@@ -26,6 +26,7 @@ __all__ = ["Mark", "Sight", "number", "see"]
 _MOST = 1 << 18  # bytes of a pickle, made within 3 ms
 _LARGE = 1 << 16  # bytes of an array
 _FEW = 1000  # parts of a reduced object that are looked at
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 # What stands around a function, and calls it.
@@ -66,11 +67,34 @@ def see(value: object) -> Sight:
     beginning = _Beginning()
     pickler = _Pickler(beginning)
     try:
-        pickler.dump(value)
+        try:
+            pickler.dump(value)
+        except _EnoughError:
+            beginning.digest.update(repr(_sizes(value)).encode())
+            raise
         identity = 0 if type(value) in _ATOMS else number(value)
     except Exception:  # noqa: BLE001  # it is longer than we look, or its own code raises anything
         identity = number(value)
     return Sight(mark=(identity, beginning.digest.digest()), code=tuple(pickler.code), learns=pickler.learns)
+
+
+def _sizes(value: object) -> list[int]:
+    """Of containers in it, the outer ones first: most of what is too long to be looked at changes by growing."""
+    left, seen, sizes = deque([value]), {id(value)}, list[int]()
+    while left:
+        part = left.popleft()
+        if isinstance(part, (*_CODE, *_ATOMS)):
+            continue
+        held: Any = part if isinstance(part, _CONTAINERS) else getattr(part, "__dict__", None)
+        if not isinstance(held, _CONTAINERS):
+            continue
+        sizes.append(len(held))
+        inner = held.values() if isinstance(held, dict) else held
+        for one in itertools.islice(inner, _FEW - len(seen)):
+            if id(one) not in seen:
+                seen.add(id(one))
+                left.append(one)
+    return sizes
 
 
 class _EnoughError(Exception):

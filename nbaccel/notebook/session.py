@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal, final, get_args
 
 from nbaccel.config import Device, Precision, RunConfig, StartMethod, combine, duration_seconds
 from nbaccel.engines.local import LocalEngine
-from nbaccel.errors import ConfigError, LaunchError
+from nbaccel.errors import ConfigError, LaunchError, PayloadError
 from nbaccel.notebook.definitions import Definitions
 from nbaccel.notebook.front import Dashboard, LateFront
 from nbaccel.notebook.kernel import cell_label, cell_source, running_cell
@@ -196,8 +197,17 @@ class Session:
             )
 
     def push(self, /, **values: Any) -> None:
-        """Set these names in every rank."""
-        self._finish(self._submit(_task(namespace.push, (values,), {}, "push")))
+        """Set these names in every rank.
+
+        Raises:
+            PayloadError: a value cannot be sent; nothing was.
+        """
+        try:
+            run = self._submit(_task(namespace.push, (values,), {}, "push"))
+        except PayloadError as error:
+            told = re.sub(r"^args\[0\]\['(\w+)'\]", r"\1", str(error))  # as the person calls it
+            raise PayloadError(told.replace("inside the function", "in the ranks")) from error.__cause__
+        self._finish(run)
 
     def bound(
         self, names: Collection[str], ranks: Collection[int] | None = None

@@ -70,13 +70,18 @@ class Membership:
         self._group = _c10d().group.WORLD
 
     def rejoin(self, order: Join) -> dict[str, str]:
-        """Make the group again; a checksum of each replica's parameters, by the name of the wrapper."""
+        """Make the group again; a checksum of each replica's parameters, by the name of the wrapper, where
+        that says which it is."""
         wrappers = _wrappers()
         if not (order.keep_groups and self._swap(order.generation)):
             self._make_anew(order.generation, wrappers)
         for wrapper in wrappers:
             wrapper.reducer._reset_state()  # it may have been interrupted in the middle of a backward
-        return {_name_of(wrapper): _checksum(wrapper) for wrapper in wrappers}
+        named: dict[str, list[Any]] = {}
+        for wrapper in wrappers:
+            named.setdefault(_name_of(wrapper), []).append(wrapper)
+        # of several without a name of their own, other ranks may have fewer: some only wait for the garbage collector
+        return {name: _checksum(found[0]) for name, found in named.items() if len(found) == 1}
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order; all of them call it, once after each `rejoin`.

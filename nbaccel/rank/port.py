@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, TypeVar, final
 
-from nbaccel.rank.spec import Call, Exit, Join
+from nbaccel.rank.spec import Call, Exit, Interrupt, Join
 from nbaccel.wire.channel import Channel, ChannelClosed
 from nbaccel.wire.events import Event, Metric, Progress, Request
 
@@ -33,10 +33,13 @@ class Port:
         self._replies: dict[str, Any] = {}
         self._requests: list[Request] = []
         self._comms: deque[Request] = deque()
+        self._interrupted = -1
         self._changed = threading.Condition()
         self._watched = False  # whether a thread waits at the channel, for all
-        self._poll = select.poll()
+        # no two threads may use one at the same time
+        self._poll, self._glance = select.poll(), select.poll()
         self._poll.register(channel, select.POLLIN)
+        self._glance.register(channel, select.POLLIN)
 
     def emit(self, event: Event, fds: tuple[int, ...] = ()) -> None:
         if isinstance(event, (Progress, Metric)):
@@ -49,6 +52,15 @@ class Port:
                 self._read()
             found, self._requests = self._requests, []
         return found
+
+    def is_interrupted(self, call: int) -> bool:
+        """Whether SIGINT is sent for this call, or has been before it began."""
+        with self._changed:
+            while self._watched and self._glance.poll(0):
+                self._changed.wait()  # the thread that watches is about to sort it
+            if not self._watched:
+                self._read()
+            return self._interrupted == call
 
     def wait_reply(self, id: str) -> Any:
         """The answer to the question of this id, once it is there."""
@@ -85,7 +97,9 @@ class Port:
     def _read(self) -> None:
         """Sort what has arrived by who it is for."""
         for message, fds in self._channel.drain():
-            if not isinstance(message, Request):
+            if isinstance(message, Interrupt):
+                self._interrupted = message.call
+            elif not isinstance(message, Request):
                 self._requests.clear()
                 self._commands.append((message, fds))
             elif message.kind == "input":

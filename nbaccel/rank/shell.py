@@ -73,7 +73,10 @@ def run_cell(cell: Cell) -> Shown | None:
             vars(sys).pop(name, None)
     # comments keep the numbers of the lines; a cell magic must come first
     above = "" if cell.source.lstrip().startswith("%%") else "#\n" * (cell.first_line - 1)
-    result = shell.run_cell(above + cell.source, store_history=False)
+    try:
+        result = shell.run_cell(above + cell.source, store_history=False)
+    except KeyboardInterrupt as stopped:  # before the cell's own code: IPython's says nothing of it
+        raise stopped.with_traceback(None) from None
     error = result.error_before_exec or result.error_in_exec
     if error is not None:
         if isinstance(error, SyntaxError) and error.filename == "<tokenize>":  # a dedent that fits nothing
@@ -141,6 +144,8 @@ def _make() -> Any:
     shell.Completer.use_jedi = False
     shell.loop_runner = _Loop()
     warnings.filterwarnings("ignore", message="To exit: use")  # there is nothing to exit from
+    # as a cell leaves it that is interrupted before its own code runs
+    warnings.filterwarnings("ignore", message="coroutine '.*run_cell_async' was never awaited")
     own: Any = InteractiveShell
     own.instance = classmethod(lambda cls, *args, **options: _shell())
     own.initialized = classmethod(lambda cls: True)

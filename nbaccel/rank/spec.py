@@ -11,7 +11,7 @@ from nbaccel.config import RUN_CONFIG_VARIABLE
 from nbaccel.rank.notices import Notices
 from nbaccel.wire.payload import Parcel
 
-__all__ = ["Call", "Exit", "Free", "HostPlace", "Join", "Place", "RunSpec", "rank_environ"]
+__all__ = ["Call", "Exit", "Free", "HostPlace", "Interrupt", "Join", "Place", "RunSpec", "rank_environ"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +109,13 @@ class Join:
     generation: int
     keep_groups: bool
     """Whether every rank still has its groups, so that what was built on them can go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """Told just before SIGINT is sent for a call: a rank that has not begun it then ignores the signal."""
+
+    call: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,6 +286,8 @@ class Server:
         try:
             try:
                 self._interruptible(True)
+                if self._port.is_interrupted(call.id):
+                    raise KeyboardInterrupt
                 function, args, kwargs = self._open(call, fds)
                 debugger.forget_before(function)
                 value = call_here(function, args, kwargs)

@@ -399,16 +399,29 @@ def test_definition_that_holds_a_model_is_told_when_it_goes_again() -> None:
     assert [one.again for one in known.missing("step()", notebook, ranks)] == [("step",)]
 
 
-def test_helper_is_sent_anew_when_only_a_function_that_the_ranks_defined_calls_it() -> None:
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["def mine(): return helper()\ndef through(): return mine()"],
+        ["through = lambda: helper()"],
+        ["one = Net()", "one = one.eval()", "through = one.forward"],
+        ["through = None", "through.loss = helper", "through += 1", "through[0].lr = 2"],
+        ["for _ in range(2):\n    through = Net()"],
+    ],
+)
+def test_helper_is_sent_anew_when_only_what_the_ranks_have_bound_calls_it(cells: list[str]) -> None:
     notebook: dict[str, Any] = {"__name__": "__main__"}
-    exec("def helper(): return 1", notebook)
+    exec("def helper(): return 1\nclass Net:\n    def forward(self): return helper()", notebook)
     known, ranks = Definitions(), {0: 100}
-    (sent,) = known.missing("def mine(): return helper()", notebook, ranks)
-    known.note_sent(sent, ranks)
-    known.note_bound("def mine(): return helper()\ndef through(): return mine()", notebook, ranks)
+    for cell in cells:
+        for sent in known.missing(cell, notebook, ranks):
+            known.note_sent(sent, ranks)
+        known.note_bound(cell, notebook, ranks)
     assert known.missing("through()", notebook, ranks) == []
     exec("def helper(): return 2", notebook)
     assert [set(one.values) for one in known.missing("through()", notebook, ranks)] == [{"helper"}]
+    known.note_bound("through = 1", notebook, ranks)
+    assert known.missing("through()", notebook, ranks) == []
 
 
 def test_data_counts_as_sent_when_a_call_has_brought_it_unless_that_never_began() -> None:
@@ -489,6 +502,24 @@ def test_module_is_read_again_when_the_notebook_has_reloaded_it(live: Kernel, tm
     assert shown(live, "%%ranks\nversion(), reloaded_later.version()") == (
         "[0-2] ('the new one', 'the new one')"
     )
+
+
+def test_attribute_of_a_module_is_told_when_only_the_notebook_has_set_it(
+    live: Kernel, tmp_path: Path
+) -> None:
+    (tmp_path / "set_later.py").write_text("LR, limits = 1, {}\n")
+    path = f"import sys\nsys.dont_write_bytecode = True\nsys.path.insert(0, {str(tmp_path)!r})"
+    live.ok(path), live.ok(f"%%ranks\n{path}")
+    live.ok("import os, set_later as own\nown.LR = own.limits['top'] = 7\nos.environ['UNSEEN'] = '1'")
+    live.ok("def rate(): return own.LR\ndef change(): own.UNSEEN = 1")
+    assert live.ok("%%ranks\n1 + 1").stderr == ""
+    cell = live.ok("%%ranks\nprint(rate(), os.sep) if rank == 1 else None")
+    assert "own.LR and own.limits: set in the notebook only" in cell.stderr
+    assert "UNSEEN" not in cell.stderr
+    assert "1 /" in cell.stdout
+    assert live.ok("%%ranks\nown.LR = 7; rate()").stderr == ""
+    live.ok("own.LR = 8")
+    assert "own.LR: set" in live.ok("%%ranks\nrate()").stderr
 
 
 def test_edited_module_is_read_again_in_every_way_of_calling_when_autoreload_is_on(

@@ -50,6 +50,8 @@ def test_marks_differ_when_types_do() -> None:
         (torch.optim.SGD([torch.ones(1)], lr=0.1), lambda one: one.param_groups[0].update(lr=0.2)),
         (np.zeros(10), lambda one: one.fill(1)),
         (list(range(1 << 20)), lambda one: one.insert(0, "first")),
+        (list(range(1 << 20)), lambda one: one.append("last")),
+        (SimpleNamespace(splits={"train": ["a word"] * (1 << 20)}), lambda one: one.splits["train"].pop()),
         (
             SimpleNamespace(lr=0.1, lock=threading.Lock(), data=[0] * (1 << 20)),
             lambda one: delattr(one, "lock"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -15,11 +16,17 @@ from typing import Any
 import pytest
 
 from nbaccel import Session, notebook_launcher
-from nbaccel.errors import ConfigError, WorkerError
+from nbaccel.errors import ConfigError, PayloadError, WorkerError
 
 
 @pytest.fixture(scope="module")
-def session(warm: None) -> Iterator[Session]:
+def marks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a rank leaves its mark when it calls `there`."""
+    return tmp_path_factory.mktemp("marks")
+
+
+@pytest.fixture(scope="module")
+def session(warm: None, marks: Path) -> Iterator[Session]:
     """Three ranks that every test of this module finds alive, and leaves so."""
     with Session(3, device="cpu", grace=2.0) as started:
         started.execute("import os, signal, time, torch\ntorch.set_num_threads(1)")
@@ -53,10 +60,23 @@ def mean_of_ranks() -> float:
     return float(value) / dist.get_world_size()
 
 
-def press_after(seconds: float) -> threading.Timer:
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    return timer
+def leave_mark(marks: Path) -> None:
+    (marks / os.environ["RANK"]).touch()
+
+
+def press_when_all_are_there(session: Session, marks: Path, *, times: int = 1) -> None:
+    """Press ■ a moment after every rank has called `there`, so often in a row."""
+    session.push(there=functools.partial(leave_mark, marks))
+    for mark in marks.iterdir():
+        mark.unlink()
+
+    def press() -> None:
+        wait_for(lambda: len(list(marks.iterdir())) == 3)
+        for _ in range(times):
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
 
 
 # ── calls and variables ───────────────────────────────────────────────────────────────────────────────
@@ -158,6 +178,8 @@ def test_choice_of_ranks_is_refused_when_it_is_no_list_of_numbers(session: Sessi
 def test_every_name_can_be_pushed(session: Session) -> None:
     session.push(self=1, values=2)
     assert session.pull("self") == [1] * 3
+    with pytest.raises(PayloadError, match=r"^guard is a _thread\.lock.* Instead, create it in the ranks\."):
+        session.push(guard=threading.Lock())
 
 
 def test_wrong_option_is_refused_and_replaces_nothing(session: Session) -> None:
@@ -288,14 +310,36 @@ def wait_for(condition: Any, timeout: float = 20.0) -> None:
 # ── interrupts ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_interrupt_keeps_variables_when_ranks_run_python(session: Session) -> None:
+COUNTING = """
+import time
+count = 0
+dist.barrier()
+while True:
+    count += 1; time.sleep(0.01)
+    if count == 5 and rank == 0: os.kill(os.getppid() if False else kernel, signal.SIGINT)
+"""
+
+
+def test_interrupt_keeps_variables_when_ranks_run_python(session: Session, marks: Path) -> None:
     before = session.run(pid)
-    press_after(0.5)
+    press_when_all_are_there(session, marks)
     with pytest.raises(KeyboardInterrupt, match=r"ranks 0-2 were at .*:4, in"):
-        session.execute("count = 0\nimport time\nwhile True:\n    time.sleep(0.01); count += 1")
-    assert min(session.pull("count")) > 5
+        session.execute("there(); count = 0\nimport time\nwhile True:\n    time.sleep(0.01); count += 1")
+    assert min(session.pull("count")) > 0
     assert session.run(pid) == before
     assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
+
+
+def test_interrupt_reaches_ranks_that_have_not_begun(session: Session) -> None:
+    before = session.run(pid)
+    os.kill(before[2], signal.SIGSTOP)
+    run = session.submit(time.sleep, 60)
+    run.interrupt()
+    time.sleep(0.1)  # the signal comes while the rank still ignores it
+    os.kill(before[2], signal.SIGCONT)
+    with pytest.raises(KeyboardInterrupt, match="ranks 0-2 were interrupted"):
+        run.result(timeout=20)
+    assert session.run(pid) == before
 
 
 TRAINING = """
@@ -312,13 +356,15 @@ expected = step(1)
 """
 
 
-def test_wrappers_and_groups_work_when_ranks_were_freed_from_a_collective(session: Session) -> None:
+def test_wrappers_and_groups_work_when_ranks_were_freed_from_a_collective(
+    session: Session, marks: Path
+) -> None:
     before = session.run(pid)
     session.execute(TRAINING)
     for _ in range(3):
-        press_after(0.3)
+        press_when_all_are_there(session, marks)
         with pytest.raises(KeyboardInterrupt, match=r"ranks 0,2 waited in .*rank 1 was at"):
-            session.execute("import time\nif rank == 1:\n    time.sleep(60)\nstep(2)")
+            session.execute("import time; there()\nif rank == 1:\n    time.sleep(60)\nstep(2)")
     assert session.run(pid) == before
     assert session.execute("abs(step(1) - expected) < 1e-6")[0].data["text/plain"] == "True"
     session.execute("t = torch.ones(1)\nif rank < 2: dist.all_reduce(t, group=pair)")
@@ -366,12 +412,12 @@ def test_group_is_made_again_when_a_rank_fails_behind_others_after_an_interrupt(
     session.execute("work = None")
 
 
-def test_word_that_is_lost_with_its_connection_is_told_again(session: Session) -> None:
+def test_word_that_is_lost_with_its_connection_is_told_again(session: Session, marks: Path) -> None:
     session.execute("from nbaccel.core.comm.sideline import Sideline\nline = Sideline()")
     session.execute("word = line.start_max(torch.zeros(1)) if rank == 0 else None")
-    press_after(0.4)
+    press_when_all_are_there(session, marks)
     with pytest.raises(KeyboardInterrupt, match="rank 0 waited in barrier"):
-        session.execute("if rank == 0: dist.barrier()\nelse: time.sleep(60)")
+        session.execute("import time; there()\nif rank == 0: dist.barrier()\nelse: time.sleep(60)")
     assert session.run(word_has_come) == [False, None, None]
     session.execute("numbers = torch.tensor([rank])\nword = line.start_max(numbers)")
     assert session.run(word_has_come) == [True, True, True]
@@ -379,12 +425,12 @@ def test_word_that_is_lost_with_its_connection_is_told_again(session: Session) -
     session.execute("del word, line, numbers")
 
 
-def test_ranks_come_back_when_interrupted_twice_in_a_row(session: Session) -> None:
+def test_ranks_come_back_when_interrupted_twice_in_a_row(session: Session, marks: Path) -> None:
     before = session.run(pid)
     session.execute("kept = rank")
-    press_after(0.4), press_after(0.5)
+    press_when_all_are_there(session, marks, times=2)
     with pytest.raises(KeyboardInterrupt, match=r"rank 0 waited in barrier.*ranks 1-2 were at"):
-        session.execute("import time\nif rank == 0: dist.barrier()\nelse: time.sleep(60)")
+        session.execute("import time; there()\nif rank == 0: dist.barrier()\nelse: time.sleep(60)")
     assert session.run(pid) == before
     assert session.pull("kept") == [0, 1, 2]
 
@@ -408,22 +454,30 @@ def deaf_on(bad: int) -> None:
         eval(DEAF)
 
 
-def test_replicas_that_differ_are_named_when_ranks_stopped_at_different_steps(session: Session) -> None:
+def test_replicas_that_differ_are_named_when_ranks_stopped_at_different_steps(
+    session: Session, marks: Path
+) -> None:
     session.execute(TRAINING)
-    press_after(0.4)
-    with pytest.raises(KeyboardInterrupt, match="replicas of model are not equal any more: rank 2 differs"):
+    session.execute(
+        "held = [torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)) for _ in range(2)]\n"
+        "if rank == 1: del held[1]"
+    )
+    press_when_all_are_there(session, marks)
+    different = "replicas of model are not equal any more: rank 2 differs"
+    with pytest.raises(KeyboardInterrupt, match=different) as caught:
         session.execute(
-            "if rank == 2:\n    with torch.no_grad(): model.module.weight.add_(1)\nimport time; time.sleep(60)"
+            "if rank == 2:\n    with torch.no_grad(): model.module.weight.add_(1)\nimport time; there(); time.sleep(60)"
         )
-    session.execute("del model")
+    assert "Linear" not in str(caught.value), "ranks have several of these, and not the same ones"
+    session.execute("del model, held")
 
 
-def test_deaf_rank_is_replaced_and_named_when_interrupted(session: Session) -> None:
+def test_deaf_rank_is_replaced_and_named_when_interrupted(session: Session, marks: Path) -> None:
     session.execute("kept = rank")
-    press_after(0.4)
+    press_when_all_are_there(session, marks)
     lost = "rank 0 was replaced by a fresh process: its variables are lost; ranks 1-2 keep theirs"
     with pytest.raises(KeyboardInterrupt, match=lost):
-        session.execute(f"if rank == 0: {DEAF}\ndist.barrier()")
+        session.execute(f"there()\nif rank == 0: {DEAF}\ndist.barrier()")
     assert session.pull("kept", ranks=[1, 2]) == [1, 2]
     assert session.run(mean_of_ranks) == [1.0, 1.0, 1.0]
 

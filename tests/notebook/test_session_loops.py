@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ def stopped(session: Session) -> tuple[int, bool, int]:
     run.stop()
     first, *rest = run.result(timeout=30)
     assert [first] * len(rest) == rest
+    assert re.search(r"3 ranks on cpu · stopped after step \d+", run.report().text)
     return first
 
 
