@@ -360,6 +360,12 @@ class Kernel:
         end = time.monotonic() + seconds
         self.pump(lambda: time.monotonic() > end, seconds + 5)
 
+    def connect(self) -> Any:
+        """Another client, as of a page that is loaded later; who has it stops its channels."""
+        client = self._manager.blocking_client()
+        client.start_channels()
+        return client
+
     def interrupt(self) -> None:
         """What ■ does."""
         self._manager.interrupt_kernel()

@@ -14,10 +14,12 @@ from nbaccel.session.panel import html
 from nbaccel.session.state import RunState
 from nbaccel.wire.events import Knob
 
-__all__ = ["CONTROLS", "Actions", "Controls", "Stopped"]
+__all__ = ["CONTROLS", "WHOLE", "Actions", "Controls", "Stopped"]
 
 CONTROLS = "nbaccel-controls"
 """The class of the box they are in."""
+WHOLE = "nbaccel-whole"
+"""The class it has besides while it holds the whole panel."""
 _LIVE_LINES = 200
 _SAID_SECONDS = 3.0
 _MOST_KNOBS = 6
@@ -69,7 +71,8 @@ class _Turned:
 class Controls:
     """Stop, Save now, the output of one rank, the loop's knobs: core ipywidgets, and the ear that hears them.
 
-    As many for a thousand ranks as for one; a knob adds one.
+    As many for a thousand ranks as for one; a knob adds one. A page that is loaded while the run goes on is sent no
+    outputs of its cell, but it is told of widgets: for it they hold the whole panel.
     """
 
     def __init__(self, widgets: Any, actions: Actions, state: RunState, repaint: Callable[[], None]) -> None:
@@ -90,26 +93,42 @@ class Controls:
         line = widgets.HBox([self._stop, self._save, self._whose, self._stops], layout=row)
         self._knobs = widgets.HBox([], layout=row)
         self._turned: dict[str, _Turned] = {}
-        self._box = widgets.VBox([line, self._knobs, self._output], layout=widgets.Layout(width="100%"))
+        wide = widgets.Layout(width="100%")
+        # an output's HTML keeps as far from the right side
+        place = widgets.Layout(margin="2px 20px 2px 0")
+        self._above, self._below = widgets.HTML(layout=place), widgets.HTML(layout=place)
+        self._whole = False
+        self._box = widgets.VBox([line, self._knobs, self._output], layout=wide)
         self._box.add_class(CONTROLS)
         self._widgets = widgets
-        self._parts = [self._box, line, self._knobs, self._stop, self._save, self._whose]
-        self._parts += [self._stops, self._output]
-        self._ids = frozenset(widget.comm.comm_id for widget in self._parts)
+        self._lasting = [self._box, self._above, self._below]
+        self._parts = [line, self._knobs, self._stop, self._save, self._whose, self._stops, self._output]
+        self._ids = frozenset(widget.comm.comm_id for widget in [*self._lasting, *self._parts])
         self.ear: Ear
         self._whose.observe(lambda _: repaint(), names="value")
 
     @classmethod
     def make(
-        cls, cell: Cell, actions: Actions, state: RunState, repaint: Callable[[], None]
+        cls,
+        cell: Cell,
+        actions: Actions,
+        state: RunState,
+        *,
+        repaint: Callable[[], None],
+        on_page: Callable[[], None],
     ) -> Controls | None:
-        """The controls; None where there are no widgets or clicks could not be heard while the cell runs."""
+        """The controls; None where there are no widgets or clicks could not be heard while the cell runs.
+
+        Args:
+            repaint: called when another rank's output is to be shown.
+            on_page: called when a page is loaded while the run goes on, before it is told of the widgets.
+        """
         try:
             import ipywidgets
         except ImportError:
             return None
         made = cls(ipywidgets, actions, state, repaint)
-        ear = listen(cell, lambda: made._ids)
+        ear = listen(cell, lambda: made._ids, on_page=on_page)
         if ear is None:
             made._box.close()
             return None
@@ -166,10 +185,26 @@ class Controls:
         lines = known.last_lines(_LIVE_LINES) or ("nothing yet",)
         self._output.value = html.scrolling(lines)
 
+    def paint_whole(self, above: str, below: str) -> None:
+        """Hold the whole panel from here on: what stands above the controls, and below them."""
+        self._above.value, self._below.value = above, below
+        if not self._whole:
+            self._whole = True
+            self._box.children = (self._above, *self._box.children, self._below)
+            self._box.add_class(WHOLE)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a page needs the whole panel of them."""
+        return self._whole
+
     def close(self) -> None:
-        """End the widgets, once something else stands in their place."""
+        """End the widgets, once something else stands in their place; what holds the whole panel stays, for the page
+        where nothing does."""
         self.ear.close()
-        for widget in self._parts:
+        if self._whole:
+            self._box.children = (self._above, self._below)
+        for widget in self._parts if self._whole else [*self._lasting, *self._parts]:
             widget.close()
 
     def _on_stop(self, _: object) -> None:

@@ -8,7 +8,11 @@ Three outputs, painted from the run's state at most four times a second on the r
     body      HTML: ranks, where their time goes, curves
 
 So a notebook that is saved half-way holds the whole panel as HTML. Where the widgets of its controls are gone,
-JupyterLab writes "Loading widget..." in their place, or draws broken links; rules of style hide both.
+JupyterLab writes "Loading widget..." in their place, or draws broken links; rules of style hide both and say that
+the panel is cut off.
+
+A page that is loaded while the run goes on has the outputs as they were saved, and Jupyter sends it no others of that
+cell. It is told of widgets, so for it those of the controls hold header and body too, and its saved ones are hidden.
 
 The number of widgets does not depend on the number of ranks, and a repaint touches none that is clicked.
 """
@@ -23,7 +27,7 @@ import time
 from typing import final
 
 from nbaccel.notebook.cell import Bundle, Cell
-from nbaccel.notebook.controls import CONTROLS, Actions, Controls
+from nbaccel.notebook.controls import CONTROLS, WHOLE, Actions, Controls
 from nbaccel.session.panel import html
 from nbaccel.session.panel.failure import error_lines, headline
 from nbaccel.session.panel.pages import last_outputs, panel_bundle
@@ -53,14 +57,25 @@ _CLASS = "nbaccel-panel"
 _OURS = f".jp-OutputArea:has(>.jp-OutputArea-child .{_CLASS})"
 _BROKEN = f".{CONTROLS}.jupyter-widgets-disconnected"
 _WORD = f"{_OURS}:has({_BROKEN}) .{html.GOES_ON}"
+_CUT_OFF = "○ cut off here: nbaccel.last_run().show() tells how it went on"
+_EMPTY = ".jp-OutputArea-child>.jp-OutputArea-output.lm-Panel:not(:has(*))"
+"""A widget's output that has no element in it: the front end's word that it has no such widget, or not yet."""
+_HELD, _SAVED = f".{WHOLE}:not(.jupyter-widgets-disconnected)", f".jp-RenderedHTMLCommon>.{_CLASS}"
 _STYLE = (
     "<style>"
-    # a widget's output that has no element in it is the front end's word that it has no such widget
-    f"{_OURS}>.jp-OutputArea-child>.jp-OutputArea-output.lm-Panel:not(:has(*)),"
+    f"{_OURS}>{_EMPTY},"
     # of a kernel that was restarted, each widget is a broken link
     f"{_BROKEN}{{display:none}}"
+    # header and body as they were saved, around widgets that hold both
+    f".jp-OutputArea-child:has(+.jp-OutputArea-child {_HELD}) {_SAVED},"
+    f".jp-OutputArea-child:has({_HELD})+.jp-OutputArea-child {_SAVED}{{display:none}}"
     f"{_WORD}{{font-size:0;color:inherit!important}}"
-    f"{_WORD}::after{{font-size:13px;content:'○ cut off here: nbaccel.last_run().show() tells how it went on'}}"
+    f"{_WORD}::after{{font-size:13px;content:'{_CUT_OFF}'}}"
+    # the widgets of a page that is loaded come late, or never: where they would be it is said then
+    f".jp-OutputArea-child:has(.{html.GOES_ON})+{_EMPTY}{{display:block!important;font-size:0;visibility:hidden}}"
+    f".jp-OutputArea-child:has(.{html.GOES_ON})+{_EMPTY}::after"
+    f"{{font-size:13px;content:'{_CUT_OFF}';visibility:hidden;animation:nbaccel-late 0s 3s forwards}}"
+    "@keyframes nbaccel-late{to{visibility:visible}}"
     "</style>"
 )
 """For a page whose kernel is gone while the run goes on. Sanitisers drop it, and of the widgets show the HTML beside
@@ -117,7 +132,13 @@ class Panel:
         with self._lock:
             started = time.perf_counter()
             if self._controls is None and self._actions is not None and now - self._began > _CONTROLS_AFTER:
-                self._controls = Controls.make(self._cell, self._actions, self._state, self._repaint_output)
+                self._controls = Controls.make(
+                    self._cell,
+                    self._actions,
+                    self._state,
+                    repaint=self._repaint_output,
+                    on_page=self._paint_whole,
+                )
                 self._actions = None
                 shown = _bundle("", "") if self._controls is None else self._controls.bundle()
                 self._cell.show(shown, name=self._middle, update=True)
@@ -148,6 +169,10 @@ class Panel:
             self._cell.show(error, name=self._middle, update=True)
             self._cell.show(body, name=self._body, update=True)
             if self._controls is not None:
+                if self._controls.whole:
+                    # its cell's error does not reach that page
+                    above, error, below = _final(state, self._heading, self._label, brief=False)
+                    self._controls.paint_whole(above["text/html"] + error["text/html"], below["text/html"])
                 self._controls.close()
 
     def _compare(self) -> None:
@@ -161,6 +186,10 @@ class Panel:
         self._cell.show(header, name=self._header, update=True)
         if self._controls is not None:
             self._controls.paint(self._state)
+            if self._controls.whole:
+                self._controls.paint_whole(_html(html.header(view)), _html(html.body(view)))
+                if self._cell.running:  # what the page asks besides ends in the word that the kernel is idle
+                    self._cell.send("status", {"execution_state": "busy"})
         if not self._changed:
             return
         self._changed = False
@@ -173,6 +202,14 @@ class Panel:
         with self._lock:
             if self._controls is not None and not self._closed:
                 self._controls.paint_output(self._state)
+
+    def _paint_whole(self) -> None:
+        """A page was loaded: it is sent none of the cell's outputs."""
+        with self._lock:
+            if self._controls is None or self._closed:
+                return
+            view = read(self._state, self._heading, time.time())
+            self._controls.paint_whole(_html(html.header(view)), _html(html.body(view)))
 
 
 def show(
@@ -223,7 +260,8 @@ def _hints(view: View) -> list[str]:
 
 
 def _bundle(content: str, plain: str, *, style: str = "") -> Bundle:
-    if not content:
-        return {"text/html": "", "text/plain": plain}
-    shape = "font-size:13px;line-height:1.45;max-width:1100px"
-    return {"text/html": f'{style}<div class="{_CLASS}" style="{shape}">{content}</div>', "text/plain": plain}
+    return {"text/html": style + _html(content) if content else "", "text/plain": plain}
+
+
+def _html(content: str) -> str:
+    return f'<div class="{_CLASS}" style="font-size:13px;line-height:1.45;max-width:1100px">{content}</div>'

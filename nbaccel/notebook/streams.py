@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import final
 
@@ -27,6 +28,8 @@ class Streams:
             file.write(text)
         except UnicodeEncodeError as error:
             file.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        if isinstance(file, io.TextIOWrapper):  # a script's: what a pipe's reader is to see now
+            file.flush()
 
     def say(self, note: str) -> None:
         """One sentence of nbaccel's to the person."""

@@ -30,6 +30,7 @@ _KINDS: dict[str, Any] = {
         events.Applied,
         events.Concluded,
         events.Died,
+        events.Halted,
         events.Heartbeat,
         events.Knob,
         events.Metric,

@@ -170,12 +170,12 @@ def _fate(outcome: Outcome, rank: int, label: CellLabel) -> str:
         return f"was stopped{f' at {where}' if where else ''}"
     if isinstance(event, Raised):
         return f"raised after it: {event.info.headline[:200]}"
+    if rank in outcome.returned:  # what may have kept it from leaving is another matter
+        return "had returned"
     if rank in outcome.ended_by_us:
         name = outcome.ended_by_us[rank].name
         return f"did not end in the {outcome.grace:g} s given: ended by {name}"
-    if isinstance(event, Died):
-        return explain_exit(event.exitcode, event.detail)
-    return "had returned" if rank in outcome.returned else "ended by itself"
+    return explain_exit(event.exitcode, event.detail) if isinstance(event, Died) else "ended by itself"
 
 
 def waited_in(info: ExceptionInfo, label: CellLabel) -> str | None:

@@ -36,7 +36,7 @@ def ideal_rates(folder: Path) -> Mapping[str, float]:
         return {}
     shares = num_ranks if _json(folder / "config.json").get("split_batches") else 1
     for record in recent(folder.parent, _MOST_FOLDERS):
-        if record.folder == folder or record.state != "done":
+        if record.folder == folder or record.state not in ("done", "stopped"):
             continue
         other = _json(record.folder / "run.json")
         if other.get("plan", {}).get("num_processes") == 1 and _what_ran(other) == _what_ran(own):

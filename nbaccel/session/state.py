@@ -23,6 +23,7 @@ from nbaccel.wire.events import (
     Died,
     Event,
     ExceptionInfo,
+    Halted,
     Heartbeat,
     Knob,
     Metric,
@@ -161,17 +162,21 @@ class RunState(NamedTuple):
     """What the ranks' code really uses of the run's options (precision, strategy)."""
     problem: str = ""
     """Why it came to nothing, where that is no failure of a rank: it could not start, took too long or hung."""
+    halted: int | None = None
+    """The optimizer step after which the ranks left their loops before the end, as they were asked to."""
 
     @property
     def situation(self) -> Situation:
-        """Where the run as a whole is; an interrupted one is stopped, and what ended it no failure of its own."""
+        """Where the run as a whole is. One that was interrupted is stopped, and what ended it no failure of its own; so
+        is one whose loops were left before their end."""
         if self.problem:
             return "failed"
         if self.failure is not None:
             return "stopped" if self.failure.asked else "failed"
         states = {rank.state for rank in self.ranks}
         if self.ended is not None:
-            return "done" if "done" in states and states <= {"done", "idle"} else "stopped"
+            whole = self.halted is None and "done" in states and states <= {"done", "idle"}
+            return "done" if whole else "stopped"
         return "starting" if "starting" in states or states == {"idle"} else "running"
 
     @property
@@ -240,6 +245,7 @@ def fold(state: RunState, event: Event) -> RunState:
         ended = _ended(state, ranks, event.time)
         failure = _first_failure(failure, rank, changed, event)
     options, stall, knobs, problem = state.options, state.stall, state.knobs, state.problem
+    halted = event.step if type(event) is Halted else state.halted
     if type(event) is Applied:
         options = _updated(options, {event.option: event.value})
     elif type(event) is Knob:
@@ -248,7 +254,7 @@ def fold(state: RunState, event: Event) -> RunState:
         stall = "" if event.text == _GO_ON else event.text
     elif type(event) is Concluded:
         ended, problem = event.time if ended is None else ended, event.problem
-    return RunState(ranks, state.started, ended, failure, knobs, stall, options, problem)
+    return RunState(ranks, state.started, ended, failure, knobs, stall, options, problem, halted)
 
 
 def _with_output(rank: RankState, event: Output) -> RankState:

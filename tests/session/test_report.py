@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 from nbaccel.errors import LeftLoopError, TrustError
@@ -70,6 +71,18 @@ def test_error_raised_from_a_broken_connection_is_no_cause_of_a_death_in_its_mom
     wrapped = ExceptionInfo(type_name="MyError", message="MyError: no step", frames=(), context=broken)
     died = Died(rank=2, time=1.2, exitcode=-9)
     assert "rank 2 of 4 was ended by SIGKILL" in words(Raised(rank=0, time=1.0, call=0, info=wrapped), died)
+
+
+def test_rank_had_returned_though_it_was_ended_while_it_was_leaving() -> None:
+    failed = raised(1, "ValueError", "boom")
+    outcome = Outcome(
+        num_ranks=3,
+        failures={1: failed},
+        ended_by_us={0: signal.SIGTERM, 2: signal.SIGTERM},
+        returned=frozenset({0}),
+    )
+    said = str(worker_error(outcome, lambda name: None))
+    assert "rank 0 had returned\nrank 2 did not end in the 1 s given: ended by SIGTERM" in said
 
 
 def test_memory_is_blamed_for_a_kill_only_where_nothing_else_is_known() -> None:

@@ -10,12 +10,13 @@ from functools import reduce
 import pytest
 
 from nbaccel.session.panel.reading import shown_state
-from nbaccel.session.state import Failure, RunState, fold, new_state
+from nbaccel.session.state import Failure, RunState, fold, for_next_call, new_state
 from nbaccel.wire.events import (
     Applied,
     Died,
     Event,
     ExceptionInfo,
+    Halted,
     Metric,
     Output,
     Progress,
@@ -223,6 +224,16 @@ def test_curves_of_what_people_look_at_take_the_place_of_others() -> None:
     (rank,) = replay(1, told).ranks
     assert [*rank.curves] == ["loss", *(f"m{i}" for i in range(10)), "eval/acc"]
     assert len(rank.metrics) == 22
+
+
+def test_run_whose_loops_were_left_before_their_end_is_stopped() -> None:
+    halted = [Halted(rank=rank, time=4, step=120) for rank in range(2)]
+    ended = [Returned(rank=rank, time=5, call=1) for rank in range(2)]
+    assert replay(2, ended).situation == "done"
+    assert replay(2, halted).situation != "stopped", "its ranks still save"
+    state = replay(2, halted + ended)
+    assert (state.situation, state.halted) == ("stopped", 120)
+    assert for_next_call(state, (0, 1), 6).halted is None
 
 
 def test_since_is_when_the_state_changed() -> None:

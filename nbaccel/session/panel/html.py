@@ -111,7 +111,7 @@ def header(view: View) -> str:
     line = (
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;align-items:center">'
         f'<b style="font-size:14px">{escape(plain(heading.name))}</b>'
-        f'<span{goes_on} style="color:{colour};font-weight:bold">{sign} {view.situation}</span>'
+        f'<span{goes_on} style="color:{colour};font-weight:bold">{sign} {view.ending}</span>'
         f'<span style="{MUTED}">{" · ".join(figures)}</span></div>'
     )
     said = "".join(

@@ -115,6 +115,8 @@ class View:
 
     heading: Heading
     situation: Situation
+    halted: int | None
+    """Of a stopped run the optimizer step after which all ranks left their loops, where they did."""
     num_ranks: int
     elapsed: float
     at: float | None
@@ -145,6 +147,11 @@ class View:
         return speed(self.rate, self.unit, self.divisor)
 
     @property
+    def ending(self) -> str:
+        """The situation, and where it was stopped."""
+        return self.situation if self.halted is None else f"{self.situation} after step {self.halted}"
+
+    @property
     def as_of(self) -> str:
         """When it was so, on the wall clock, for a copy that is painted no longer; empty once it has ended."""
         return "" if self.at is None else time.strftime("as of %H:%M:%S", time.localtime(self.at))
@@ -160,6 +167,8 @@ def read(state: RunState, heading: Heading, now: float) -> View:
     rates = [rate for rate in paces if rate is not None]
     timed = {rank.rank: pace for rank in ranks if (pace := loops.timed(rank)) is not None}
     own = {rank: _own_seconds(pace) for rank, pace in timed.items()}
+    # of loops that do not say where their time goes, what a step takes
+    own = own or {rank.rank: 1 / rate for rank, rate in zip(ranks, paces, strict=True) if rate}
     states: dict[str, list[int]] = {}
     for rank in ranks:
         states.setdefault(shown_state(rank, state), []).append(rank.rank)
@@ -171,6 +180,7 @@ def read(state: RunState, heading: Heading, now: float) -> View:
     return View(
         heading=replace(heading, precision=precision),
         situation=state.situation,
+        halted=state.halted if state.situation == "stopped" else None,
         num_ranks=len(ranks),
         elapsed=max(0.0, now - state.started),
         at=now if state.ended is None else None,
@@ -293,6 +303,8 @@ def shown_state(rank: RankState, state: RunState) -> str:
     if first is not None and first.asked and rank.state == "lost":
         return "stopped"
     if state.ended is not None and rank.state not in (*ENDED, "idle"):
+        return "stopped"
+    if state.halted is not None and rank.state == "done" and state.situation != "failed":
         return "stopped"
     if first is None or first.rank == rank.rank or rank.state not in ("failed", "lost"):
         return rank.state

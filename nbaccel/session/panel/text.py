@@ -51,7 +51,7 @@ def facts(view: View) -> list[str]:
         heading.name,
         f"{view.num_ranks} rank{'s' if view.num_ranks != 1 else ''} on {device}",
         *filter(None, [heading.attempt]),
-        f"{view.situation} {clock(view.elapsed)}",
+        f"{view.ending}{'' if view.halted is None else ' ·'} {clock(view.elapsed)}",
     ]
     found += filter(None, [view.speed, scaling(view)])
     if view.left is not None:

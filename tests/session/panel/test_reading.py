@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import chain
 
 from nbaccel.session.panel.figures import clock, number
-from nbaccel.wire.events import Progress, Status
-from tests.session.panel.streams import failing, returned, started, training, view
+from nbaccel.session.panel.html import header
+from nbaccel.session.panel.text import paint_text
+from nbaccel.wire.events import Died, Halted, Progress, Raised, Status
+from tests.session.panel.streams import ERROR, failing, returned, started, training, view
 
 
 def test_running_ranks_have_rate_time_left_metrics_and_shares() -> None:
@@ -65,6 +67,18 @@ def test_peers_we_ended_are_stopped_not_lost() -> None:
     assert seen.elapsed == 50.0
 
 
+def test_where_the_loops_were_left_is_said_of_a_stopped_run_and_its_ranks() -> None:
+    stop = [Halted(rank=rank, time=8.1, step=40) for rank in range(2)]
+    broken = [Raised(rank=1, time=90, call=0, info=ERROR), Died(rank=0, time=91, exitcode=-15)]
+    shown = view(2, chain(training(2, until=40), stop, returned(2)))
+    assert (shown.ending, shown.states) == ("stopped after step 40", {"stopped": (0, 1)})
+    assert "■ stopped after step 40" in header(shown)
+    assert paint_text(shown).startswith("train · 2 ranks on cpu bf16 · stopped after step 40 · 1:21 ")
+    failed = view(2, chain(training(2, until=40), stop, returned(1), broken))
+    assert failed.ending == "failed"
+    assert failed.states == {"done": (0,), "failed": (1,)}, "it had returned"
+
+
 def test_loop_shown_is_the_one_that_goes_on() -> None:
     events = [
         *started(1),
@@ -94,6 +108,17 @@ def test_many_ranks_are_a_strip_with_the_odd_ones_as_rows() -> None:
     failed = view(64, failing(64, rank=40))
     assert failed.rows[0].rank == 40
     assert failed.states["stopped"] == (*range(40), *range(41, 64))
+
+
+def test_slow_rank_among_many_has_a_row_also_where_loops_say_nothing_of_their_time() -> None:
+    bars = (
+        Progress(rank=rank, time=step * (0.2 if rank == 7 else 0.1), name="bar", step=step, total=99)
+        for step in range(20)
+        for rank in range(20)
+    )
+    shown = view(20, chain(started(20), bars), now=4.0)
+    assert [row.rank for row in shown.rows] == [7]
+    assert [round(speed, 2) for rank, _, speed in shown.strip if rank in (6, 7)] == [1.0, 0.5]
 
 
 def test_end_stands_still() -> None:
