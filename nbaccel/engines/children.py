@@ -21,6 +21,7 @@ class Children:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
+        self._statuses: dict[int, int] = {}  # of children that had to be reaped to be seen
         # a handler must exist for the byte to be written
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -60,22 +61,29 @@ class Children:
             if timeout is not None:
                 raise TimeoutError
 
-    @staticmethod
-    def ended() -> Iterator[int]:
-        """Process ids of children that have ended; each is still a zombie while it is yielded."""
-        while True:
-            try:
-                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if info is None:
-                return
-            yield info.si_pid
+    def ended(self) -> Iterator[int]:
+        """Process ids of children that have ended; each is still a zombie while it is yielded, except on macOS
+        before Python 3.13."""
+        try:
+            while pid := self._next_ended():
+                yield pid
+        except ChildProcessError:
+            return
 
-    @staticmethod
-    def reap(pid: int) -> int:
+    def _next_ended(self) -> int:
+        """0 when none has."""
+        if hasattr(os, "waitid"):
+            info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return info.si_pid if info is not None else 0
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            self._statuses[pid] = status
+        return pid
+
+    def reap(self, pid: int) -> int:
         """The exit code of a child that has ended; negative for a signal."""
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = self._statuses.pop(pid, None)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1] if status is None else status)
 
     def forget(self) -> None:
         """In a fresh fork of this process: leave the signal as a new process has it."""

@@ -300,9 +300,12 @@ def _worth_preloading(name: str) -> bool:
     """Whether this module of this process is an installed one that a rank could want."""
     if name.partition(".")[0] in _FRONT_END or "__main__" in name:
         return False
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    origin = getattr(spec, "origin", None)
-    if not origin or getattr(spec, "name", None) != name:
+    try:
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        origin = getattr(spec, "origin", None)
+        if not origin or getattr(spec, "name", None) != name:
+            return False
+    except Exception:  # noqa: BLE001  # what stands in for a module until it is used may raise anything
         return False
     # debugpy imports copies that lie inside its own folder; a rank would not find those by that name.
     top = name.partition(".")[0]
@@ -322,7 +325,8 @@ def _site_folders() -> tuple[str, ...]:
 def _installed_path() -> list[str]:
     """sys.path without the user's own folders: a file random.py there must not shadow the library's."""
     roots = (sys.prefix, sys.base_prefix, *(folder.rstrip(os.sep) for folder in _site_folders()))
-    return [entry for entry in sys.path if entry.startswith(roots)]
+    # what is no text Python passes over too, as a Path that somebody has appended
+    return [entry for entry in sys.path if isinstance(entry, str) and entry.startswith(roots)]
 
 
 def _hung_up(channel: Channel) -> bool:

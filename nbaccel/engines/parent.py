@@ -272,8 +272,15 @@ class _Group:
         ] = {}  # for ranks whose process has to wait for more
 
     def see_through(self) -> NoReturn:
-        """Pass signals on, report exits and replace ranks, until `ChannelClosed` is raised."""
+        """Pass signals on, report exits and replace ranks, until `ChannelClosed` is raised; none is left then."""
         children = Children()
+        try:
+            self._serve(children)
+        finally:
+            for pid in self._ranks_of:  # outside Linux nothing else ends them, nor what they started
+                _signal_group(pid)
+
+    def _serve(self, children: Children) -> NoReturn:
         while True:
             for pid in children.ended():
                 if pid in self._ranks_of:

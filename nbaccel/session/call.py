@@ -105,6 +105,8 @@ class CallInFlight:
         """Messages for its ranks that were sent before it began."""
         self.stall: Stall | None = None
         """The latest thing that was told of ranks that wait."""
+        self.unread: BrokenPipeError | None = None
+        """Nobody reads any more what the ranks print: as for any program in a pipe, that is the end."""
         self.notes: list[str] = []
         """What the error's last lines say besides: ranks that were replaced, replicas that differ."""
         self._sinks = list(sinks)
@@ -206,6 +208,8 @@ class CallInFlight:
         outcome: Results | BaseException
         try:
             outcome = problem or conclude(self._ended(), self.label)
+            if self.ending.reason == "interrupted" and self.unread is not None:
+                outcome = self.unread
         except BaseException as error:  # noqa: BLE001  # a value that cannot be loaded: the caller is told
             outcome = error
         try:
@@ -281,6 +285,10 @@ class CallInFlight:
         for sink in tuple(self._sinks):
             try:
                 tell(sink)
+            except BrokenPipeError as error:
+                self._sinks.remove(sink)
+                why = "whoever read what the ranks print has left; the run was interrupted"
+                self.unread = BrokenPipeError(error.errno, why)
             except Exception as error:  # noqa: BLE001  # whatever a display or a disk may raise
                 self._sinks.remove(sink)
                 self._say(f"{type(sink).__name__} stopped ({type(error).__name__}: {error}); the run goes on")

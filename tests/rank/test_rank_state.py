@@ -155,7 +155,7 @@ def test_large_result_costs_one_copy() -> None:
 
 
 @pytest.mark.usefixtures("replaced_servers")
-def test_package_that_starts_a_thread_is_named_and_left_out(
+def test_packages_that_cannot_be_imported_ahead_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forkserver.shut_down()
@@ -164,18 +164,29 @@ def test_package_that_starts_a_thread_is_named_and_left_out(
     (site / "nb_thready.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(1.5,), daemon=True).start()\n"
     )
+    (site / "nb_fails.py").write_text(
+        "import sys\nif sys.argv[0] == '-c':\n    raise OSError('no licence')\n"
+    )
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(forkserver, "_site_folders", lambda: (str(site) + os.sep,))
+    import nb_fails  # type: ignore[import-not-found]
     import nb_thready  # type: ignore[import-not-found]
 
+    assert nb_fails
     assert nb_thready
     assert notebook_launcher(int, num_processes=2) == [0, 0]
     said = capsys.readouterr().err
     assert "nb_thready" in said
     assert "left out" in said
     assert notebook_launcher(int, num_processes=2) == [0, 0]
-    assert "nb_thready" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nb_thready" not in said
+    assert (
+        "nb_fails could not be imported ahead of the ranks, which import it themselves (OSError: no licence)"
+        in said
+    )
     sys.modules.pop("nb_thready")
+    sys.modules.pop("nb_fails")
 
 
 @pytest.mark.usefixtures("replaced_servers")

@@ -47,7 +47,7 @@ def raise_on_one() -> None:
 
 
 @METHODS
-def test_worker_error_names_rank_and_line_when_one_raises(method: Any) -> None:
+def test_worker_error_names_rank_line_and_cause_when_one_raises(method: Any) -> None:
     began = time.monotonic()
     error = failure(raise_on_one, num_processes=2, start_method=method)
     assert time.monotonic() - began < (5 if method == "fork" else 30)
@@ -60,11 +60,6 @@ def test_worker_error_names_rank_and_line_when_one_raises(method: Any) -> None:
     assert "test_run_failures.py" in text
     assert "rank 0 did not end in the 1 s given: ended by SIGTERM" in text
     assert "nbaccel/rank/" not in text
-
-
-@METHODS
-def test_cause_is_the_original_exception_when_one_raises(method: Any) -> None:
-    error = failure(raise_on_one, num_processes=2, start_method=method, grace=0.05)
     assert type(error.__cause__) is Broken
     assert str(error.__cause__) == "broken with code 7"
     assert error.__cause__.code == 7

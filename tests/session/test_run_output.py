@@ -126,3 +126,24 @@ def test_output_mode_is_followed(capfd: pytest.CaptureFixture[str], mode: str, e
     notebook_launcher(print, ("hi",), num_processes=2, output=mode)
     lines = set(capfd.readouterr().out.split("\n")) - {""}
     assert lines <= expected | {"[rank 0] hi", "[rank 1] hi"} if mode == "auto" else lines == expected
+
+
+def print_without_end() -> None:
+    while True:
+        print("goes on")
+        time.sleep(0.01)
+
+
+def test_run_ends_when_whoever_reads_its_output_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    with open(read) as reader, open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        run = launch(print_without_end, num_processes=2)
+        assert "goes on" in reader.readline()
+        reader.close()
+        with pytest.raises(BrokenPipeError, match="the run was interrupted"):
+            run.result(timeout=60)
+        with open(os.devnull, "w") as nobody:  # what could not be written leaves with the stream
+            os.dup2(nobody.fileno(), write)
+    assert {rank.state for rank in run.state.ranks} == {"failed"}
+    assert "has left" in run.state.problem
