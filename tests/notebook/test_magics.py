@@ -97,7 +97,7 @@ def test_error_names_cell_and_line_when_a_rank_raises(live: Kernel) -> None:
     live.ok("%%ranks\ndef invert(a):\n    return 1 / a")
     began = time.monotonic()
     cell = live.run("%%ranks\nif rank == 1:\n    invert(0)\ndist.barrier()")
-    assert time.monotonic() - began < 1.5 + 1.5  # what a busy machine adds
+    assert time.monotonic() - began < 15  # a bound against a hang
     text = plain(cell.traceback)
     assert cell.error == "WorkerError"
     assert re.search(r"Cell In\[\d+\], line 3, in <module>\n    invert\(0\)", text)

@@ -165,8 +165,9 @@ def test_packages_that_cannot_be_imported_ahead_are_named(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(1.5,), daemon=True).start()\n"
     )
     (site / "nb_fails.py").write_text(
-        "import sys\nif sys.argv[0] == '-c':\n    raise OSError('no licence')\n"
+        "import sys\nif not hasattr(sys, 'nb_licence'):\n    raise OSError('no licence')\n"
     )
+    monkeypatch.setattr(sys, "nb_licence", True, raising=False)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(forkserver, "_site_folders", lambda: (str(site) + os.sep,))
     import nb_fails  # type: ignore[import-not-found]

@@ -161,7 +161,7 @@ def test_interrupt_raises_in_ranks_then_here(tmp_path: Path, method: Any) -> Non
     run.interrupt()
     with pytest.raises(KeyboardInterrupt, match="in sleep"):
         run.result(timeout=20)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # a bound against a hang
     assert notebook_launcher(rank, num_processes=2, start_method=method) == [0, 1]
 
 

@@ -50,7 +50,7 @@ def raise_on_one() -> None:
 def test_worker_error_names_rank_line_and_cause_when_one_raises(method: Any) -> None:
     began = time.monotonic()
     error = failure(raise_on_one, num_processes=2, start_method=method)
-    assert time.monotonic() - began < (5 if method == "fork" else 30)
+    assert time.monotonic() - began < 30  # a bound against a hang
     text = str(error)
     assert error.ranks == (1,)
     assert "rank 1 of 2 failed" in text
@@ -438,7 +438,7 @@ def ignore_sigterm() -> None:
 def test_rank_is_killed_when_it_ignores_sigterm() -> None:
     began = time.monotonic()
     error = failure(ignore_sigterm, num_processes=2, grace=0.2)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # a bound against a hang
     assert "rank 0 did not end in the 0.2 s given: ended by SIGKILL" in str(error)
 
 
