@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, gone, wait_until
+from tests.conftest import ROOT, gone, wait_until
 
 # read by every interpreter that is started: that of the script, the guardian and the ranks
 WITHOUT_LINUX = """

@@ -95,10 +95,13 @@ def test_rank_stays_when_a_cell_calls_exit(live: Kernel) -> None:
 
 def test_error_names_cell_and_line_when_a_rank_raises(live: Kernel) -> None:
     live.ok("%%ranks\ndef invert(a):\n    return 1 / a")
-    began = time.monotonic()
-    cell = live.run("%%ranks\nif rank == 1:\n    invert(0)\ndist.barrier()")
-    assert time.monotonic() - began < 15  # a bound against a hang
-    text = plain(cell.traceback)
+    for _ in range(3):  # on a starved machine the others may not be there in their 2 s
+        began = time.monotonic()
+        cell = live.run("%%ranks\nif rank == 1:\n    invert(0)\ndist.barrier()")
+        assert time.monotonic() - began < 15  # a bound against a hang
+        text = plain(cell.traceback)
+        if "still busy" not in text:
+            break
     assert cell.error == "WorkerError"
     assert re.search(r"Cell In\[\d+\], line 3, in <module>\n    invert\(0\)", text)
     assert re.search(r"Cell In\[\d+\], line 3, in invert\n    return 1 / a", text)
