@@ -26,3 +26,12 @@ def test_nothing_heavy_is_imported_when_the_package_is() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert light.stdout.strip() == "[]"
+
+
+def test_accelerator_when_imported_leaves_what_shards_and_compiles_to_those_who_ask() -> None:
+    late = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch._dynamo", "sympy")
+    code = f"import sys; from nbaccel import Accelerator; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.strip() == "[]"
