@@ -9,7 +9,6 @@ cell binds is the ranks' own until the notebook defines it anew; data that a ran
 
 from __future__ import annotations
 
-import ast
 import dis
 import functools
 import re
@@ -17,17 +16,17 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 from nbaccel.notebook.marks import Mark, Sight, number, see
-from nbaccel.notebook.modules import Reading, as_read, attributes_set, home, read_again, readings
+from nbaccel.notebook.modules import Reading, as_read, home, read_again, readings
+from nbaccel.notebook.names import attributes_set, names_in
 from nbaccel.rank.namespace import PREBOUND, is_definition
 
 __all__ = ["Definitions", "Missing"]
 
 # What IPython keeps for a person: the last values and inputs.
 _SHORTHANDS = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[doi]h|__\w+__")
-_DEFINING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +200,7 @@ class Definitions:
         Args:
             failed: it may not have come to all of them: see `unsure`.
         """
-        names = _names(source)
+        names = names_in(source)
         for name, within in names.within.items():
             # it may be what it was before, or made of that
             before = self._leads_to.get(name, set()) if failed or name in within else set()
@@ -260,7 +259,7 @@ class Definitions:
 
     def hidden(self, source: str, notebook: Mapping[str, Any]) -> list[str]:
         """The names in `source` under which the notebook defines something, and every rank has its own."""
-        names = _names(source)
+        names = names_in(source)
         return [
             name
             for name in PREBOUND
@@ -271,7 +270,7 @@ class Definitions:
 
     def _named_in(self, source: str) -> set[str]:
         """The names in a cell, and in what bound those that are the ranks'."""
-        named, left = set[str](), _names(source).loaded
+        named, left = set[str](), names_in(source).loaded
         while left:
             named |= left
             left = set[str]().union(*(self._leads_to.get(name, ()) for name in left)) - named
@@ -377,93 +376,3 @@ def _globals_of(code: types.CodeType) -> frozenset[str]:
         if step.opname.startswith("LOAD") and step.opname.endswith(("_GLOBAL", "_GLOBALS", "_NAME"))
     }
     return frozenset(own.union(*(_globals_of(c) for c in code.co_consts if isinstance(c, types.CodeType))))
-
-
-# ── names in a cell ───────────────────────────────────────────────────────────────────────────────────
-
-
-class _Names(NamedTuple):
-    """The names in a piece of code."""
-
-    loaded: set[str]
-    """It refers to them anywhere."""
-    bound: set[str]
-    """It binds them at its top level."""
-    within: dict[str, set[str]]
-    """By each of these, and by what it sets attributes or items of, the names that this refers to."""
-
-
-def _names(source: str) -> _Names:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return _Names(set(), set(), {})
-    names = _Names(_loaded(tree), set(), {})
-    for statement in tree.body:
-        for name, node in _bound(ast.Module([statement], [])):
-            names.bound.add(name)
-            within = node if isinstance(node, _DEFINING) else statement
-            names.within.setdefault(name, set()).update(_loaded(within))
-        for name in _altered(statement):
-            names.within.setdefault(name, set()).update(_loaded(statement), {name})
-    for text in _magics_texts(tree):
-        inner = _names(text)
-        # what is no Python as a whole may hold some: %timeit -n 5 f()
-        names.loaded.update(inner.loaded or re.findall(r"[^\W\d]\w*", text))
-        names.bound.update(inner.bound)
-        names.within.update(inner.within)
-    return names
-
-
-def _loaded(tree: ast.AST) -> set[str]:
-    return {
-        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
-
-
-def _altered(tree: ast.AST) -> set[str]:
-    """The names of what it sets attributes or items of, or adds something to."""
-    found = set[str]()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.AugAssign) and not isinstance(getattr(node, "ctx", None), ast.Store):
-            continue
-        target = node.target if isinstance(node, ast.AugAssign) else node
-        while isinstance(target, (ast.Attribute, ast.Subscript)):
-            target = target.value
-        if isinstance(target, ast.Name) and target is not node:
-            found.add(target.id)
-    return found
-
-
-def _magics_texts(tree: ast.AST) -> Iterator[str]:
-    """What magics are given: %time f() is run_line_magic("time", "f()") by now."""
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("run_line_magic", "run_cell_magic")
-        ):
-            for text in node.args[1:]:
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    yield text.value
-
-
-def _bound(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """The names that are bound, each with what binds it."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, _DEFINING):
-            yield child.name, child  # what is bound within is not the cell's
-            continue
-        if isinstance(child, ast.Lambda):
-            continue
-        if isinstance(child, ast.Name) and isinstance(child.ctx, (ast.Store, ast.Del)):
-            yield child.id, child
-        elif isinstance(child, (ast.Import, ast.ImportFrom)):
-            yield from ((alias.asname or alias.name.partition(".")[0], child) for alias in child.names)
-        elif isinstance(child, (ast.MatchAs, ast.MatchStar)) and child.name:
-            yield child.name, child
-        elif isinstance(child, ast.comprehension):
-            # its target is its own
-            yield from _bound(ast.Tuple([child.iter, *child.ifs]))
-            continue
-        yield from _bound(child)

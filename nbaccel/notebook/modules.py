@@ -6,21 +6,17 @@ in place and knows the time of the file that it has read.
 
 from __future__ import annotations
 
-import ast
 import functools
 import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from nbaccel.notebook.kernel import autoreloader
 
-__all__ = ["Reading", "as_read", "attributes_set", "home", "read_again", "readings"]
-
-
-_NOT_SET = {*sys.stdlib_module_names, "nbaccel"}
+__all__ = ["Reading", "as_read", "home", "read_again", "readings"]
 
 
 class Reading(NamedTuple):
@@ -78,43 +74,6 @@ def as_read(found: Mapping[str, Reading]) -> dict[str, Reading]:
 def read_again(had: Mapping[str, Reading], now: Mapping[str, Reading]) -> tuple[str, ...]:
     """Those that the notebook has read again since a rank has had them."""
     return tuple(name for name, reading in now.items() if name in had and _differ(had[name], reading))
-
-
-def attributes_set(source: str, notebook: Mapping[str, object]) -> dict[str, str]:
-    """What a cell sets in modules, as "settings.lr" by `settings.lr = 1` or `settings.lr[0] = 1`, and where that is.
-
-    Python's own modules and ours do not count, nor does what is within functions: they may be called in ranks too.
-    """
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return {}
-    found = {}
-    for target in _targets(tree):
-        parts = []
-        while isinstance(target, (ast.Attribute, ast.Subscript)):
-            if isinstance(target, ast.Attribute):
-                parts.append(target.attr)
-            target = target.value
-        if not isinstance(target, ast.Name):
-            continue
-        path, value = target.id, notebook.get(target.id)
-        while isinstance(value, types.ModuleType) and parts:
-            home_of, attribute = value.__name__, parts.pop()
-            path, value = f"{path}.{attribute}", getattr(value, attribute, None)
-            if not isinstance(value, types.ModuleType) and home_of.partition(".")[0] not in _NOT_SET:
-                found[path] = home_of
-    return found
-
-
-def _targets(node: ast.AST) -> Iterator[ast.AST]:
-    """What is assigned to or deleted, outside functions and classes."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-            continue
-        if isinstance(getattr(child, "ctx", None), (ast.Store, ast.Del)):
-            yield child
-        yield from _targets(child)
 
 
 def _differ(had: Reading, now: Reading) -> bool:
