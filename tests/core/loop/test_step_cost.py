@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import nullcontext
 
@@ -27,12 +28,15 @@ def _bytecodes(step):
         return trace
 
     before = sys.gettrace()
+    gc.collect()
+    gc.disable()  # what other tests left behind would be finalized in between, and counted
     sys.settrace(trace)
     try:
         for _ in range(STEPS):
             step()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count / STEPS
 
 
