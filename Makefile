@@ -20,7 +20,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 COMPILED := -qq -j 0 -x '/(tests?|databricks|plotly|transformers/models)/'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-browser test-ipykernel6 test-xla chromium test-fast test-gpu lint bench bench-quick docs binder-check outputs clean distclean
+.PHONY: help demo lab test test-browser test-ipykernel6 test-xla chromium test-fast test-long test-gpu lint bench bench-quick docs binder-check outputs clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,7 @@ lab: $(VENV)/.nbaccel-demo  ## open JupyterLab on the quickstart
 	$(PY) -m jupyter lab $(ALLOW_ROOT) --ServerApp.root_dir=. $(LAB_OPTIONS) notebooks/quickstart.ipynb
 
 test: lint chromium  ## lint, types, unit, integration, a browser, notebooks with their stored outputs
-	$(PY) -m pytest tests notebooks $(NBVAL) $(PARALLEL) -m "not alone"
+	$(PY) -m pytest tests notebooks $(NBVAL) $(PARALLEL) -m "not alone and not long"
 	$(PY) -m pytest tests -m alone
 
 test-browser: $(VENV)/.nbaccel-test chromium  ## the panel in a real JupyterLab; screenshots under build/
@@ -56,7 +56,10 @@ chromium:
 	  echo "no Chromium here: the browser tests will be skipped"
 
 test-fast: $(VENV)/.nbaccel-test  ## the tests for the inner loop: nothing marked slow
-	$(PY) -m pytest tests -m "not slow and not gpu" -x -q
+	$(PY) -m pytest tests -m "not slow and not long and not gpu" -x -q
+
+test-long: $(VENV)/.nbaccel-test  ## the acceptance counts (hundreds of faults, kills and stops), before a release
+	$(PY) -m pytest tests -m long
 
 test-gpu: $(VENV)/.nbaccel-test  ## the tests that need a CUDA device (skipped with a reason without one)
 	$(PY) -m pytest tests -m gpu || [ $$? -eq 5 ]
