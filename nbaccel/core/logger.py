@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from nbaccel.core.comm.collectives import barrier
 from nbaccel.core.world import join, read_environment
+from nbaccel.wire import events
 
 __all__ = ["RankLogger", "get_logger"]
 
@@ -47,12 +48,15 @@ def get_logger(name: str, log_level: str | int | None = None) -> RankLogger:
 class RankLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Python 3.11 on
     """What `get_logger` gives: a standard adapter whose calls take `main_process_only` and `in_order` too.
 
-    With several ranks each message names its own.
+    With several ranks each message names its own, unless the launch labels what its ranks print; `%(rank)s` of a
+    format is the rank everywhere.
     """
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         rank, size = _place()
-        return (f"[rank {rank}] {msg}" if size > 1 else msg), kwargs
+        kwargs["extra"] = {"rank": rank, **(self.extra or {}), **(kwargs.get("extra") or {})}
+        labelled = size == 1 or events.active()  # a label in the text would keep equal lines from being folded too
+        return (msg if labelled else f"[rank {rank}] {msg}"), kwargs
 
     def log(  # type: ignore[override]  # the standard's other options are among kwargs
         self,

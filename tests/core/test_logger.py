@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 
-from nbaccel import Accelerator, get_logger
+from nbaccel import Accelerator, get_logger, launch
 
 
 def test_caller_and_level_are_those_of_the_call(caplog: pytest.LogCaptureFixture) -> None:
@@ -54,3 +56,16 @@ def test_ranks_speak_one_alone_or_in_order(tmp_path) -> None:  # type: ignore[no
     assert lines[0] == "[rank 0] before a group"
     assert lines[1:7] == [f"[rank {rank}] turn {turn}" for turn in range(3) for rank in range(2)]
     assert sorted(lines[7:]) == ["[rank 0] all", "[rank 0] main", "[rank 1] all"]
+
+
+def _say(path: str) -> None:
+    logging.basicConfig(format="%(rank)s|%(message)s", filename=f"{path}{os.environ['RANK']}", force=True)
+    logger = get_logger("test.labelled", log_level="INFO")
+    logger.info("all", main_process_only=False)
+    logger.info("main", extra={"rank": "asked"})
+
+
+def test_message_when_the_launch_labels_its_ranks_lines_bears_no_second_label(tmp_path: Path) -> None:
+    launch(_say, f"{tmp_path}/", num_processes=2, device="cpu", folder=False).result()
+    assert (tmp_path / "0").read_text().splitlines() == ["0|all", "asked|main"]
+    assert (tmp_path / "1").read_text().splitlines() == ["1|all"]
