@@ -159,10 +159,21 @@ class _Holdings:
     cwd: str
 
 
+_imported: set[str] = set()
+
+
+def _collect_garbage() -> None:
+    """What imports have made is looked through once: with torch it takes half a second each time."""
+    gc.collect()
+    if fresh := sys.modules.keys() - _imported:
+        _imported.update(fresh)
+        gc.freeze()
+
+
 def _holdings() -> _Holdings:
     from nbaccel.engines import forkserver
 
-    gc.collect()
+    _collect_garbage()
     forkserver.close_ended()  # as the next launch would
     maps = Path("/proc/self/maps").read_text()
     wakeup = signal.set_wakeup_fd(-1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nbaccel"
 FLOORS = {
@@ -41,15 +40,18 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:
+@cache
+def imports(path: Path, *, everywhere: bool) -> list[tuple[str, int]]:
     """(module, line) of each import statement; those inside functions only if `everywhere`."""
     tree = ast.parse(path.read_text())
+    found: list[tuple[str, int]] = []
     for node in ast.walk(tree) if everywhere else _at_import(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
 
 
 def _at_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -67,14 +69,17 @@ def floor(module: str) -> str:
     return module.removeprefix("nbaccel").lstrip(".").partition(".")[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_go_down_only(path: Path) -> None:
-    mine = floor(name_of(path))
-    for module, line in imports(path, everywhere=True):
-        theirs = floor(module) if module.startswith("nbaccel.") else mine
-        if theirs not in FLOORS or mine not in FLOORS or theirs == mine:
-            continue  # the package's own face, or a name of it
-        assert FLOORS[theirs] < FLOORS[mine], f"{path}:{line}: {mine} imports {theirs}"
+def test_imports_go_down_only() -> None:
+    found = []
+    for path in FILES:
+        mine = floor(name_of(path))
+        for module, line in imports(path, everywhere=True):
+            theirs = floor(module) if module.startswith("nbaccel.") else mine
+            if theirs not in FLOORS or mine not in FLOORS or theirs == mine:
+                continue  # the package's own face, or a name of it
+            if FLOORS[theirs] >= FLOORS[mine]:
+                found.append(f"{path}:{line}: {mine} imports {theirs}")
+    assert not found
 
 
 def room(module: str) -> str:
@@ -94,22 +99,29 @@ def test_imports_within_the_core_go_down_only() -> None:
                 assert levels[theirs] < levels[mine], f"{path}:{line}: {mine} imports {theirs}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_torch_is_imported_late_when_it_is_not_the_core(path: Path) -> None:
-    if floor(name_of(path)) in ("core", "rank", "compat"):
-        return
-    found = [f"{m}:{line}" for m, line in imports(path, everywhere=False) if m.partition(".")[0] == "torch"]
-    assert not found, f"{path} imports torch when it is imported: {found}"
+def test_torch_is_imported_late_when_it_is_not_the_core() -> None:
+    found = [
+        f"{path}:{line}: {module}"
+        for path in FILES
+        if floor(name_of(path)) not in ("core", "rank", "compat")
+        for module, line in imports(path, everywhere=False)
+        if module.partition(".")[0] == "torch"
+    ]
+    assert not found, f"import torch when they are imported: {found}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_front_end_is_known_to_the_notebook_only(path: Path) -> None:
-    # cells read and run by IPython's own machinery: in the rank
-    if floor(name_of(path)) == "notebook" or name_of(path) in ("rank.cells", "rank.shell", "rank.display"):
-        return
+def test_front_end_is_known_to_the_notebook_only() -> None:
     known = ("IPython", "ipywidgets", "ipykernel")
-    found = [f"{m}:{line}" for m, line in imports(path, everywhere=True) if m.partition(".")[0] in known]
-    assert not found, f"{path} knows the front end: {found}"
+    # cells read and run by IPython's own machinery: in the rank
+    theirs = ("rank.cells", "rank.shell", "rank.display")
+    found = [
+        f"{path}:{line}: {module}"
+        for path in FILES
+        if floor(name_of(path)) != "notebook" and name_of(path) not in theirs
+        for module, line in imports(path, everywhere=True)
+        if module.partition(".")[0] in known
+    ]
+    assert not found, f"know the front end: {found}"
 
 
 def test_no_strategy_imports_another() -> None:

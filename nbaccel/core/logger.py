@@ -55,7 +55,8 @@ class RankLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic fr
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         rank, size = _place()
         kwargs["extra"] = {"rank": rank, **(self.extra or {}), **(kwargs.get("extra") or {})}
-        labelled = size == 1 or events.active()  # a label in the text would keep equal lines from being folded too
+        # A second label, in the text, would also keep equal lines from being folded.
+        labelled = size == 1 or events.active()
         return (msg if labelled else f"[rank {rank}] {msg}"), kwargs
 
     def log(  # type: ignore[override]  # the standard's other options are among kwargs

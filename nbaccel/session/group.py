@@ -41,7 +41,7 @@ Phase = Literal["starting", "ready", "leaving", "parked", "stopping", "over"]
 
 # Importing torch in a cold server, on a slow disk: no fault of the ranks.
 _SERVER_START = 300.0
-_GONE = 10.0
+_GONE = 30.0
 _WITH_US = "the kernel or process that launched it has ended"
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,18 @@ ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
+
+PATIENCE = 180.0
+"""Seconds; a bound on what hangs, for a machine that does much else."""
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of `condition()`."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not in {PATIENCE} s: {what}"
+        time.sleep(0.2)  # the page, the browser and its driver work for each look
+    return value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -90,18 +102,22 @@ class Lab:
             [*command, *options], env=env, stdout=self.log, stderr=self.log, cwd=folder
         )
         self.url = f"http://127.0.0.1:{self.port}"
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
 
     def _wait(self) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while True:
             try:
                 with urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=5):
                     return
             except OSError:
                 assert self.process.poll() is None, (self.folder / "lab.log").read_text()
-                assert time.monotonic() < end, "JupyterLab did not answer in a minute"
-                time.sleep(0.1)
+                assert time.monotonic() < end, f"JupyterLab did not answer in {PATIENCE} s"
+                time.sleep(0.2)
 
     def notebook(self, name: str, *cells: str) -> Path:
         """A notebook with these cells, in the server's folder."""
@@ -167,6 +183,7 @@ class Page:
     ) -> None:
         self.lab, self.path, self.app, self.start_kernel = lab, path, app, start_kernel
         self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(PATIENCE * 1000)
         self.reopen()
 
     def reopen(self) -> None:
@@ -176,13 +193,14 @@ class Page:
 
     def loaded(self) -> None:
         """Wait for the notebook, and its kernel if it is to be used."""
-        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         if self.start_kernel:
             self.ready()
 
     def ready(self) -> None:
         """Wait for the kernel: a cell that is run before is not run at all."""
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        # attached: a narrow page has no room for it
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached")
 
     def cell(self, index: int) -> Any:
         return self.page.locator(".jp-CodeCell").nth(index)
@@ -198,7 +216,7 @@ class Page:
             self.answer()
             cell.locator(".cm-content").click(position={"x": 5, "y": 5})
             self.page.keyboard.press("Control+Enter")
-            for _ in range(20):
+            for _ in range(60):  # keys that only come late are not pressed twice
                 if prompt.inner_text() != before:
                     return
                 self.page.wait_for_timeout(50)
@@ -212,14 +230,20 @@ class Page:
             dialog.first.locator(".jp-mod-accept").click()
             self.page.wait_for_timeout(200)
 
-    def run(self, index: int, timeout: float = 90) -> None:
+    def write(self, index: int, code: str) -> None:
+        """Type a cell's code instead of what it holds."""
+        self.cell(index).locator(".cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.type(code)
+
+    def run(self, index: int) -> None:
         """Run a cell and wait for its number."""
         self.start(index)
-        self.done(index, timeout)
+        self.done(index)
 
-    def done(self, index: int, timeout: float = 60) -> None:
+    def done(self, index: int) -> None:
         """Wait until a cell that was started has its number."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + PATIENCE
         prompt = self.cell(index).locator(".jp-InputPrompt")
         while True:
             text = prompt.inner_text()
@@ -231,17 +255,17 @@ class Page:
             assert time.monotonic() < end, (
                 f"cell {index} did not end: {text!r}\n{self.output(index).inner_text()}"
             )
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def save(self) -> None:
         """Save the notebook, and wait until it is written, or is found to be as it was."""
-        before, end = self.path.stat().st_mtime_ns, time.monotonic() + 10
+        before, end = self.path.stat().st_mtime_ns, time.monotonic() + 20
         self.page.keyboard.press("Escape")
         self.page.keyboard.press("Control+s")
         while self.path.stat().st_mtime_ns == before and time.monotonic() < end:
             self.page.wait_for_timeout(50)
         while not self._is_whole():
-            assert time.monotonic() < end + 20, "the notebook is not written"
+            assert time.monotonic() < end + PATIENCE, "the notebook is not written"
             self.page.wait_for_timeout(50)
 
     def _is_whole(self) -> bool:

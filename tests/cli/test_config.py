@@ -85,7 +85,8 @@ def test_validate_and_update_say_what_is_wrong(nbaccel: Command):
     assert "on each of 2 hosts" in nbaccel("config", "validate", "--nnodes", 2).out
 
 
-def test_import_takes_over_what_accelerate_wrote(nbaccel: Command):
+def write_as_accelerate_does() -> None:
+    """In a rank: what the tests' process has imported, every server it starts imports too."""
     from accelerate.commands.config.config_args import ClusterConfig
 
     theirs = ClusterConfig(
@@ -95,6 +96,12 @@ def test_import_takes_over_what_accelerate_wrote(nbaccel: Command):
         dynamo_config={"dynamo_backend": "INDUCTOR", "dynamo_mode": "max-autotune"},
     )  # fmt: skip
     theirs.to_yaml_file("theirs.yaml")
+
+
+def test_import_takes_over_what_accelerate_wrote(clean, nbaccel: Command):
+    from nbaccel import notebook_launcher
+
+    notebook_launcher(write_as_accelerate_does, num_processes=1, device="cpu", folder=False)
     done = nbaccel("config", "import", "theirs.yaml")
     assert done.code == 0, done.err
     assert yaml.safe_load(Path("nbaccel.yaml").read_text()) == {

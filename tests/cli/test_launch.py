@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -130,7 +130,8 @@ def test_notebook_goes_on_after_a_cell_that_may_raise(clean, nbaccel: Command):
 def test_exit_code_is_the_documented_one(
     clean, nbaccel: Command, script: Writer, body: str, code: int, words: str
 ):
-    done = nbaccel(*CPU, "--no-folder", "--max-time", "1", "--grace", "0.2", script(f"import os\n{body}"))
+    limit = 1 if code == 124 else 120
+    done = nbaccel(*CPU, "--no-folder", "--max-time", limit, "--grace", "0.2", script(f"import os\n{body}"))
     assert done.code == code, done.err
     assert words in done.err
 
@@ -211,6 +212,7 @@ def test_run_folder_says_what_ran(clean, nbaccel: Command, script: Writer, tmp_p
 
 def test_script_in_loader_workers_finds_its_own_names(clean, nbaccel: Command, script: Writer):
     body = """
+        import os
         from dataclasses import dataclass
         from torch.utils.data import DataLoader, Dataset
         @dataclass
@@ -221,14 +223,15 @@ def test_script_in_loader_workers_finds_its_own_names(clean, nbaccel: Command, s
             def __getitem__(self, i): return Item(i)
         def same(items): return items
         if __name__ == "__main__":
-            for kind in ("fork", "spawn"):
+            # a worker that is spawned imports torch anew: one rank has it
+            for kind in ("fork", "spawn") if os.environ["RANK"] == "0" else ("fork",):
                 loader = DataLoader(Data(), num_workers=1, multiprocessing_context=kind, collate_fn=same)
                 print(kind, [type(item[0]) is Item for item in loader])
     """
     done = nbaccel(*CPU, "--no-folder", script(body))
     assert done.code == 0, done.err
     assert said_by(done.out, "fork [True, True, True, True]") == {0, 1}
-    assert said_by(done.out, "spawn [True, True, True, True]") == {0, 1}
+    assert said_by(done.out, "spawn [True, True, True, True]") == {0}
 
 
 def command(*arguments: object) -> list[str]:
@@ -249,29 +252,6 @@ def test_script_runs_in_place_when_torchrun_started_it(nbaccel: Command, script:
     assert "rank 0 of 2 bf16 ['--lr', '1']" in done.stdout, done.stderr
     assert "rank 1 of 2 bf16 ['--lr', '1']" in done.stdout
     assert "exitcode: 3" in done.stderr or "exitcode  : 3" in done.stderr
-
-
-def test_ctrl_c_leaves_nothing_behind(nbaccel: Command, script: Writer):
-    name = script("""
-        import subprocess, time
-        child = subprocess.Popen(["sleep", "60"])
-        print("child", child.pid, flush=True)
-        time.sleep(60)
-    """)
-    process = subprocess.Popen(
-        command(*CPU, "--no-folder", name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    children = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
-    below = [*named(process.pid, "nb-server"), *named(process.pid, "nb-rank-0"), *children]
-    assert len(below) == 4
-    process.send_signal(signal.SIGINT)
-    assert process.wait(15) == 130
-    assert "train.py:5" in process.stderr.read()
-    wait_until(lambda: gone(below), 3, "the end of everything below the command")
-    process.stdout.close()
-    process.stderr.close()
 
 
 def test_output_goes_on_when_a_character_has_no_code_and_the_run_when_its_reader_leaves(
@@ -318,13 +298,17 @@ def test_help_needs_no_torch():
     assert "launch" in done.stdout
 
 
-def test_terminal_shows_a_live_table_and_ctrl_c_ends_it(nbaccel: Command, script: Writer):
+def test_terminal_shows_a_live_table_and_ctrl_c_ends_it_and_leaves_nothing_behind(
+    nbaccel: Command, script: Writer
+):
     name = script("""
-        import time, torch
+        import subprocess, time, torch
         from torch.utils.data import DataLoader, TensorDataset
         from nbaccel import Accelerator
+        child = subprocess.Popen(["sleep", "600"])
+        print("child", child.pid, flush=True)
         acc = Accelerator()
-        for x in acc.prepare(DataLoader(TensorDataset(torch.arange(600)), batch_size=1)):
+        for x in acc.prepare(DataLoader(TensorDataset(torch.arange(6000)), batch_size=1)):
             time.sleep(0.1)
             print("batch", flush=True)
     """)
@@ -334,14 +318,19 @@ def test_terminal_shows_a_live_table_and_ctrl_c_ends_it(nbaccel: Command, script
         os.execv(sys.executable, command(*CPU, "--no-folder", name))
     try:
         seen = b""
-        while not all(words in seen for words in (b"/300 epoch 0", b"batch/s", b"] batch\r\n")):
+        while not all(words in seen for words in (b"/3000 epoch 0", b"batch/s", b"] batch\r\n")):
             seen += os.read(fd, 65536)
         assert b"2 ranks on cpu" in seen
+        children = [int(found) for found in re.findall(rb"child (\d+)\r\n", seen)]
+        below = [*named(pid, "nb-server"), *named(pid, "nb-rank-0"), *children]
+        assert len(below) == 4
         os.write(fd, b"\x03")
         while data := _read(fd):
             seen += data
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
         assert b"nbaccel: stopped: " in seen
+        assert re.search(rb"train\.py:\d+", seen)
+        wait_until(lambda: gone(below), 30, "the end of everything below the command")
     finally:
         os.close(fd)
 

@@ -111,7 +111,7 @@ def hub(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("num_processes", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_accelerates_scripts_pass_when_only_their_imports_are_ours(num_processes: int, hub: Path) -> None:
     if num_processes > 1:
         on_ranks(num_processes, hub)

@@ -25,7 +25,7 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    fn: Any, *args: Any, num_processes: int = 2, env: dict[str, str] | None = None, deadline: float = 120.0
+    fn: Any, *args: Any, num_processes: int = 2, env: dict[str, str] | None = None, deadline: float = 170.0
 ) -> list[Any]:
     """`fn(*args)` on `num_processes` ranks; their values in rank order."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -95,6 +95,8 @@ def _collect(pipes: list[Connection], processes: list[Any], end: float) -> list[
 
 def _serve(pipe: Connection, variables: dict[str, str], payload: bytes, path: list[str]) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # A loader's workers too would come from a server, and each rank would start one of its own, which takes seconds.
+    multiprocessing.set_start_method("fork", force=True)
     sys.path[:] = path
     os.environ.update(variables)
     torch.set_num_threads(1)

@@ -57,28 +57,29 @@ def test_save_in_the_background_when_it_fails_after_the_function_fails_the_call(
 
 
 SCRIPT = """
-import sys; sys.path.insert(0, {here!r})
+import os, sys; sys.path.insert(0, {here!r})
 from test_endings import _save_and_return
-print(_save_and_return({folder!r}, {full}))
+full = os.fork() == 0
+with open({folder!r} + ("/full" if full else "/well"), "w") as file:
+    os.dup2(file.fileno(), 2)
+_save_and_return({folder!r} + "/" + str(full), full)
 """
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_save_in_the_background_when_a_script_ends(tmp_path: Path, full: bool) -> None:
-    code = SCRIPT.format(here=str(Path(__file__).parent), folder=str(tmp_path), full=full)
+def test_save_in_the_background_when_a_script_ends(tmp_path: Path) -> None:
+    """Two scripts, of which one has imported everything for both."""
+    code = SCRIPT.format(here=str(Path(__file__).parent), folder=str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90, check=True
-    )
-    found = Checkpoints(world=single()).newest_complete(tmp_path)
-    if full:
-        assert "the last save in the background failed" in done.stderr
-        assert "No space left on device" in done.stderr
-        assert "end_training" in done.stderr
-        assert found.path is None
-    else:
-        assert done.stderr == ""
-        assert found.path is not None
+    command = [sys.executable, "-c", code]
+    # the end of its output is that of both
+    subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=150, check=True)
+    assert (tmp_path / "well").read_text() == ""
+    assert Checkpoints(world=single()).newest_complete(tmp_path / "False").path is not None
+    said = (tmp_path / "full").read_text()
+    assert "the last save in the background failed" in said
+    assert "No space left on device" in said
+    assert "end_training" in said
+    assert Checkpoints(world=single()).newest_complete(tmp_path / "True").path is None
 
 
 def _log_last() -> None:
@@ -94,4 +95,4 @@ def test_logged_values_when_the_function_ends_are_shown_to_the_last(tmp_path: Pa
     lines = next(tmp_path.rglob("events.jsonl")).read_text().splitlines()
     shown = [event for event in map(json.loads, lines) if event["type"] == "Metric"]
     assert shown[-1]["values"]["loss"] == 49
-    assert len(shown) <= 5
+    assert len(shown) < 50, "not each of them"

@@ -116,8 +116,8 @@ def _scheduled(how):
 
 
 def test_scheduler_steps_when_the_peers_rule_is_asked_for():
-    assert run_ranks(_scheduled, "one") == [1 / 4] * 2
-    assert run_ranks(_scheduled, "per_rank") == [1 / 7] * 2
+    found = run_ranks(lambda: [_scheduled(how) for how in ("one", "per_rank")])
+    assert found == [[1 / 4, 1 / 7]] * 2
 
 
 def test_schedule_that_ends_when_the_peers_rule_is_asked_for_ends_in_time():
@@ -147,15 +147,16 @@ def _with_options(options, accumulation):
 
 
 def test_ddp_options_when_asked_are_used_and_change_no_number():
-    (plain, static), _ = run_ranks(_with_options, None, 1)
-    assert not static
     asked = {
+        "nothing": None,
         "static_graph": DDPOptions(static_graph=True),
         "find_unused": DDPOptions(find_unused_parameters=True),
         "buckets": DDPOptions(bucket_cap_mb=0.00001, gradient_as_bucket_view=False),
     }
-    for name, options in asked.items():
-        for weights, static in run_ranks(_with_options, options, 1):
+    found = run_ranks(lambda: {name: _with_options(options, 1) for name, options in asked.items()})
+    plain, _ = found[0]["nothing"]
+    for rank in found:
+        for name, (weights, static) in rank.items():
             assert torch.allclose(weights, plain, atol=1e-7), name
             assert static == (name == "static_graph")
 

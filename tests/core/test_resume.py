@@ -69,8 +69,8 @@ def _resumed(folder):
 
 
 def test_run_when_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    whole = run_ranks(_uninterrupted_and_broken, tmp_path, deadline=240)
-    resumed = run_ranks(_resumed, tmp_path, deadline=240)
+    whole = run_ranks(_uninterrupted_and_broken, tmp_path)
+    resumed = run_ranks(_resumed, tmp_path)
     for rank in range(2):
         for expected, found in zip(whole[rank], resumed[rank], strict=True):
             assert found[1:] == expected[1:]

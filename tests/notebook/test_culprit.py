@@ -3,6 +3,8 @@ for it, and is called from where torch calls it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.conftest import Kernel
@@ -10,7 +12,8 @@ from tests.conftest import Kernel
 pytestmark = pytest.mark.kernel
 
 
-def test_the_line_that_initialised_cuda_is_named(kernel: Kernel) -> None:
+def test_the_line_that_initialised_cuda_is_named(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
     kernel.ok("import nbaccel, torch; torch._C._cuda_init = lambda: None")
     kernel.ok("x = 1\ndef innocent():\n    torch._C._cuda_init()\n\ninnocent()")
     shown = kernel.ok("print(nbaccel.doctor())").stdout

@@ -1,17 +1,16 @@
-"""The same launch from every place people start one: a script, IPython in a terminal, notebooks run headless."""
+"""The same launch from every place people start one: a script, IPython in a terminal, a notebook run headless."""
 
 from __future__ import annotations
 
 import os
-import pty
-import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from nbaccel.session.panel.ansi import plain
 
 LAUNCH = """
 import os
@@ -57,14 +56,13 @@ def run(command: list[str], home: Path, *, ok: bool = True) -> subprocess.Comple
     return done
 
 
-def notebook(path: Path, *cells: str) -> Path:
+def write_notebook(path: Path, *cells: str) -> None:
     """A notebook with these cells."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     book = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel}
     )
     nbformat.write(book, path)
-    return path
 
 
 def texts(path: Path) -> list[str]:
@@ -96,57 +94,17 @@ def test_ipython_in_a_terminal_labels_lines(tmp_path: Path) -> None:
     assert "values [0, 10]" in done.stdout
 
 
-def test_bar_is_painted_in_place_when_output_is_a_terminal(tmp_path: Path) -> None:
-    script = tmp_path / "bar.py"
-    script.write_text(
-        "import sys, time\nfrom nbaccel import notebook_launcher\n"
-        "def work():\n"
-        "    for step in range(5):\n"
-        "        sys.stderr.write(f'\\rstep {step}')\n        time.sleep(0.4)\n"
-        "    sys.stderr.write('\\n')\n"
-        "notebook_launcher(work, num_processes=1)\n"
-    )
-    main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=environment(tmp_path),
-    )
-    os.close(terminal)
-    shown, end = b"", time.monotonic() + 120
-    while time.monotonic() < end:
-        if select.select([main], [], [], 1)[0]:
-            try:
-                shown += os.read(main, 4096)
-            except OSError:  # the terminal's last user has gone
-                break
-    os.close(main)
-    assert process.wait(timeout=30) == 0, shown
-    assert b"\r" in shown.replace(b"\r\n", b"\n")
-    assert b"step 1" in shown
-    assert b"step 4" in shown
-
-
 @pytest.mark.kernel
-def test_notebook_runs_under_nbclient_with_folded_output(tmp_path: Path) -> None:
-    path = notebook(tmp_path / "book.ipynb", LAUNCH, "print('next')")
-    run([sys.executable, "-m", "jupyter", "execute", "--inplace", str(path)], tmp_path)
-    first, second = texts(path)
-    assert sorted(first.splitlines()) == ["[1] hello from 1", "hello from 0", "values [0, 10]"]
-    assert second == "next\n"
-
-
-@pytest.mark.kernel
-def test_failing_rank_fails_the_cell_under_papermill(tmp_path: Path) -> None:
-    path, out = notebook(tmp_path / "book.ipynb", LAUNCH, FAILING, "print('never')"), tmp_path / "out.ipynb"
+def test_notebook_run_by_papermill_has_folded_output_and_a_failing_rank_ends_it(tmp_path: Path) -> None:
+    """By papermill, and so by nbclient."""
+    path, out = tmp_path / "book.ipynb", tmp_path / "out.ipynb"
+    write_notebook(path, LAUNCH, "print('next')", FAILING, "print('never')")
     command = [sys.executable, "-m", "papermill", str(path), str(out), "-k", "python3", "--no-progress-bar"]
     done = run(command, tmp_path, ok=False)
     assert "WorkerError" in done.stderr
-    found = texts(out)
-    assert any("ranks 0-1 of 2 failed: ValueError: of all things" in text for text in found)
-    assert any(
-        "Cell In[2], line 2, in fail" in text.replace("\x1b[32m", "").replace("\x1b[0m", "") for text in found
-    )
-    assert not any(text == "never\n" for text in found)
+    launched, following, failed = filter(None, texts(out))
+    assert sorted(launched.splitlines()) == ["[1] hello from 1", "hello from 0", "values [0, 10]"]
+    assert following == "next\n"
+    found = plain(failed)
+    assert "ranks 0-1 of 2 failed: ValueError: of all things" in found
+    assert "Cell In[3], line 2, in fail" in found

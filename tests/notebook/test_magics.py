@@ -6,9 +6,8 @@ import importlib
 import itertools
 import os
 import re
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,21 @@ pytestmark = pytest.mark.kernel
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory, state_home: None) -> Iterator[Kernel]:
-    """A kernel with a session of three ranks."""
-    kernel = Kernel(tmp_path_factory.mktemp("live"))
+def live(kernel: Kernel) -> Iterator[Kernel]:
+    """The kernel with a session of three ranks."""
     kernel.ok("%load_ext nbaccel")
     kernel.ok("%nbaccel start -n 3 --device cpu --grace 2", timeout=120)
     kernel.ok("%%ranks\nimport torch, time, os\ntorch.set_num_threads(1)")
     kernel.ok("session = get_ipython().magics_manager.registry['RankMagics'].session")
+    yield kernel
+    kernel.run("%nbaccel stop")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory, state_home: None) -> Iterator[Kernel]:
+    """A kernel without a session; the last test kills it."""
+    kernel = Kernel(tmp_path_factory.mktemp("bare"))
+    kernel.ok("%load_ext nbaccel")
     yield kernel
     kernel.close()
 
@@ -619,26 +626,23 @@ def completed(kernel: Kernel, code: str) -> list[str]:
 # ── %nbaccel ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_way_to_start_is_said_when_there_is_no_session(new_kernel: Callable[..., Kernel]) -> None:
-    kernel = new_kernel()
-    kernel.ok("%load_ext nbaccel")
-    cell = kernel.run("%%ranks\n1")
+def test_way_to_start_is_said_when_there_is_no_session(bare: Kernel) -> None:
+    cell = bare.run("%%ranks\n1")
     assert "start one with  %nbaccel start -n 4" in cell.output
-    assert "%nbaccel start -n 4 starts one" in kernel.ok("%nbaccel status").stdout
-    assert "there is auto, " in kernel.run("%nbaccel frobnicate").output
-    assert 'UsageError: %nbaccel "x: No closing quotation' in plain(kernel.run('%nbaccel "x').output)
+    assert "%nbaccel start -n 4 starts one" in bare.ok("%nbaccel status").stdout
+    assert "there is auto, " in bare.run("%nbaccel frobnicate").output
+    assert 'UsageError: %nbaccel "x: No closing quotation' in plain(bare.run('%nbaccel "x').output)
 
 
-def test_start_says_that_it_ends_the_session_before(new_kernel: Callable[..., Kernel]) -> None:
-    kernel = new_kernel()
+def test_start_says_that_it_ends_the_session_before(bare: Kernel) -> None:
     start = "%nbaccel start -n 1 --device cpu"
-    assert "was ended" not in kernel.ok(f"%load_ext nbaccel\n{start}").stdout
+    assert "was ended" not in bare.ok(start, timeout=120).stdout
     assert (
-        "the session before this one was ended: the variables of its ranks are gone"
-        in kernel.ok(start).stdout
+        "the session before this one was ended: the variables of its ranks are gone" in bare.ok(start).stdout
     )
-    kernel.ok("%nbaccel stop")
-    assert "was ended" not in kernel.ok(start).stdout
+    bare.ok("%nbaccel stop")
+    assert "was ended" not in bare.ok(start).stdout
+    bare.ok("%nbaccel stop")
 
 
 def test_session_goes_on_when_another_is_started_with_a_bad_option(live: Kernel) -> None:
@@ -714,9 +718,11 @@ def test_selection_is_refused_when_it_makes_no_sense(text: str) -> None:
 def test_interrupt_says_where_ranks_were_and_keeps_them(live: Kernel) -> None:
     before = pids(live)
     cell = live.start(
-        "%%ranks\ncount = 0\nif rank == 1:\n    while True: time.sleep(0.01); count += 1\ndist.barrier()"
+        "%%ranks\ncount = 0\nif rank == 1:\n"
+        "    while True: time.sleep(0.01); count += 1; count == 40 and print('counted', flush=True)\n"
+        "dist.barrier()"
     )
-    live.settle(0.7)
+    live.pump(lambda: "counted" in cell.stdout, 30, "the loop")
     live.interrupt()
     live.finish(cell, timeout=20)
     assert cell.error == "KeyboardInterrupt"
@@ -744,17 +750,15 @@ def test_cell_that_waits_says_so_and_is_one_line_when_interrupted(live: Kernel) 
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_no_process_stays_when_the_extension_or_the_kernel_ends(new_kernel: Callable[..., Kernel]) -> None:
-    kernel = new_kernel()
-    kernel.ok("%load_ext nbaccel")
-    ranks = started(kernel)
-    kernel.ok("%unload_ext nbaccel")
-    wait_until(lambda: gone(ranks), 10, f"the end of {ranks} after %unload_ext")
-    assert "not found" in kernel.run("%nbaccel status").output
-    kernel.ok("%reload_ext nbaccel")
-    ranks = started(kernel)
-    os.kill(kernel.pid, signal.SIGKILL)
-    wait_until(lambda: gone(ranks), 10, f"the end of {ranks} after SIGKILL")
+def test_no_process_stays_when_the_extension_or_the_kernel_ends(bare: Kernel) -> None:
+    ranks = started(bare)
+    bare.ok("%unload_ext nbaccel")
+    wait_until(lambda: gone(ranks), 20, f"the end of {ranks} after %unload_ext")
+    assert "not found" in bare.run("%nbaccel status").output
+    bare.ok("%reload_ext nbaccel")
+    ranks = started(bare)
+    bare.kill()
+    wait_until(lambda: gone(ranks), 20, f"the end of {ranks} after SIGKILL")
 
 
 def started(kernel: Kernel) -> list[int]:

@@ -39,7 +39,9 @@ def train(workers):
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(accelerator.process_index)
     net = torch.nn.Linear(1, 1)
-    loader = DataLoader(Points(), batch_size=2, num_workers=workers, multiprocessing_context="forkserver")
+    # a worker imports all of this anew: one rank has it
+    own = {} if accelerator.process_index else {"num_workers": workers, "multiprocessing_context": "forkserver"}
+    loader = DataLoader(Points(), batch_size=2, **own)
     net, loader = accelerator.prepare(net, loader)
     seen = [value for batch in loader for value in batch[:, 0].tolist()]
     gathered = [None] * accelerator.num_processes

@@ -174,15 +174,19 @@ def read(context: str | None, epochs: int) -> tuple[list[int], set[int]]:
     return seen, pids
 
 
-# A worker that is not forked from its rank imports torch anew: one pass is enough. None is one of these, by Python's
-# version.
-@pytest.mark.parametrize(("context", "epochs"), [("fork", 2), ("forkserver", 1), ("spawn", 1)])
+# A worker that is not forked from its rank imports torch anew: one pass of one rank is enough. None is one of these,
+# by Python's version.
+@pytest.mark.parametrize(
+    ("context", "epochs", "ranks"), [("fork", 2, 2), ("forkserver", 1, 1), ("spawn", 1, 1)]
+)
 def test_loader_workers_read_every_sample_once_when_started_in_ranks(
-    context: str | None, epochs: int
+    context: str | None, epochs: int, ranks: int
 ) -> None:
-    values = notebook_launcher(read, args=(context, epochs), num_processes=2)
-    assert [seen for seen, _ in values] == [[*range(0, 16, 2)] * epochs, [*range(1, 16, 2)] * epochs]
-    assert len(values[0][1] | values[1][1]) == 2 * epochs  # a worker for each rank and pass
+    values = notebook_launcher(read, args=(context, epochs), num_processes=ranks)
+    assert [seen for seen, _ in values] == [[*range(rank, 16, ranks)] * epochs for rank in range(ranks)]
+    assert (
+        len(set().union(*(pids for _, pids in values))) == ranks * epochs
+    )  # a worker for each rank and pass
 
 
 def square(value: int, queue: Any) -> None:
@@ -202,10 +206,10 @@ def with_children(method: str, values: list[int]) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize(("method", "values"), [("fork", [2, 3]), ("spawn", [2])])
-def test_multiprocessing_children_of_a_rank_answer(method: str, values: list[int]) -> None:
-    found = notebook_launcher(with_children, args=(method, values), num_processes=2)
-    assert found == [[(value * value, str(rank)) for value in values] for rank in range(2)]
+@pytest.mark.parametrize(("method", "values", "ranks"), [("fork", [2, 3], 2), ("spawn", [2], 1)])
+def test_multiprocessing_children_of_a_rank_answer(method: str, values: list[int], ranks: int) -> None:
+    found = notebook_launcher(with_children, args=(method, values), num_processes=ranks)
+    assert found == [[(value * value, str(rank)) for value in values] for rank in range(ranks)]
 
 
 def spawn_in_rank() -> list[Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
+from nbaccel import notebook_launcher
 from nbaccel.rank.failure import describe
-from tests.core.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def mixed() -> str:
@@ -21,7 +24,7 @@ def mixed() -> str:
 
 
 def test_words_when_parameters_are_used_outside_their_model_say_so() -> None:
-    (said,) = run_ranks(mixed, num_processes=1)
+    (said,) = notebook_launcher(mixed, num_processes=1)
     assert said.startswith("RuntimeError: aten.")
     assert said.endswith("See 'What does not go' in docs/strategies.md.")
 
@@ -40,7 +43,7 @@ def frozen_within_a_pass() -> str:
 
 
 def test_words_when_layers_are_frozen_within_a_pass_say_so() -> None:
-    (said,) = run_ranks(frozen_within_a_pass, num_processes=1)
+    (said,) = notebook_launcher(frozen_within_a_pass, num_processes=1)
     assert said.endswith("Accelerator(ddp=DDPOptions(find_unused_parameters=True)) allows both.")
 
 

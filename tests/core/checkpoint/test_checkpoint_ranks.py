@@ -17,6 +17,9 @@ from nbaccel.core.checkpoint.faults import FaultyFileSystem
 from nbaccel.core.world import join, single
 from nbaccel.errors import CheckpointError
 
+WAYS = {"at once": False, "in the background": True}
+"""How a checkpoint is saved: by name, whether `asynchronous`."""
+
 
 def save_data_parallel(folder: str, asynchronous: bool) -> Any:
     training = Training()
@@ -47,24 +50,29 @@ def load_data_parallel(folder: str) -> Any:
     return training.numbers(), rng.value, loaded
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_two_replicas_are_loaded_on_one_two_and_four_ranks(tmp_path: Path, asynchronous: bool) -> None:
-    (wanted, size_0), (_, size_1) = run_ranks(save_data_parallel, str(tmp_path), asynchronous)
-    total = size_0 + size_1
-    assert 0.25 < size_0 / total < 0.75, "each replica writes a part"
-    for size in (1, 2, 4):
-        for rank, (numbers, rng, loaded) in enumerate(
-            run_ranks(load_data_parallel, str(tmp_path), num_processes=size)
-        ):
-            assert loaded.path == tmp_path / "c_1"
-            assert same(numbers, wanted), (size, rank)
-            if size == 2:
-                assert (rng, loaded.untouched) == (rank * 10, ())
-            else:
-                assert rng == -1
-                assert loaded.untouched == (
-                    ("rng", f"it was saved by 2 ranks, each with its own, and {size} load it"),
-                )
+def test_two_replicas_are_loaded_on_one_two_and_three_ranks(tmp_path: Path) -> None:
+    def save() -> Any:
+        return {way: save_data_parallel(f"{tmp_path}/{way}", how) for way, how in WAYS.items()}
+
+    def load() -> Any:
+        return {way: load_data_parallel(f"{tmp_path}/{way}") for way in WAYS}
+
+    saved, other = run_ranks(save)
+    loads = {size: run_ranks(load, num_processes=size) for size in (1, 2, 3)}
+    for way in WAYS:
+        wanted, num_bytes = saved[way]
+        assert 0.25 < num_bytes / (num_bytes + other[way][1]) < 0.75, "each replica writes a part"
+        for size, ranks in loads.items():
+            for rank, (numbers, rng, loaded) in enumerate(found[way] for found in ranks):
+                assert loaded.path == tmp_path / way / "c_1"
+                assert same(numbers, wanted), (way, size, rank)
+                if size == 2:
+                    assert (rng, loaded.untouched) == (rank * 10, ())
+                else:
+                    assert rng == -1
+                    assert loaded.untouched == (
+                        ("rng", f"it was saved by 2 ranks, each with its own, and {size} load it"),
+                    )
 
 
 def sharded_training(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -107,17 +115,24 @@ def train_sharded(folder: str, save: bool, asynchronous: bool = False) -> dict[s
     return sharded_numbers(model, optimizer)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_fully_sharded_state_is_loaded_on_more_and_fewer_ranks(tmp_path: Path, asynchronous: bool) -> None:
-    wanted = run_ranks(train_sharded, str(tmp_path), True, asynchronous)[0]
-    for size in (2, 3):
-        for numbers in run_ranks(train_sharded, str(tmp_path), False, num_processes=size):
-            assert same(numbers, wanted)
+def test_fully_sharded_state_is_loaded_on_more_and_fewer_ranks(tmp_path: Path) -> None:
+    def save_and_load() -> Any:
+        saved = {way: train_sharded(f"{tmp_path}/{way}", True, how) for way, how in WAYS.items()}
+        return saved, load()
+
+    def load() -> Any:
+        return {way: train_sharded(f"{tmp_path}/{way}", False) for way in WAYS}
+
+    (wanted, zero), (_, one) = run_ranks(save_and_load)
+    for found in (zero, one, *run_ranks(load, num_processes=3)):
+        for way in WAYS:
+            assert same(found[way], wanted[way])
     # without ranks, into the bare model
-    model, optimizer = sharded_training(2)
-    contents = Contents(sharded={"model": ModelState(model), "optimizer": OptimizerState(optimizer, [model])})
-    Checkpoints(world=single()).load(tmp_path / "c", contents)
-    assert same(sharded_numbers(model, optimizer), wanted)
+    for way in WAYS:
+        model, optimizer = sharded_training(2)
+        sharded = {"model": ModelState(model), "optimizer": OptimizerState(optimizer, [model])}
+        Checkpoints(world=single()).load(tmp_path / way / "c", Contents(sharded=sharded))
+        assert same(sharded_numbers(model, optimizer), wanted[way])
 
 
 def fail_on_rank_one(folder: str, asynchronous: bool) -> str:
@@ -140,11 +155,18 @@ def fail_on_rank_one(folder: str, asynchronous: bool) -> str:
     return "nothing was raised"
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_failure_on_one_rank_is_raised_on_all(tmp_path: Path, asynchronous: bool) -> None:
-    for text in run_ranks(fail_on_rank_one, str(tmp_path), asynchronous):
-        assert "failed on rank 1: OSError: [Errno 28]" in text
-    assert [path.name for path in tmp_path.iterdir()] == ["c_0"]
+def test_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    def fail() -> Any:
+        texts = [fail_on_rank_one(f"{tmp_path}/{way}", how) for way, how in WAYS.items()]
+        return [*texts, hook_fails_on_rank_one(f"{tmp_path}/hook")]
+
+    for *texts, hook in run_ranks(fail):
+        for text in texts:
+            assert "failed on rank 1: OSError: [Errno 28]" in text
+        assert "rank 1: ValueError: only here" in hook
+    for way in WAYS:
+        assert [path.name for path in (tmp_path / way).iterdir()] == ["c_0"]
+    assert [*tmp_path.glob("hook/*")] == []
 
 
 def hook_fails_on_rank_one(folder: str) -> str:
@@ -159,12 +181,6 @@ def hook_fails_on_rank_one(folder: str) -> str:
         checkpoints.save(f"{folder}/c", Contents(before=(hook,)), step=0)
     checkpoints.close()
     return str(caught.value)
-
-
-def test_hook_that_fails_on_one_rank_fails_the_save_on_all(tmp_path: Path) -> None:
-    for text in run_ranks(hook_fails_on_rank_one, str(tmp_path)):
-        assert "rank 1: ValueError: only here" in text
-    assert list(tmp_path.iterdir()) == []
 
 
 def train_beside_a_background_save(folder: str) -> bool:

@@ -316,8 +316,7 @@ def test_a_stateful_sampler_and_an_endless_one_are_followed():
     assert next(iter(other)).tolist() == [6, 7, 8]
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("kind", ["shuffle", "sampler"])
+@pytest.mark.parametrize(("kind", "persistent"), [("shuffle", True), ("sampler", False)])
 def test_position_counts_what_the_loop_consumed_with_workers(kind, persistent):
     def make():
         sampler = SubsetRandomSampler(range(41)) if kind == "sampler" else None

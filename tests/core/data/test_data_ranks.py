@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections import namedtuple
@@ -25,11 +26,6 @@ Pair = namedtuple("Pair", "x name")
 class Holder:
     x: torch.Tensor
     note: str
-
-
-def worked(workers):
-    """Workers forked from the rank: the ranks come from a fork server, and another one takes seconds."""
-    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
 
 
 class Numbers(Dataset):
@@ -77,58 +73,68 @@ def consume(make, state, steps, options):
     return seen, counts, loader.state_dict()
 
 
-def chain(make, legs, **options):
-    """What all ranks saw over `legs` of (ranks, steps), each going on from the state of the one before."""
-    state, seen = None, []
-    for size, steps in legs:
-        answers = run_ranks(consume, make, state, steps, options, num_processes=size)
+def users_sampler():
+    # Each rank and each launch gets a generator in another state: rank 0's first one decides.
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
+    return DataLoader(Numbers(61), 3, sampler=SubsetRandomSampler(range(61), generator=generator))
+
+
+KINDS = {
+    "shuffled": (lambda: DataLoader(Numbers(61), 3, shuffle=True), {}),
+    "shuffled, workers": (lambda: DataLoader(Numbers(61), 3, shuffle=True, num_workers=2), {}),
+    "shuffled, dispatched": (lambda: DataLoader(Numbers(61), 3, shuffle=True), {"dispatch": True}),
+    "sampler": (users_sampler, {}),
+    "sampler, dispatched": (users_sampler, {"dispatch": True}),
+    "stream, dispatched": (lambda: DataLoader(Stream(61), 3), {"dispatch": True}),
+}
+LEGS = [(4, 3), (2, 2), (3, None)]
+
+
+def consume_each(states, steps):
+    return {name: consume(make, states.get(name), steps, options) for name, (make, options) in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def legs():
+    """What the ranks gave of each kind over `LEGS` of (ranks, steps), each going on from the state of the one
+    before."""
+    given, states = [], {}
+    for size, steps in LEGS:
+        given.append(run_ranks(consume_each, states, steps, num_processes=size))
+        states = {name: state for name, (_, _, state) in given[-1][0].items()}
+    return given
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_sample_is_seen_once_when_four_ranks_go_on_as_two_and_three(legs, kind):
+    seen = []
+    for answers in ([answer[kind] for answer in ranks] for ranks in legs):
         for mine, _, _ in answers:
             seen += mine
         assert len({len(counts) for _, counts, _ in answers}) == 1
         assert len({(s["samples"], s["cursor"], s["epoch"]) for _, _, s in answers}) == 1
-        state = answers[0][2]
-    return seen, state
-
-
-LEGS = [(4, 3), (2, 2), (3, None)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_each_sample_is_seen_once_when_four_ranks_go_on_as_two_and_three(workers):
-    seen, state = chain(lambda: DataLoader(Numbers(61), 3, shuffle=True, **worked(workers)), LEGS)
     assert sorted(seen) == list(range(61))
+    state = legs[-1][0][kind][2]
     assert (state["epoch"], state["samples"]) == (1, 0)
 
 
-@pytest.mark.parametrize("dispatch", [False, True])
-def test_each_sample_of_a_users_sampler_is_seen_once_over_world_sizes(dispatch):
-    def make():
-        # Each rank and each launch gets a generator in another state: rank 0's first one decides.
-        generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
-        return DataLoader(Numbers(61), 3, sampler=SubsetRandomSampler(range(61), generator=generator))
-
-    seen, _ = chain(make, LEGS, dispatch=dispatch)
-    assert sorted(seen) == list(range(61))
+CELLS = [(total, workers) for total in (1, 2, 13) for workers in (0, 2)]
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: DataLoader(Numbers(61), 3, shuffle=True), lambda: DataLoader(Stream(61), 3)]
-)
-def test_each_sample_is_seen_once_over_world_sizes_when_dispatched(make):
-    seen, _ = chain(make, LEGS, dispatch=True)
-    assert sorted(seen) == list(range(61))
+def consume_both_ways():
+    found = []
+    for total, workers in CELLS:
+        make = functools.partial(DataLoader, Numbers(total), 3, shuffle=True, num_workers=workers)
+        found.append([consume(make, None, None, {"seed": 5, "dispatch": sent}) for sent in (False, True)])
+    return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("total", [1, 2, 13])
-def test_dispatch_gives_what_each_rank_would_have_read(total, workers):
-    def make():
-        return DataLoader(Numbers(total), 3, shuffle=True, **worked(workers))
-
-    own = run_ranks(consume, make, None, None, {"seed": 5})
-    sent = run_ranks(consume, make, None, None, {"seed": 5, "dispatch": True})
-    assert [answer[:2] for answer in sent] == [answer[:2] for answer in own]
-    assert sorted(own[0][0] + own[1][0]) == list(range(total))
+def test_dispatch_gives_what_each_rank_would_have_read():
+    ranks = run_ranks(consume_both_ways)
+    for (total, workers), zero, one in zip(CELLS, *ranks, strict=True):
+        for own, sent in (zero, one):
+            assert sent[:2] == own[:2], (total, workers)
+        assert sorted(zero[0][0] + one[0][0]) == list(range(total)), (total, workers)
 
 
 class Mixed(Dataset):
@@ -184,9 +190,9 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("far", [False, True])
-def test_dispatch_carries_batches_of_changing_structure_and_the_loop_may_keep_them(far):
-    for first, second, expected in run_ranks(dispatched_mixed, far):
+def test_dispatch_carries_batches_of_changing_structure_and_the_loop_may_keep_them():
+    answers = run_ranks(lambda: [dispatched_mixed(far) for far in (False, True)])
+    for first, second, expected in itertools.chain(*answers):
         assert len(expected) == 3
         assert same(first, expected)
         assert same(second, expected)
@@ -236,7 +242,7 @@ class Broken(Numbers):
 
 def read_broken(workers):
     world = join()
-    loader = ShardedLoader(DataLoader(Broken(40), 2, **worked(workers)), world=world, dispatch=True)
+    loader = ShardedLoader(DataLoader(Broken(40), 2, num_workers=workers), world=world, dispatch=True)
     try:
         list(loader)
     except (ValueError, WorkerError) as error:
@@ -244,13 +250,12 @@ def read_broken(workers):
     return None
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_dispatch_tells_the_other_ranks_when_reading_fails_on_rank_0(workers):
-    zero, one = run_ranks(read_broken, workers)
-    assert zero[0] == "ValueError"
-    assert one[0] == "WorkerError"
-    assert "rank 0 failed while reading the data for all ranks: ValueError" in one[1]
-    assert "sample 9 is broken" in one[1]
+def test_dispatch_tells_the_other_ranks_when_reading_fails_on_rank_0():
+    for zero, one in zip(*run_ranks(lambda: [read_broken(workers) for workers in (0, 1)]), strict=True):
+        assert zero[0] == "ValueError"
+        assert one[0] == "WorkerError"
+        assert "rank 0 failed while reading the data for all ranks: ValueError" in one[1]
+        assert "sample 9 is broken" in one[1]
 
 
 def large_batches():
@@ -322,13 +327,12 @@ def prepare_different(what):
     return None
 
 
-@pytest.mark.parametrize(
-    ("what", "values"), [("length", "20 on rank 0 and 19 on rank 1"), ("batch_size", "3"), ("seed", "4")]
-)
-def test_ranks_with_different_loaders_are_told_which_and_how(what, values):
-    for text in run_ranks(prepare_different, what):
-        assert f"different loaders: {what} is" in text
-        assert values in text
+def test_ranks_with_different_loaders_are_told_which_and_how():
+    expected = {"length": "20 on rank 0 and 19 on rank 1", "batch_size": "3", "seed": "4"}
+    for told in run_ranks(lambda: {what: prepare_different(what) for what in expected}):
+        for what, values in expected.items():
+            assert f"different loaders: {what} is" in told[what]
+            assert values in told[what]
 
 
 def own_seeds():

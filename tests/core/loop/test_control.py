@@ -134,8 +134,9 @@ def test_interrupt_when_ranks_hear_of_it_at_different_moments_is_at_one_step():
     run_ranks(_interrupted)
 
 
-def _stops(rounds, folder, by_loader):
-    """Every round goes on from the save of the one before, saves when it was stopped, and says how far it is."""
+def _stops(rounds, folder):
+    """Every round goes on from the save of the one before, saves when it was stopped, and says how far it is. Every
+    other round leaves its loop itself, without the loader's help."""
     import torch.distributed as dist
 
     port = Inbox()
@@ -157,7 +158,7 @@ def _stops(rounds, folder, by_loader):
                 acc.step(model(x).mean(), optimizer)
                 if rng.random() < 0.02:
                     time.sleep(0.002)
-                if not by_loader and acc.should_stop:
+                if number % 2 and acc.should_stop:
                     break
         steps = acc.gather_object((acc.steps, loader.position))
         assert len(set(steps)) == 1, f"round {number}: ranks stopped at {steps}"
@@ -173,19 +174,16 @@ def _stops(rounds, folder, by_loader):
     return ended
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("by_loader", [True, False])
-def test_stop_when_asked_at_random_moments_200_times(tmp_path, by_loader):
-    values = run_ranks(_stops, 100, str(tmp_path), by_loader, num_processes=4, deadline=500)
-    assert values[0] == values[1] == values[2] == values[3]
+@pytest.mark.parametrize(
+    ("rounds", "num_processes"),
+    [(12, 2), pytest.param(200, 4, marks=[pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)])],
+)
+def test_stop_when_asked_at_random_moments(tmp_path, rounds, num_processes):
+    values = run_ranks(_stops, rounds, str(tmp_path), num_processes=num_processes, deadline=120 + 2 * rounds)
+    assert values == [values[0]] * num_processes
     assert min(values[0]) >= 1
-    assert len(set(values[0])) > 1, "the stops came at different steps"
-
-
-def test_stop_when_asked_a_few_times(tmp_path):
-    values = run_ranks(_stops, 6, str(tmp_path), True, num_processes=2)
-    assert values[0] == values[1]
+    if rounds > 12:  # a busy machine may stop a few of them at one step
+        assert len(set(values[0])) > 1, "the stops came at different steps"
 
 
 def _raw_loop():
@@ -310,12 +308,12 @@ def _save_once(folder):
 def _save_when_asked(folder, port):
     acc = Accelerator(cpu=True, project_dir=folder)
     model, optimizer = acc.prepare(*_tiny())
-    loader = acc.prepare(DataLoader(TensorDataset(torch.ones(4000, 2)), batch_size=2))
+    loader = acc.prepare(DataLoader(TensorDataset(torch.ones(800, 2)), batch_size=2))
     timer = threading.Timer(0.05 + 0.1 * acc.process_index, port.put, [events.Request(kind="save")])
     timer.start()
     for (x,) in loader:
         acc.step(model(x).mean(), optimizer)
-        time.sleep(0.0005)
+        time.sleep(0.002)
     timer.join()
     folders = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     acc.end_training()
@@ -372,23 +370,29 @@ def _limited(folder, options, epochs):
     return acc.stopped_early, acc.steps, passes, {k.removeprefix("module."): v for k, v in weights.items()}
 
 
+def _whole_cut_and_resumed(folder):
+    limit = {"stop_after": "0.15s", "save_every": 1000}
+    return [
+        _limited(f"{folder}/{name}", options, 3)
+        for name, options in (("whole", {}), ("cut", limit), ("cut", {}))
+    ]
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_resume_when_the_time_was_up_goes_on_where_it_stopped(tmp_path, num_processes):
-    whole = run_ranks(_limited, str(tmp_path / "whole"), {}, 3, num_processes=num_processes)[0]
     per_epoch = 20 // (2 * num_processes)
-    assert whole[:3] == (False, 3 * per_epoch, [per_epoch] * 3)
-    limit = {"stop_after": "0.15s", "save_every": 1000}
-    stopped = run_ranks(_limited, str(tmp_path / "cut"), limit, 3, num_processes=num_processes)[0]
-    assert stopped[0]
-    assert 0 < stopped[1] < 3 * per_epoch
-    resumed = run_ranks(_limited, str(tmp_path / "cut"), {}, 3, num_processes=num_processes)
-    for value in resumed:
-        assert not value[0]
-        assert value[1] == 3 * per_epoch
-        assert sum(value[2]) == 3 * per_epoch - stopped[1]
-        assert value[2][: stopped[1] // per_epoch] == [0] * (stopped[1] // per_epoch)
+    for whole, stopped, resumed in run_ranks(
+        _whole_cut_and_resumed, str(tmp_path), num_processes=num_processes
+    ):
+        assert whole[:3] == (False, 3 * per_epoch, [per_epoch] * 3)
+        assert stopped[0]
+        assert 0 < stopped[1] < 3 * per_epoch
+        assert not resumed[0]
+        assert resumed[1] == 3 * per_epoch
+        assert sum(resumed[2]) == 3 * per_epoch - stopped[1]
+        assert resumed[2][: stopped[1] // per_epoch] == [0] * (stopped[1] // per_epoch)
         for name, tensor in whole[3].items():
-            assert torch.equal(value[3][name], tensor), "bit for bit as if never interrupted"
+            assert torch.equal(resumed[3][name], tensor), "bit for bit as if never interrupted"
 
 
 def _prepared(*lengths, **options):

@@ -41,7 +41,7 @@ def two(alone: tuple[Trained, str], tmp_path_factory: pytest.TempPathFactory) ->
     """What two ranks trained; test_same_numbers.py has the other stages, and those that go on elsewhere."""
     own = tmp_path_factory.mktemp("zero") / "zero.json"
     own.write_text(
-        '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,'
+        '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,'
         ' "gradient_clipping": "auto", "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto",'
         ' "stage3_param_persistence_threshold": 0}}'
     )

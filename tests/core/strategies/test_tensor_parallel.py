@@ -13,7 +13,7 @@ from nbaccel import FSDP, TensorParallel
 from nbaccel.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(300)
-HEADS = 4
+HEADS, SAMPLES = 4, 44
 PLAN = {"blocks.*.up": "column", "blocks.*.down": "row"}
 
 
@@ -44,8 +44,8 @@ def train(family: str, strategy: Any, save: str | None = None, load: str | None 
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    tokens = torch.randint(13, (60, 8), generator=torch.Generator().manual_seed(1))
-    data = torch.utils.data.TensorDataset(torch.arange(60), tokens)
+    tokens = torch.randint(13, (SAMPLES, 8), generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(torch.arange(SAMPLES), tokens)
     loader = torch.utils.data.DataLoader(data, batch_size=8 // acc.strategy.data_axis.size)
     model, optimizer, loader = acc.prepare(model, optimizer, loader)
     if load:
@@ -80,7 +80,7 @@ def train(family: str, strategy: Any, save: str | None = None, load: str | None 
 def agrees(one: dict[str, Any], alone: dict[str, Any]) -> None:
     assert difference(one["losses"], alone["losses"]) <= 1e-5
     assert difference(one["norms"], alone["norms"]) <= 1e-4
-    assert sorted(one["seen"]) == list(range(60))
+    assert sorted(one["seen"]) == list(range(SAMPLES))
     assert one["state"].keys() == alone["state"].keys()
     worst = max(difference(one["state"][name], alone["state"][name]) for name in alone["state"])
     assert worst <= 5e-4, worst

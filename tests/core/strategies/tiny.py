@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-VOCABULARY, WIDTH, STEPS = 13, 16, 6
+VOCABULARY, WIDTH, STEPS = 13, 16, 4
 
 
 class Block(nn.Module):
@@ -44,7 +44,7 @@ class Job:
 
     strategy: Any = None
     mixed_precision: str = "no"
-    accumulation: int = 4
+    accumulation: int = 2
     steps: int = STEPS
     save: str | None = None
     """Saved to after half of the steps."""

@@ -1,21 +1,24 @@
 """The real packages, offline: one launch of two ranks logs to all that are installed, and each is read back by its
-own reader. MLflow once more through a real server on 127.0.0.1."""
+own reader. MLflow once more through its server on 127.0.0.1. It is one launch for all that the tests look at: the
+packages take more than ten seconds to import."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import socket
+import re
+import shutil
 import sqlite3
 import struct
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.request
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,13 @@ from typing import Any
 import pytest
 import torch
 
-import nbaccel
-from nbaccel import Accelerator, launch, notebook_launcher
+from nbaccel import Accelerator, launch
+from nbaccel.core.trackers import open_trackers
+from nbaccel.core.world import single
 from nbaccel.errors import WorkerError
 from tests.conftest import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 AIM: dict[str, dict[str, Any]] = (
     {"aim": {"system_tracking_interval": None, "log_system_params": False}} if find_spec("aim") else {}
@@ -45,47 +49,33 @@ VARIABLES = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server; it starts while the first launch goes on."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    store = [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/store.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True)
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """MLflow's server in a thread of this process, and its address: `mlflow server` would import everything again,
+    in three processes."""
+    from mlflow.server import constants
+
+    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{folder}/mlflow.db"
+    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
+    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = str(folder / "files")
+    os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
+    from mlflow.server import app
+    from werkzeug.serving import make_server
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{server.port}"
     finally:
-        os.killpg(process.pid, 15)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
-def train(folder: str, uri: str) -> dict[str, Any]:
-    """What a script does, twice; then what the packages' own readers find, as far as they read what this process
-    wrote."""
+def train(folder: str) -> dict[str, Any]:
+    """What a script does, twice, the second time with a server that the other rank is; then what the packages' own
+    readers find, as far as they read what this process wrote."""
     names = PACKAGES
     before = [name for name in names if name in sys.modules]
     acc = Accelerator(cpu=True, project_dir=folder, log_with="all")
@@ -99,14 +89,22 @@ def train(folder: str, uri: str) -> dict[str, Any]:
     loop(acc, folder)
     found = {"before": before, "imported": imported, "kinds": kinds}
     if acc.is_main_process:
-        found.update(mlflow=read_mlflow(), trackio=read_trackio())
+        found.update(mlflow=read_mlflow("proj"), trackio=read_trackio())
         if AIM:
             found.update(aim=read_aim(folder))
-        wait_for(f"{uri}/health")
-    acc = Accelerator(cpu=True, project_dir=folder, log_with="mlflow")
-    acc.init_trackers("proj", config=CONFIG, init_kwargs={"mlflow": {"tracking_uri": uri}})
-    loop(acc, folder)
-    return {**found, "server": read_mlflow()} if acc.is_main_process else found
+        for part, project in ((log_oddly, "odd"), (begin_again, "again")):
+            copy_tables(Path(folder), Path(folder).parent / part.__name__ / project / "mlflow.db")
+        copy_tables(Path(folder), Path(folder) / "store" / "mlflow.db")
+    acc.wait_for_everyone()
+    with nullcontext() if acc.is_main_process else serve(Path(folder) / "store") as own:
+        uri = acc.gather_object(own)[1]
+        acc = Accelerator(cpu=True, project_dir=folder, log_with="mlflow")
+        acc.init_trackers("served", config=CONFIG, init_kwargs={"mlflow": {"tracking_uri": uri}})
+        loop(acc, folder)
+        if acc.is_main_process:
+            found.update(server=read_mlflow("served"))
+        acc.wait_for_everyone()
+    return found
 
 
 def loop(acc: Accelerator, folder: str) -> None:
@@ -123,23 +121,12 @@ def loop(acc: Accelerator, folder: str) -> None:
     acc.end_training()
 
 
-def wait_for(address: str) -> None:
-    end = time.monotonic() + 150
-    while True:
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            assert time.monotonic() < end, "the server does not answer"
-            time.sleep(0.2)
-
-
-def read_mlflow() -> dict[str, Any]:
+def read_mlflow(project: str) -> dict[str, Any]:
     """The newest run of the store that is set."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    experiment = client.get_experiment_by_name("proj")
+    experiment = client.get_experiment_by_name(project)
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     folders = ("images", "tables", "files")
@@ -191,25 +178,48 @@ def read_aim(folder: str) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Logged:
+    """What a rank's parts came to, and where."""
+
+    folder: Path
+    """Of all parts, in a folder each."""
+    main: dict[str, Any]
+    """Of rank 0, by part."""
+    other: dict[str, Any]
+    said: str
+    """By rank 0 in all parts."""
+
+
+def copy_tables(folder: Path, target: Path) -> None:
+    """Of the database that MLflow has made in `train`: each takes seconds to make."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "proj" / "mlflow.db", target)
+
+
+def log_all(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in (train, log_oddly, begin_again, log_at_once):
+        # MLflow sets it itself; as a script of its own, no part would have it.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        found[part.__name__] = part(f"{folder}/{part.__name__}")
+    return found
+
+
 @pytest.fixture(scope="module")
-def logged(
-    warm: None, server: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The folder, and what the two ranks found."""
+def logged(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Logged:
     folder = tmp_path_factory.mktemp("project")
     variables = {**VARIABLES, "TRACKIO_DIR": str(folder / "trackio")}
-    main, other = notebook_launcher(
-        train, args=(str(folder), server), num_processes=2, env=variables, stall_after=0
-    )
-    return folder, main, other
+    run = launch(log_all, str(folder), num_processes=2, env=variables, stall_after=0)
+    main, other = run.result(800)
+    return Logged(folder, main, other, run.logs(0))
 
 
 LOSSES = [(0, 0.5), (1, 1.5), (2, 2.5)]
-Logged = tuple[Path, dict[str, Any], dict[str, Any]]
 
 
 def test_packages_are_imported_on_the_main_process_only_and_when_started(logged: Logged) -> None:
-    _, main, other = logged
+    main, other = logged.main["train"], logged.other["train"]
     assert main["imported"] == [*PACKAGES]
     # what this process has imported for another test is there before the ranks begin
     assert other["imported"] == other["before"] == main["before"] != main["imported"]
@@ -218,7 +228,7 @@ def test_packages_are_imported_on_the_main_process_only_and_when_started(logged:
 
 @pytest.mark.parametrize("place", ["mlflow", "server"])
 def test_mlflow_holds_metrics_parameters_system_and_files(logged: Logged, place: str) -> None:
-    found = logged[1][place]
+    found = logged.main["train"][place]
     assert found["losses"] == LOSSES
     assert found["diverged"] == ["nan"]
     assert sorted(found["samples"]) == [4.0, 8.0]  # two blocks before step 1 was logged, one after
@@ -229,7 +239,7 @@ def test_mlflow_holds_metrics_parameters_system_and_files(logged: Logged, place:
 
 
 def test_trackio_database_holds_metrics_configuration_and_media(logged: Logged) -> None:
-    found = logged[1]["trackio"]
+    found = logged.main["train"]["trackio"]
     assert found["losses"] == LOSSES
     assert found["config"] == {"lr": 0.1, "python": sys.version.split()[0]}
     assert found["kinds"] == ["trackio.image", "trackio.table"]
@@ -237,7 +247,7 @@ def test_trackio_database_holds_metrics_configuration_and_media(logged: Logged) 
 
 @pytest.mark.skipif(not AIM, reason="Aim has no wheel for this Python")
 def test_aim_repository_holds_metrics_configuration_and_media(logged: Logged) -> None:
-    found = logged[1]["aim"]
+    found = logged.main["train"]["aim"]
     assert found["losses"] == LOSSES
     assert (found["experiment"], found["config"]) == ("proj", CONFIG)
     assert found["picture"] == [(7, 6)]
@@ -245,7 +255,7 @@ def test_aim_repository_holds_metrics_configuration_and_media(logged: Logged) ->
 
 
 def test_comet_archive_holds_metrics_and_parameters(logged: Logged) -> None:
-    (archive,) = (logged[0] / "proj").glob("*.zip")
+    (archive,) = (logged.folder / "train" / "proj").glob("*.zip")
     with zipfile.ZipFile(archive) as opened:
         messages = [json.loads(line) for line in opened.read("messages.json").splitlines()]
     metrics = [one["payload"]["metric"] for one in messages if one["type"] == "metric_msg"]
@@ -256,7 +266,7 @@ def test_comet_archive_holds_metrics_and_parameters(logged: Logged) -> None:
 
 
 def test_wandb_run_holds_metrics_configuration_and_media(logged: Logged) -> None:
-    (file,) = (logged[0] / "proj" / "wandb").glob("offline-run-*/run-*.wandb")
+    (file,) = (logged.folder / "train" / "proj" / "wandb").glob("offline-run-*/run-*.wandb")
     history, config = read_wandb(file)
     assert [(int(one["_step"]), float(one["loss"])) for one in history if "loss" in one] == LOSSES
     assert config["lr"] == "0.1"
@@ -296,7 +306,7 @@ def read_wandb(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
 def test_files_and_tensorboard_hold_the_same(logged: Logged) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = logged[0] / "proj"
+    folder = logged.folder / "train" / "proj"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(one["step"], one["loss"]) for one in lines if "loss" in one] == LOSSES
     rows = (folder / "metrics.csv").read_text().splitlines()
@@ -333,6 +343,8 @@ def log_oddly(folder: str) -> dict[str, list[float]]:
     acc.end_training()
     for stream in (sys.stdout, sys.stderr):  # several trackers had wrapped them
         print("still printed", file=stream)
+    if not acc.is_main_process:
+        return {}
     return {**read_odd_mlflow(), **(read_odd_aim(folder) if AIM else {})}
 
 
@@ -361,49 +373,44 @@ def read_odd_aim(folder: str) -> dict[str, list[float]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def odd(warm: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The project's folder, and what the rank wrote."""
-    folder = tmp_path_factory.mktemp("odd")
-    run = launch(
-        log_oddly,
-        str(folder),
-        num_processes=1,
-        env={**VARIABLES, "TRACKIO_DIR": str(folder / "trackio")},
-        stall_after=0,
-    )
-    (found,) = run.result(200)
-    assert found.pop("mlflow") == [1.0, 1.0, 3.0, 1200.0]  # beside what a package does not take
-    assert found == ({"loss": [2.0, 1.0], "net/a/b": [1.0]} if AIM else {})
-    return folder / "odd", run.logs(0)
+@pytest.fixture
+def odd(logged: Logged) -> Path:
+    """Where the project's trackers wrote it."""
+    return logged.folder / "log_oddly" / "odd"
 
 
-def test_console_is_whole_after_all_trackers_have_ended(odd: tuple[Path, str]) -> None:
-    assert odd[1].count("still printed") == 2
-    assert "RecursionError" not in odd[1]
+def test_console_is_whole_after_all_trackers_have_ended(logged: Logged) -> None:
+    assert logged.said.count("still printed") == 2
+    assert "RecursionError" not in logged.said
 
 
-def test_value_a_package_does_not_take_is_named_once_and_the_others_are_kept(odd: tuple[Path, str]) -> None:
+def test_value_a_package_does_not_take_is_named_once_and_the_others_are_kept(
+    logged: Logged, odd: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder, said = odd
+    found = logged.main["log_oddly"]
+    assert found["mlflow"] == [1.0, 1.0, 3.0, 1200.0]  # beside what a package does not take
+    assert not AIM or (found["loss"], found["net/a/b"]) == ([2.0, 1.0], [1.0])
+    said = logged.said
     assert said.count("tracker 'tensorboard' does not take 'empty'") == 1
     assert said.count("tracker 'aim' does not take 'none'") == len(AIM)
     assert said.count("tracker 'mlflow' does not take 'none' (TypeError: its metrics are numbers") == 1
     assert said.count("its names have 1 to 250 characters") == 1
-    assert "failed (" not in said  # no package as a whole
-    events = EventAccumulator(str(folder))
+    # of no package as a whole, but for those whose runs the script itself had ended, in the next part
+    assert sorted(re.findall(r"'(\w+)' failed \(", said)) == ["comet_ml", "wandb"]
+    events = EventAccumulator(str(odd))
     events.Reload()
     assert [one.value for one in events.Scalars("loss")] == [2.0, 1.0]
     assert "net/s/text_summary" in events.Tags()["tensors"]
-    (file,) = folder.glob("net_a.b/events.*")
+    (file,) = odd.glob("net_a.b/events.*")
     nested = EventAccumulator(str(file))
     nested.Reload()
     assert [one.value for one in nested.Scalars("net")] == [1.0]
 
 
-def test_mlflow_files_are_those_of_the_call_under_their_names(odd: tuple[Path, str]) -> None:
-    (files,) = (odd[0] / "artifacts").glob("*/artifacts/files")
+def test_mlflow_files_are_those_of_the_call_under_their_names(odd: Path) -> None:
+    (files,) = (odd / "artifacts").glob("*/artifacts/files")
     found = [path for path in files.rglob("*.txt") if files / "all" not in path.parents]
     kept = {str(path.relative_to(files)): path.read_text() for path in found}
     names = ("first", "second")
@@ -414,8 +421,8 @@ def test_mlflow_files_are_those_of_the_call_under_their_names(odd: tuple[Path, s
     assert not (files / "all" / "odd" / "artifacts").exists()
 
 
-def test_comet_files_are_those_of_the_call_under_their_names(odd: tuple[Path, str]) -> None:
-    (archive,) = odd[0].glob("*.zip")
+def test_comet_files_are_those_of_the_call_under_their_names(odd: Path) -> None:
+    (archive,) = odd.glob("*.zip")
     with zipfile.ZipFile(archive) as opened:
         messages = [json.loads(line)["payload"] for line in opened.read("messages.json").splitlines()]
         kept = {
@@ -429,100 +436,103 @@ def test_comet_files_are_those_of_the_call_under_their_names(odd: tuple[Path, st
     assert {name: text for name, text in kept.items() if not name.startswith("all/")} == expected
 
 
-def test_wandb_takes_a_table_with_a_column_of_several_types(odd: tuple[Path, str]) -> None:
-    (file,) = (odd[0] / "wandb").glob("offline-run-*/files/media/table/mixed_*.table.json")
+def test_wandb_takes_a_table_with_a_column_of_several_types(odd: Path) -> None:
+    (file,) = (odd / "wandb").glob("offline-run-*/files/media/table/mixed_*.table.json")
     assert json.loads(file.read_text())["data"] == [[1, None], ["x", 2.5]]
 
 
 def begin_again(folder: str) -> dict[str, list[Any]]:
     """What a cell does that is run three times: the Accelerator of its first time is gone, that of the second is still
     there, and outlives that of the third. Then what the runs hold."""
+    kept, runs = [], []
+    for number in range(3):
+        acc = Accelerator(cpu=True, project_dir=folder, log_with=["wandb", "mlflow", "comet_ml"])
+        acc.init_trackers("again", init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}})
+        if acc.is_main_process:
+            names = [acc.get_tracker(name, unwrap=True) for name in ("wandb", "mlflow", "comet_ml")]
+            runs.append(identify(*names))
+            assert identify(*running()) == runs[-1]
+            del names
+        acc.log({"loss": float(number)}, step=number)
+        if number == 1:
+            kept.append(acc)
+        main = acc.is_main_process
+        del acc
+    gc.collect()
+    assert not main or running()[0].id == runs[1][0]
+    kept[0].log({"loss": 9.0}, step=9)
+    if main:
+        import wandb
+
+        wandb.finish()
+    kept[0].log({"loss": 10.0}, step=10)
+    kept[0].end_training()
+    return {"runs": runs, "mlflow": read_again(runs)} if main else {}
+
+
+def running() -> tuple[Any, ...]:
+    """The runs that the packages' own functions act on."""
     import comet_ml
     import mlflow
     import wandb
 
-    kept, runs = [], []
-    for time_ in range(3):
-        acc = Accelerator(cpu=True, project_dir=folder, log_with=["wandb", "mlflow", "comet_ml"])
-        acc.init_trackers("again", init_kwargs={"wandb": {"mode": "offline"}, "comet_ml": {"online": False}})
-        names = [acc.get_tracker(name, unwrap=True) for name in ("wandb", "mlflow", "comet_ml")]
-        runs.append((names[0].id, names[1].info.run_id, names[2].get_key()))
-        assert wandb.run.id == runs[-1][0]
-        assert mlflow.active_run().info.run_id == runs[-1][1]
-        assert comet_ml.get_running_experiment().get_key() == runs[-1][2]
-        acc.log({"loss": float(time_)}, step=time_)
-        if time_ == 1:
-            kept.append(acc)
-        del acc, names
-    gc.collect()
-    assert wandb.run.id == runs[1][0]
-    kept[0].log({"loss": 9.0}, step=9)
-    wandb.finish()
-    kept[0].log({"loss": 10.0}, step=10)
-    kept[0].end_training()
+    return wandb.run, mlflow.active_run(), comet_ml.get_running_experiment()
+
+
+def identify(wandb_run: Any, mlflow_run: Any, experiment: Any) -> tuple[str, str, str]:
+    return wandb_run.id, mlflow_run.info.run_id, experiment.get_key()
+
+
+def read_again(runs: list[Any]) -> list[Any]:
+    import mlflow
+    import wandb
+
     assert wandb.run is None
     client = mlflow.MlflowClient()
-    held = [
+    return [
         ([one.value for one in client.get_metric_history(run, "loss")], client.get_run(run).info.status)
         for _, run, _ in runs
     ]
-    return {"runs": runs, "mlflow": held}
 
 
-def test_run_that_is_begun_again_in_one_process_has_a_history_of_its_own(warm: None, tmp_path: Path) -> None:
-    run = launch(begin_again, str(tmp_path), num_processes=1, env=VARIABLES, stall_after=0)
-    (found,) = run.result(200)
-    said = run.logs(0)
-    assert "could not be started" not in said
-    assert "'wandb' failed (UsageError: Run" in said  # the script had finished it
-    assert "'comet_ml' failed (RuntimeError: its experiment has ended" in said
+def test_run_that_is_begun_again_in_one_process_has_a_history_of_its_own(logged: Logged) -> None:
+    found, place = logged.main["begin_again"], logged.folder / "begin_again" / "again"
+    assert "could not be started" not in logged.said
+    assert "'wandb' failed (UsageError: Run" in logged.said  # the script had finished it
+    assert "'comet_ml' failed (RuntimeError: its experiment has ended" in logged.said
     assert found["mlflow"] == [([0.0], "FINISHED"), ([1.0, 9.0, 10.0], "FINISHED"), ([2.0], "FINISHED")]
     for kind in zip(*found["runs"], strict=True):
         assert len(set(kind)) == 3
     kept = [
         float(one["loss"])
         for name, _, _ in found["runs"]
-        for file in (tmp_path / "again" / "wandb").glob(f"offline-run-*-{name}/run-*.wandb")
+        for file in (place / "wandb").glob(f"offline-run-*-{name}/run-*.wandb")
         for one in read_wandb(file)[0]
         if "loss" in one
     ]
     assert kept == [0.0, 1.0, 9.0, 2.0]
-    assert len(list((tmp_path / "again").glob("*.zip"))) == 3
+    assert len(list(place.glob("*.zip"))) == 3
 
 
-def log_at_once(folder: str, number: int) -> str:
-    """A trial that starts MLflow when the other does."""
+def log_at_once(folder: str) -> str:
+    """As a trial of a sweep that starts MLflow when the other does."""
     import mlflow  # the slow part
 
-    met = Path(folder, "met")
-    met.mkdir(exist_ok=True)
-    (met / str(number)).touch()
-    wait_until(lambda: len(list(met.iterdir())) == 2, 60, "the other trial")
-    acc = Accelerator(cpu=True, project_dir=folder, log_with="mlflow")
-    acc.init_trackers("sweep")
-    acc.log({"number": number}, step=1)
-    acc.end_training()
+    acc = Accelerator(cpu=True)
+    acc.wait_for_everyone()
+    trackers = open_trackers(["mlflow"], folder=Path(folder), project="sweep", world=single())
+    trackers.log({"number": acc.process_index}, 1)
+    trackers.finish()
     return str(mlflow.get_tracking_uri())
 
 
-def test_trials_that_begin_at_once_are_all_in_the_database(warm: None, tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    results = nbaccel.map(
-        log_at_once,
-        [{"folder": folder, "number": number} for number in range(2)],
-        device="cpu",
-        parallel=2,
-        env=VARIABLES,
-        dashboard=False,
-    )
-    assert [trial.state for trial in results.trials] == ["done", "done"]
-    logs = [trial.run.logs(0) for trial in results.trials if trial.run is not None]
-    assert "could not be started" not in "".join(logs)
-    with sqlite3.connect(results[0].removeprefix("sqlite:///")) as database:
+def test_trials_that_begin_at_once_are_all_in_the_database(logged: Logged) -> None:
+    uris = {logged.main["log_at_once"], logged.other["log_at_once"]}
+    with closing(sqlite3.connect(uris.pop().removeprefix("sqlite:///"))) as database:
         held = database.execute(
             "select value from latest_metrics where key = 'number' order by value"
         ).fetchall()
-    database.close()
+    assert not uris
     assert held == [(0.0,), (1.0,)]
 
 
@@ -566,7 +576,7 @@ def test_tracker_is_told_how_a_run_ended_that_never_said_so(
     path = tmp_path / "told"
     run = launch(end, str(path), how, num_processes=1)
     if how == "wait":
-        wait_until(lambda: "all is logged" in run.logs(0), 30, "the loop's end")
+        wait_until(lambda: "all is logged" in run.logs(0), 60, "the loop's end")
         run.interrupt()
     try:
         run.result(60)

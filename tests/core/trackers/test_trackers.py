@@ -5,6 +5,7 @@ import logging
 import math
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -401,8 +402,6 @@ def test_calls_made_behind_the_loop_keep_their_order_and_tell_what_failed() -> N
 
 
 def test_end_does_not_wait_for_a_server_that_does_not_answer() -> None:
-    import threading
-
     from nbaccel.core.trackers.behind import Behind
 
     answered = threading.Event()
@@ -565,9 +564,11 @@ def test_call_behind_the_loop_that_ends_its_thread_does_not_lose_the_next() -> N
 
     made: list[int] = []
     behind = Behind("test")
-    behind.put(lambda: time.sleep(0.2))  # else the second put may raise what the first has
+    all_are_put = threading.Event()
+    behind.put(all_are_put.wait)  # else the second put may raise what the first has
     behind.put(sys.exit)
     behind.put(lambda: made.append(1))
+    all_are_put.set()
     with pytest.raises(SystemExit):
         behind.close()
     behind.close()
