@@ -59,7 +59,7 @@ test-fast: $(VENV)/.nbaccel-test  ## the tests for the inner loop: nothing marke
 	$(PY) -m pytest tests -m "not slow and not long and not gpu" -x -q
 
 test-long: $(VENV)/.nbaccel-test  ## the acceptance counts (hundreds of faults, kills and stops), before a release
-	$(PY) -m pytest tests -m long
+	$(PY) -m pytest tests $(PARALLEL) -m long
 
 test-gpu: $(VENV)/.nbaccel-test  ## the tests that need a CUDA device (skipped with a reason without one)
 	$(PY) -m pytest tests -m gpu || [ $$? -eq 5 ]

@@ -25,6 +25,25 @@ _MOST_PARAMETERS, _MOST_METRICS = 100, 1000
 _RETRIES = "3"
 _open: set[str] = set()
 """Runs of this process's trackers."""
+_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+class _Address:
+    """What the user has set the variable to. MLflow writes there what a tracker was given, and another project's
+    tracker would take it for the user's wish."""
+
+    left: str | None = None
+    """What the last tracker left in the variable."""
+    _users: str | None = None
+
+    def asked(self) -> str | None:
+        found = os.environ.get(_VARIABLE)
+        if found != self.left:
+            self._users = found
+        return self._users
+
+
+_address = _Address()
 
 
 @final
@@ -53,7 +72,7 @@ class MlflowTracker:
         import mlflow
 
         self._mlflow: Any = mlflow
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        uri = tracking_uri or _address.asked()
         self._folder = folder
         self._artifacts: str | None = None
         own = uri is None and folder is not None
@@ -65,6 +84,7 @@ class MlflowTracker:
             self._artifacts = (folder / "artifacts").absolute().as_uri()
         if uri is not None:
             mlflow.set_tracking_uri(uri)
+            _address.left = os.environ.get(_VARIABLE)
         # Trials of a sweep come at the same time, and two processes cannot make the tables of one database.
         with alone(folder, ".mlflow.lock") if own and folder is not None else contextlib.nullcontext():
             self._client: Any = mlflow.MlflowClient()

@@ -1,5 +1,5 @@
 """The real packages, offline: one launch of two ranks logs to all that are installed, and each is read back by its
-own reader. MLflow once more through its server on 127.0.0.1. It is one launch for all that the tests look at: the
+own reader. MLflow once more through a real server on 127.0.0.1. It is one launch for all that the tests look at: the
 packages take more than ten seconds to import."""
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import sqlite3
 import struct
+import subprocess
 import sys
 import tempfile
-import threading
 import time
+import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,26 +54,41 @@ VARIABLES = {
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """MLflow's server in a thread of this process, and its address: `mlflow server` would import everything again,
-    in three processes."""
-    from mlflow.server import constants
-
-    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{folder}/mlflow.db"
-    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
-    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = str(folder / "files")
-    os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
-    from mlflow.server import app
-    from werkzeug.serving import make_server
-
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    """A real `mlflow server`, and its address."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/files",
+    ]
+    with open(folder / "log", "wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *place, *store],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
-        yield f"http://127.0.0.1:{server.port}"
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
+                    break
+            except OSError:
+                if server.poll() is not None:
+                    raise RuntimeError((folder / "log").read_text()) from None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def train(folder: str) -> dict[str, Any]:
@@ -200,8 +218,6 @@ def copy_tables(folder: Path, target: Path) -> None:
 def log_all(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in (train, log_oddly, begin_again, log_at_once):
-        # MLflow sets it itself; as a script of its own, no part would have it.
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
         found[part.__name__] = part(f"{folder}/{part.__name__}")
     return found
 
