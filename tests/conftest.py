@@ -250,7 +250,7 @@ def warm(state_home: None) -> Iterator[None]:
     pids = [process.pid for process in _below(os.getpid()) if _is_guardian(process)]
     pids += [below.pid for pid in pids for below in _below(pid)]
     forkserver.shut_down()
-    assert gone(pids), describe(_below(os.getpid()))
+    wait_until(lambda: gone(pids), 30, f"the end of the warm servers: {pids}")
 
 
 @pytest.fixture
@@ -395,7 +395,7 @@ class Kernel:
         self._client.stop_channels()
         self._manager.shutdown_kernel(now=True)
         self._manager.cleanup_resources()
-        wait_until(lambda: gone(below), 5, f"the end of everything below the kernel: {below}")
+        wait_until(lambda: gone(below), 30, f"the end of everything below the kernel: {below}")
 
 
 def _take(cell: Cell, kind: str, content: dict[str, Any]) -> None:
