@@ -428,11 +428,16 @@ def new_kernel(tmp_path: Path, state_home: None) -> Iterator[Callable[..., Kerne
         kernel.close()
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory, state_home: None) -> Iterator[Kernel]:
-    """One kernel for the tests of a module, nbaccel's two functions imported and the server warm."""
-    started = Kernel(tmp_path_factory.mktemp("kernel"))
+def warm_kernel(folder: Path) -> Iterator[Kernel]:
+    """A kernel, nbaccel's two functions imported and the server warm."""
+    started = Kernel(folder)
     started.ok("from nbaccel import notebook_launcher, launch")
     started.ok("notebook_launcher(lambda: None, num_processes=2)", timeout=120)
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory, state_home: None) -> Iterator[Kernel]:
+    """One kernel for the tests of a module."""
+    yield from warm_kernel(tmp_path_factory.mktemp("kernel"))

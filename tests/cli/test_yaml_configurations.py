@@ -39,7 +39,8 @@ def three_ways(
     """
     from nbaccel import notebook_launcher
 
-    arguments = {"num_processes": 2, "device": "cpu", "seed": 1, **CONFIGURATIONS[name]}
+    num_processes, options = CONFIGURATIONS[name]
+    arguments = {"num_processes": num_processes, "device": "cpu", "seed": 1, **options}
     Path("asked.yaml").write_text(dump(arguments))
     lines = [
         "import json, os, sys, warnings",
@@ -49,7 +50,7 @@ def three_ways(
     ]
     done = nbaccel("launch", "--config", "asked.yaml", "--no-folder", script("\n".join(lines)))
     assert done.code == 0, done.err
-    by_command = [json.loads(Path(f"value{rank}").read_text()) for rank in range(2)]
+    by_command = [json.loads(Path(f"value{rank}").read_text()) for rank in range(num_processes)]
     by_notebook = notebook_launcher(function, config="asked.yaml", output="none", folder=False)
     by_arguments = notebook_launcher(function, output="none", folder=False, **arguments)
     return [by_command, list(by_notebook), list(by_arguments)]
@@ -62,7 +63,7 @@ def test_yaml_by_command_and_by_notebook_asks_what_the_arguments_do(
 ):
     by_command, by_notebook, by_arguments = three_ways(nbaccel, script, name, asked, ASKED)
     assert by_command == by_notebook == by_arguments
-    for key, value in CONFIGURATIONS[name].items():
+    for key, value in CONFIGURATIONS[name][1].items():
         if not isinstance(value, dict):
             assert by_command[0][key] == value
         else:
@@ -72,7 +73,11 @@ def test_yaml_by_command_and_by_notebook_asks_what_the_arguments_do(
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "fsdp" else pytest.mark.long) for name in CONFIGURATIONS]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("one rank", "fsdp") else pytest.mark.long)
+        for name in CONFIGURATIONS
+    ],
 )
 def test_yaml_by_command_and_by_notebook_trains_as_the_arguments_do(
     clean, nbaccel: Command, script: Writer, name: str

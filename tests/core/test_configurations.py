@@ -13,11 +13,12 @@ import pytest
 from nbaccel.config import RUN_CONFIG_VARIABLE, RunConfig
 
 CONFIGURATIONS = {
-    "ddp bf16": {"mixed_precision": "bf16"},
-    "accumulation": {"gradient_accumulation_steps": 4},
-    "fsdp": {"strategy": "fsdp", "fsdp": {"wrap": ["Linear"]}},
-    "zero-3": {"strategy": "deepspeed", "deepspeed": {"stage": 3}},
-    "auto": {"strategy": "auto"},
+    "one rank": (1, {}),
+    "ddp bf16": (2, {"mixed_precision": "bf16"}),
+    "accumulation": (2, {"gradient_accumulation_steps": 4}),
+    "fsdp": (2, {"strategy": "fsdp", "fsdp": {"wrap": ["Linear"]}}),
+    "zero-3": (2, {"strategy": "deepspeed", "deepspeed": {"stage": 3}}),
+    "auto": (2, {"strategy": "auto"}),
 }
 
 
@@ -51,9 +52,9 @@ def train(global_batch: int = 8) -> list[float]:
     return losses
 
 
-def _by_torchrun(asked: list[dict], tmp_path: Path) -> list[list[list[float]]]:
-    """The losses of each of two ranks, for each of what is `asked`, in one launch."""
-    out = tmp_path / "losses-"
+def _by_torchrun(num_processes: int, asked: list[dict], tmp_path: Path) -> list[list[list[float]]]:
+    """The losses of each rank, for each of what is `asked`, in one launch."""
+    out = tmp_path / f"losses-of-{num_processes}-"
     here = Path(__file__).parent
     configs = [
         RunConfig.from_mapping({"device": "cpu", "seed": 1, **one}, place="the environment").to_json()
@@ -76,7 +77,7 @@ def _by_torchrun(asked: list[dict], tmp_path: Path) -> list[list[list[float]]]:
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node=2",
+        f"--nproc-per-node={num_processes}",
     ]
     environment = {
         **os.environ,
@@ -87,7 +88,7 @@ def _by_torchrun(asked: list[dict], tmp_path: Path) -> list[list[list[float]]]:
         [*command, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(2)]
+    return [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(num_processes)]
 
 
 def _by_launcher(num_processes: int, options: dict) -> list[list[float]]:
@@ -100,16 +101,18 @@ def _by_launcher(num_processes: int, options: dict) -> list[list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.filterwarnings("ignore:mixed_precision='bf16' is emulated")
 def test_training_when_run_by_torchrun_and_by_our_launcher_has_the_same_losses(tmp_path):
-    found = {"one rank": _by_launcher(1, {})[0]}
+    found = {}
+    for size in (1, 2):
+        mine = {name: options for name, (wanted, options) in CONFIGURATIONS.items() if wanted == size}
+        told = _by_torchrun(size, list(mine.values()), tmp_path)
+        for (name, options), *torchrun in zip(mine.items(), *told, strict=True):
+            ours = _by_launcher(size, options)
+            assert all(rank == torchrun[0] for rank in [*torchrun, *ours]), (name, torchrun, ours)
+            found[name] = torchrun[0]
     assert len(found["one rank"]) == 2 * 7
-    told = _by_torchrun(list(CONFIGURATIONS.values()), tmp_path)
-    for (name, options), *torchrun in zip(CONFIGURATIONS.items(), *told, strict=True):
-        ours = _by_launcher(2, options)
-        assert all(rank == torchrun[0] for rank in [*torchrun, *ours]), (name, torchrun, ours)
-        found[name] = torchrun[0]
     # bf16 follows float32 roughly; accumulation takes the first window's losses on the untrained model
     assert found["ddp bf16"] == pytest.approx(found["one rank"], rel=0.1, abs=0.02)
     assert found["ddp bf16"] != found["one rank"]
